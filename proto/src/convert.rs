@@ -1,0 +1,1 @@
+//! Between the native map types and their protobuf form.

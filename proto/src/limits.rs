@@ -1,0 +1,96 @@
+//! Every limit of the product, in one place, with asserts for how they relate.
+
+use std::time::Duration;
+
+/// Unit of checksum and of the present bitmap; writes reach OSDs in whole blocks (rule S6).
+pub const BLOCK_BYTES: u32 = 4096;
+/// Unit of allocation inside one OSD's store.
+pub const CHUNK_BYTES: u32 = 128 * 1024;
+/// Blocks in a chunk.
+pub const BLOCKS_PER_CHUNK: u32 = CHUNK_BYTES / BLOCK_BYTES;
+/// Default, least and greatest object size of a pool; a power of two.
+pub const OBJECT_BYTES_DEFAULT: u32 = 4 << 20;
+pub const OBJECT_BYTES_MIN: u32 = 1 << 20;
+pub const OBJECT_BYTES_MAX: u32 = 16 << 20;
+
+/// Largest data payload of one frame: one whole object of the largest kind.
+pub const FRAME_DATA_BYTES_MAX: u32 = OBJECT_BYTES_MAX;
+/// Largest metadata part of one frame.
+pub const FRAME_META_BYTES_MAX: u32 = 1 << 20;
+/// Object entries in one peering list or activation message.
+pub const LIST_ENTRIES_MAX: usize = 4096;
+/// Largest client operation; longer requests are split by the gateway.
+pub const OP_DATA_BYTES_MAX: u32 = 1 << 20;
+
+/// Operations that one client connection may have in flight at an OSD.
+pub const CONN_OPS_MAX: usize = 1024;
+/// Bytes that one client connection may have in flight at an OSD.
+pub const CONN_BYTES_MAX: usize = 64 << 20;
+
+/// A volume's size.
+pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
+pub const VOLUME_BYTES_MAX: u64 = 256 << 40;
+/// Layers in one volume's chain.
+pub const LAYERS_MAX: usize = 256;
+
+/// Names of pools, volumes, VMs, hosts: see [`valid_name`].
+pub const NAME_BYTES_MAX: usize = 64;
+
+pub const POOLS_MAX: usize = 256;
+pub const PGS_PER_POOL_MAX: u32 = 65_536;
+pub const OSDS_MAX: usize = 10_000;
+pub const VOLUMES_MAX: usize = 1_000_000;
+pub const REPLICAS_MAX: u32 = 8;
+pub const VMS_MAX: usize = 100_000;
+pub const VM_DISKS_MAX: usize = 24;
+pub const VM_CPUS_MAX: u32 = 512;
+pub const VM_MEMORY_BYTES_MIN: u64 = 64 << 20;
+pub const VM_MEMORY_BYTES_MAX: u64 = 16 << 40;
+/// Largest gRPC message either side accepts.
+pub const GRPC_MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// An OSD's lease, counted from when its request was *sent* (rule P6).
+pub const LEASE: Duration = Duration::from_millis(3000);
+/// How often an OSD renews it.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);
+/// How much longer than a lease the monitor waits before it relies on silence: clock drift of
+/// 1 in 1,000 and scheduling.
+pub const LEASE_GRACE: Duration = Duration::from_millis(500);
+/// How long a replica may sit on a sub-operation before the primary reports it (rule P8).
+pub const SUBOP_STUCK: Duration = Duration::from_secs(10);
+/// Down for this long means out (settable; this is the default).
+pub const DOWN_OUT_DEFAULT: Duration = Duration::from_secs(600);
+
+/// Client writes are refused when a store has less than this share free, in percent ...
+pub const FULL_FREE_PERCENT: u64 = 5;
+/// ... health warns below this share ...
+pub const NEARFULL_FREE_PERCENT: u64 = 15;
+/// ... and recovery stops below this one.
+pub const RECOVERY_FREE_PERCENT: u64 = 2;
+
+const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(OBJECT_BYTES_MIN.is_multiple_of(CHUNK_BYTES));
+const _: () = assert!(OBJECT_BYTES_MAX <= FRAME_DATA_BYTES_MAX);
+const _: () = assert!(OP_DATA_BYTES_MAX <= OBJECT_BYTES_MIN);
+const _: () = assert!(RECOVERY_FREE_PERCENT < FULL_FREE_PERCENT);
+const _: () = assert!(FULL_FREE_PERCENT < NEARFULL_FREE_PERCENT);
+const _: () = assert!(HEARTBEAT.as_millis() * 3 <= LEASE.as_millis());
+// One CRC and one state per block of the largest object fit in a frame's metadata.
+const _: () = assert!(OBJECT_BYTES_MAX / BLOCK_BYTES * 16 < FRAME_META_BYTES_MAX);
+
+/// Whether `name` may name a pool, a VM or a host: 1 to [`NAME_BYTES_MAX`] of
+/// `a-z A-Z 0-9 . _ -`, starting with a letter or a digit.
+pub fn valid_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= NAME_BYTES_MAX
+        && name.as_bytes()[0].is_ascii_alphanumeric()
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+/// Whether `name` may name a volume: a [`valid_name`], or two of them as `tenant/name`.
+pub fn valid_volume_name(name: &str) -> bool {
+    match name.split_once('/') {
+        Some((tenant, rest)) => valid_name(tenant) && valid_name(rest),
+        None => valid_name(name),
+    }
+}

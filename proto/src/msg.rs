@@ -1,0 +1,248 @@
+//! Data-path messages: client to OSD and OSD to OSD.
+//!
+//! Metadata is encoded with postcard; bulk bytes travel beside it in the frame's data part and are
+//! named by the [`Extent`]s in the message. `PROTOCOL_VERSION` changes with any change here.
+
+use crate::blocks::Extent;
+use crate::ids::*;
+use serde::{Deserialize, Serialize};
+
+/// Version of the data-path protocol; both ends must speak the same one.
+pub const PROTOCOL_VERSION: u8 = 1;
+
+/// Everything that travels on a data-path connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// First frame in each direction of a new connection.
+    Hello(Hello),
+    /// Client operation; answered by `OpReply` with the same request id.
+    Op(ClientOp),
+    OpReply(OpReply),
+    /// OSD to OSD; one-way, matched by the placement-group state machines.
+    Peer(PeerMsg),
+}
+
+/// Who speaks. The acceptor answers with its own; a foreign cluster is refused by closing after a
+/// `Hello` whose `refusal` says why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub cluster: ClusterId,
+    pub role: Role,
+    pub refusal: Option<String>,
+}
+
+/// What the speaker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    Osd { id: OsdId, incarnation: Incarnation },
+    Client { id: ClientId },
+}
+
+/// A client's operation on one object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientOp {
+    /// The client's map epoch.
+    pub epoch: Epoch,
+    pub pg: PgId,
+    pub client: ClientId,
+    /// Session and generation of the attachment; generation 0 is an unattached reader, which may
+    /// only read.
+    pub session: Session,
+    pub generation: Generation,
+    /// The object and its top layer: writes go there.
+    pub object: ObjectId,
+    pub kind: OpKind,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OpKind {
+    /// Blocks `first_block..first_block + block_count`, resolved through the top layer and then
+    /// `below`, top down.
+    Read { first_block: u32, block_count: u32, below: Vec<LayerId> },
+    /// Data in the frame; the extents name and checksum it. Data and zero extents may mix.
+    Write { extents: Vec<Extent> },
+    /// Zeros, without data; `discard` also returns the space.
+    Zero { first_block: u32, block_count: u32, discard: bool },
+}
+
+/// The answer to a [`ClientOp`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OpReply {
+    /// A write or zero is durable on every acting member.
+    Done { version: Version },
+    /// The blocks that are present in some layer; bytes in the frame's data. The rest reads as zero.
+    Data { extents: Vec<Extent> },
+    /// Not served here or not now: refresh the map to at least `epoch`, then retry.
+    Retry { epoch: Epoch, why: RetryWhy },
+    /// Final refusal.
+    Failed(OpError),
+}
+
+/// Why an operation must be retried; none of these had an effect that a retry could double.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RetryWhy {
+    /// The client's map is older than the group's interval, or another OSD is primary.
+    StaleMap,
+    /// This OSD's map is older than the client's.
+    OsdBehind,
+    /// The group is not active (peering, too few members); the client waits.
+    NotActive,
+    /// The payload's checksum did not match (rule C5): send it again.
+    BadChecksum,
+    /// Queues are full.
+    Busy,
+}
+
+/// Final refusals.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum OpError {
+    #[error("the attachment was fenced by a newer one")]
+    Fenced,
+    #[error("no space left")]
+    NoSpace,
+    #[error("input/output error: no readable copy")]
+    Io,
+    #[error("the operation is malformed")]
+    Invalid,
+    #[error("the volume was removed")]
+    Removed,
+}
+
+/// One OSD to another, about one placement group. `interval` and both incarnations are checked by
+/// the receiver before anything else (rule P1).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerMsg {
+    pub from: OsdId,
+    pub from_incarnation: Incarnation,
+    pub to: OsdId,
+    /// The receiver's incarnation as the sender's map has it.
+    pub to_incarnation: Incarnation,
+    /// The sender's map epoch; a receiver that is behind fetches the map first.
+    pub epoch: Epoch,
+    pub pg: PgId,
+    /// The interval that the message belongs to.
+    pub interval: Epoch,
+    pub body: PeerBody,
+}
+
+/// The object versions that peering exchanges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectEntry {
+    pub object: ObjectId,
+    /// The version that the object should have here: its version, or what `missing` records.
+    pub version: Version,
+    /// The member knows of the version but does not hold it (rule P4).
+    pub missing: bool,
+    /// The object is deleted as of `version` (a tombstone).
+    pub deleted: bool,
+}
+
+/// What members of a group say to each other. The flow is in the module docs of `gabion-osd`'s `pg`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerBody {
+    /// Primary of `interval` asks: promise to refuse anything older, durably, and say what you have.
+    Query,
+    /// The promise is durable.
+    Info {
+        /// Highest interval activated here.
+        activated: Epoch,
+        object_count: u64,
+        missing_count: u64,
+    },
+    /// Next page of the object list, after `after`.
+    ListRequest {
+        after: Option<ObjectId>,
+    },
+    List {
+        after: Option<ObjectId>,
+        entries: Vec<ObjectEntry>,
+        last: bool,
+    },
+    /// One page of what the receiver must obtain (or delete, for tombstones) to match the
+    /// authority; the last page makes the activation durable.
+    Activate {
+        page: u32,
+        missing: Vec<ObjectEntry>,
+        last: bool,
+    },
+    ActivateAck {
+        page: u32,
+    },
+    /// A write in version order (rule P2): refused unless the object is at `prev`.
+    SubWrite {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        prev: Version,
+        write: SubWriteKind,
+    },
+    SubWriteAck {
+        tid: u64,
+        result: SubResult,
+    },
+    /// Asks a holder for a whole object at exactly `version`.
+    Pull {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+    },
+    /// The object, or why not. Bytes in the frame's data.
+    PullReply {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        image: Result<ObjectImage, SubResult>,
+    },
+    /// The primary brings a member that misses the object to `version`; conditional on the member
+    /// still missing it (rule P4).
+    Push {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        image: ObjectImage,
+    },
+    PushAck {
+        tid: u64,
+        result: SubResult,
+    },
+    /// The receiver promised a newer interval.
+    Refused {
+        promised: Epoch,
+    },
+}
+
+/// The change of a [`PeerBody::SubWrite`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SubWriteKind {
+    /// Bytes in the frame's data.
+    Write {
+        extents: Vec<Extent>,
+    },
+    Zero {
+        first_block: u32,
+        block_count: u32,
+        discard: bool,
+    },
+    /// Leaves a tombstone.
+    Delete,
+}
+
+/// A whole object as recovery moves it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectImage {
+    pub deleted: bool,
+    pub extents: Vec<Extent>,
+}
+
+/// How a sub-operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SubResult {
+    Ok,
+    /// The receiver is not at the named version.
+    VersionMismatch,
+    NoSpace,
+    Io,
+    BadChecksum,
+    Missing,
+}
