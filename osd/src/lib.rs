@@ -1,1 +1,7 @@
+//! One storage daemon, one disk: the object store, the placement-group state machines, recovery.
+//!
+//! `core` decides (pure state machines), `server` executes (sockets, the store's thread, the
+//! monitors), `store` keeps.
 
+pub mod core;
+pub mod store;

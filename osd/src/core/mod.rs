@@ -1,0 +1,91 @@
+//! Everything an OSD decides, without I/O: `step(now, event) -> effects`.
+//!
+//! [`OsdCore`] owns the map, the lease, the fences and every placement group of this OSD. It is driven by
+//! the server (sockets, clocks, the store's thread) and, unchanged, by the simulator. It never blocks, has no clock and
+//! no randomness of its own; time is milliseconds of a monotonic clock that runs on while the machine is paused
+//! (CLOCK_BOOTTIME). Every [`Effect`] that wants an answer carries a token that the answer brings back.
+
+use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
+use bytes::Bytes;
+use gabion_proto::blocks::Content;
+use gabion_proto::ids::*;
+use gabion_proto::map::ClusterMap;
+use gabion_proto::msg::{ClientOp, OpReply, PeerMsg};
+use std::sync::Arc;
+
+/// Milliseconds of CLOCK_BOOTTIME (or of simulated time).
+pub type Millis = u64;
+
+/// Matches an answer to the effect that asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Token(pub u64);
+
+/// Names a client operation at the server: where the answer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClientToken(pub u64);
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A newer map.
+    Map(Arc<ClusterMap>),
+    /// The lease was renewed: it runs until then. The server computes it from when it *sent* the
+    /// request (rule P6).
+    Lease { until: Millis, epoch: Epoch },
+    /// A client operation and its payload. Checksums are not verified yet.
+    Client { token: ClientToken, op: ClientOp, data: Bytes },
+    /// A message from another OSD and its payload.
+    Peer { msg: PeerMsg, data: Bytes },
+    /// Answer to `Effect::Store`.
+    Committed { token: Token, result: Result<(), StoreError> },
+    /// Answer to `Effect::Read`.
+    ReadDone { token: Token, result: Result<Content, StoreError> },
+    /// Answer to `Effect::ReadObject`.
+    ObjectRead { token: Token, result: Result<(ObjectState, Content), StoreError> },
+    /// Answer to `Effect::List`.
+    Listed { token: Token, result: Result<Listing, StoreError> },
+    /// Answer to `Effect::Monitor`.
+    Monitor { token: Token, result: Result<(), MonitorRefused> },
+    /// Time passes; at least every 100 ms.
+    Tick,
+}
+
+/// All that a store knows of one group.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listing {
+    pub objects: Vec<ListEntry>,
+    pub missing: Vec<(ObjectId, Needed)>,
+}
+
+/// The monitors refused a report: the interval is over. (Unreachable monitors are retried by the
+/// server, not reported.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MonitorRefused;
+
+/// What to tell the monitors; durable there when answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MonitorRequest {
+    /// This primary is about to serve the interval (invariant 2).
+    Activated { pg: PgId, interval: Epoch },
+    /// Every acting member holds everything (invariant 8).
+    Clean { pg: PgId, interval: Epoch },
+}
+
+/// What to do. Effects are executed in order; store effects of one core are executed in order.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// Send to `msg.to`; may be lost.
+    Send { msg: PeerMsg, data: Bytes },
+    Reply { token: ClientToken, reply: OpReply, data: Bytes },
+    Store { token: Token, txn: Txn },
+    Read { token: Token, pg: PgId, object: ObjectId, below: Vec<LayerId>, first_block: u32, block_count: u32 },
+    ReadObject { token: Token, pg: PgId, object: ObjectId },
+    /// The whole listing of a group (rule P10 will page this by version).
+    List { token: Token, pg: PgId },
+    Monitor { token: Token, request: MonitorRequest },
+    /// Map newer than ours was mentioned: fetch it.
+    WantMap { epoch: Epoch },
+}
+
+/// A group's metadata as the store holds it at start.
+pub type StartState = Vec<(PgId, PgMeta)>;

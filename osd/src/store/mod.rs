@@ -1,0 +1,167 @@
+//! The object store of one disk, as the placement groups see it.
+//!
+//! A store keeps, per placement group, object records ([`ObjectId`]: one layer of one object) and the
+//! group's own metadata ([`PgMeta`], and the *missing map* of rule P4). Everything changes by
+//! transactions: a [`Txn`] is atomic, and once [`Store::commit`] has returned it survives any crash.
+//! Transactions of one commit are made durable in order, sharing their flushes (group commit).
+//!
+//! Failure policy (invariant 9): a failed flush or an error on the store's own metadata is
+//! [`StoreError::Fatal`]; after it every call answers `Fatal`. ENOSPC rolls the one transaction back whole.
+//! An unreadable block or a checksum mismatch is `Unreadable`, for replication to repair.
+
+use bytes::Bytes;
+use gabion_proto::blocks::Content;
+use gabion_proto::ids::*;
+use serde::{Deserialize, Serialize};
+
+/// Who a store belongs to: a disk is never adopted by another cluster or OSD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub cluster: ClusterId,
+    pub osd: OsdId,
+    /// The disk's own identity.
+    pub disk: ClusterId,
+}
+
+/// What a group keeps durable about itself on one OSD (rule P3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PgMeta {
+    /// Everything of an interval below this one is refused.
+    pub promised: Epoch,
+    /// Highest interval in which this OSD was made an active member.
+    pub activated: Epoch,
+}
+
+/// Where an object stands on this OSD.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectState {
+    /// The version held; `ZERO` when there is none.
+    pub version: Version,
+    /// A tombstone: deleted as of `version`.
+    pub deleted: bool,
+    /// Erasure coding: a version written beside `version` and not yet committed.
+    pub pending: Option<Version>,
+}
+
+/// An entry of the missing map: the object must come to this state before it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needed {
+    pub version: Version,
+    pub deleted: bool,
+}
+
+/// One change within a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TxnOp {
+    /// Applies data and zero extents of validated `content` over the object and sets its version. The
+    /// object must be exactly at `prev` (rule P2; `ZERO` for a new one, a tombstone counts with its version).
+    Write { object: ObjectId, prev: Version, version: Version, content: Content },
+    /// Like `Write` with zero extents; `discard` also gives the space of whole chunks back.
+    Zero { object: ObjectId, prev: Version, version: Version, first_block: u32, block_count: u32, discard: bool },
+    /// Removes the content and leaves a tombstone at `version`.
+    Delete { object: ObjectId, prev: Version, version: Version },
+    /// Recovery: replaces whatever is here, also a newer or a divergent version, by `content` at
+    /// `version` (or by a tombstone), and drops the object's missing entry, in one step (rule P4).
+    Replace { object: ObjectId, version: Version, deleted: bool, content: Content },
+    /// Erasure coding: writes `content` beside the committed version. Refused unless the committed
+    /// version is `base`; replaces an older pending version.
+    Prepare { object: ObjectId, base: Version, version: Version, content: Content },
+    /// Makes the pending `version` the committed one. A no-op when it is already.
+    CommitPending { object: ObjectId, version: Version },
+    /// Forgets the pending version, if any.
+    RollbackPending { object: ObjectId },
+    /// Forgets a tombstone, if it is exactly at `version`.
+    PurgeTombstone { object: ObjectId, version: Version },
+    /// Forgets the object altogether, without a tombstone: for removed volumes.
+    Purge { object: ObjectId },
+    /// Sets the group's metadata. Creates the group.
+    SetMeta(PgMeta),
+    /// Adds to or replaces in the missing map.
+    AddMissing { object: ObjectId, needed: Needed },
+    /// Takes an object out of the missing map.
+    DropMissing { object: ObjectId },
+    /// Empties the missing map (before a new activation writes it afresh).
+    ClearMissing,
+    /// Deletes the group: objects, missing map and metadata.
+    RemovePg,
+}
+
+/// An atomic change of one group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Txn {
+    pub pg: PgId,
+    pub ops: Vec<TxnOp>,
+    /// Recovery and peering may use the space that is kept back from clients.
+    pub reserve: bool,
+}
+
+/// Errors of a store; see the module docs for the policy.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum StoreError {
+    #[error("object {object} is at {have}, the operation needs {want}")]
+    VersionMismatch { object: ObjectId, have: Version, want: Version },
+    #[error("no space left on the disk")]
+    NoSpace,
+    #[error("block {block} of object {object} is unreadable: {why}")]
+    Unreadable { object: ObjectId, block: u32, why: String },
+    #[error("no object {object} in this group")]
+    NotFound { object: ObjectId },
+    #[error("malformed operation: {0}")]
+    Invalid(String),
+    #[error("the store stopped for good: {0}")]
+    Fatal(String),
+}
+
+/// Space, in bytes, and what is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub capacity_bytes: u64,
+    pub used_bytes: u64,
+    pub objects: u64,
+    /// Blocks whose checksum did not match, since start.
+    pub checksum_errors: u64,
+}
+
+/// One entry of an object listing.
+pub type ListEntry = (ObjectId, ObjectState);
+
+/// A store of one disk. One thread owns it. See the module docs.
+pub trait Store: Send {
+    fn identity(&self) -> Identity;
+    /// Makes a group of transactions durable; one result each, in order. A transaction that fails
+    /// (not `Fatal`) changed nothing and does not keep later ones from being applied.
+    fn commit(&mut self, group: Vec<Txn>) -> Vec<Result<(), StoreError>>;
+    /// The blocks present in `object` or, where absent, in the layers `below` it, top down, resolved
+    /// in one call (rule S5). Every CRC is verified. An object that does not exist is empty.
+    fn read(
+        &mut self,
+        pg: PgId,
+        object: ObjectId,
+        below: &[LayerId],
+        first_block: u32,
+        block_count: u32,
+    ) -> Result<Content, StoreError>;
+    /// State of one object; `None` when nothing is known of it.
+    fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError>;
+    /// A whole object with its state, for recovery: only its own layer.
+    fn read_object(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError>;
+    /// Up to `limit` objects of a group in order, after `after`.
+    fn list(&mut self, pg: PgId, after: Option<ObjectId>, limit: usize) -> Result<Vec<ListEntry>, StoreError>;
+    /// Up to `limit` entries of the missing map in order, after `after`.
+    fn list_missing(
+        &mut self,
+        pg: PgId,
+        after: Option<ObjectId>,
+        limit: usize,
+    ) -> Result<Vec<(ObjectId, Needed)>, StoreError>;
+    /// Every group here with its metadata.
+    fn pgs(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError>;
+    fn usage(&self) -> Usage;
+    /// Does a bounded piece of background work (write-back); true when there is more to do.
+    fn background(&mut self) -> Result<bool, StoreError>;
+}
+
+/// Bytes of zeros for callers that need them spelled out.
+pub fn zeros(len: usize) -> Bytes {
+    Bytes::from(vec![0; len])
+}
