@@ -41,6 +41,10 @@ pub const PGS_PER_POOL_MAX: u32 = 65_536;
 pub const OSDS_MAX: usize = 10_000;
 pub const VOLUMES_MAX: usize = 1_000_000;
 pub const REPLICAS_MAX: u32 = 8;
+/// Data and parity shards of an erasure code together.
+pub const ERASURE_WIDTH_MAX: u32 = 32;
+/// Earlier intervals of one group that a map may carry.
+pub const PAST_INTERVALS_MAX: usize = 65_536;
 pub const VMS_MAX: usize = 100_000;
 pub const VM_DISKS_MAX: usize = 24;
 pub const VM_CPUS_MAX: u32 = 512;
