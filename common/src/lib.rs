@@ -1,2 +1,6 @@
 //! What two services share and `proto/` cannot hold: connections, the cluster client, telemetry,
 //! gossip and clocks.
+
+pub mod addr_file;
+pub mod clock;
+pub mod telemetry;
