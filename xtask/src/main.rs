@@ -1,1 +1,30 @@
-fn main() {}
+//! `cargo xtask verify` and `cargo xtask sim`: what the repository checks about itself.
+
+mod licences;
+mod sim;
+mod step;
+mod verify;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask verify
+       cargo xtask licences
+       cargo xtask sim --seeds N [--from S]";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match args[..] {
+        ["verify"] => verify::run(),
+        ["licences"] => licences::run().map(|summary| println!("{summary}")),
+        ["sim", ref rest @ ..] => sim::Seeds::parse(rest).and_then(|seeds| sim::run(&seeds)),
+        _ => Err(anyhow::anyhow!("{USAGE}")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            println!("xtask: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
