@@ -3,4 +3,8 @@
 
 pub mod addr_file;
 pub mod clock;
+pub mod gossip;
+pub mod map_watch;
+pub mod monitor_client;
+pub mod net;
 pub mod telemetry;

@@ -1,0 +1,260 @@
+//! Framed data-path connections over TCP: hello exchange, reading and writing of frames.
+//!
+//! Every length is checked by `proto::frame` before a byte is allocated for it. A reader holds at
+//! most one frame; a writer sends what it is given, many frames to one system call, bulk data
+//! uncopied. Both are cancel-safe only where said.
+
+use bytes::{Buf, Bytes, BytesMut};
+use gabion_proto::frame::{Frame, FrameError};
+use gabion_proto::msg::{Hello, Message};
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+
+/// Read at once while frames are small.
+const READ_BYTES: usize = 64 << 10;
+/// Frames gathered into one write.
+const BATCH_FRAMES: usize = 64;
+/// Parts of one vectored write.
+const SLICES_MAX: usize = 128;
+/// Both sides must have said hello by then.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a connection is over.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    #[error("connection: {0}")]
+    Io(#[from] io::Error),
+    #[error("bytes that are no frame: {0}")]
+    Frame(#[from] FrameError),
+    #[error("the connection closed in the middle of a frame")]
+    Truncated,
+    #[error("the first frame was no hello")]
+    NoHello,
+    #[error("no hello in time")]
+    HelloTimeout,
+    #[error("refused: {0}")]
+    Refused(String),
+}
+
+/// Takes frames off a byte stream.
+pub struct FrameReader<R> {
+    stream: R,
+    buf: BytesMut,
+}
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    pub fn new(stream: R) -> FrameReader<R> {
+        FrameReader { stream, buf: BytesMut::new() }
+    }
+
+    /// The next frame; `None` at a clean end between frames. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<Frame>, NetError> {
+        loop {
+            if let Some(frame) = Frame::decode(&mut self.buf)? {
+                return Ok(Some(frame));
+            }
+            if self.buf.capacity() == self.buf.len() {
+                self.buf.reserve(READ_BYTES);
+            }
+            if self.stream.read_buf(&mut self.buf).await? == 0 {
+                return if self.buf.is_empty() { Ok(None) } else { Err(NetError::Truncated) };
+            }
+        }
+    }
+}
+
+/// Sends frames down a byte stream.
+pub struct FrameWriter<W> {
+    stream: W,
+    parts: VecDeque<Bytes>,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    pub fn new(stream: W) -> FrameWriter<W> {
+        FrameWriter { stream, parts: VecDeque::new() }
+    }
+
+    /// Sends frames back to back. Not cancel-safe: an interrupted writer is of no further use.
+    pub async fn write(&mut self, frames: &[Frame]) -> Result<(), NetError> {
+        for frame in frames {
+            self.parts.push_back(frame.encode_head()?);
+            if !frame.data.is_empty() {
+                self.parts.push_back(frame.data.clone());
+            }
+        }
+        write_parts(&mut self.stream, &mut self.parts).await?;
+        Ok(())
+    }
+
+    /// Sends what comes through `frames`, gathering what waits, until the channel closes.
+    pub async fn run(&mut self, mut frames: mpsc::Receiver<Frame>) -> Result<(), NetError> {
+        let mut batch = Vec::with_capacity(BATCH_FRAMES);
+        while frames.recv_many(&mut batch, BATCH_FRAMES).await > 0 {
+            self.write(&batch).await?;
+            batch.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Writes all of `parts` with as few system calls as it takes.
+pub async fn write_parts<W: AsyncWrite + Unpin>(stream: &mut W, parts: &mut VecDeque<Bytes>) -> io::Result<()> {
+    while !parts.is_empty() {
+        let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+        let mut count = 0;
+        for part in parts.iter().take(SLICES_MAX) {
+            slices[count] = IoSlice::new(part);
+            count += 1;
+        }
+        let mut written = stream.write_vectored(&slices[..count]).await?;
+        if written == 0 && parts.iter().any(|p| !p.is_empty()) {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        while let Some(front) = parts.front_mut() {
+            if written < front.len() {
+                front.advance(written);
+                break;
+            }
+            written -= front.len();
+            parts.pop_front();
+        }
+    }
+    stream.flush().await
+}
+
+/// A connection after the hellos.
+pub struct Framed {
+    pub reader: FrameReader<OwnedReadHalf>,
+    pub writer: FrameWriter<OwnedWriteHalf>,
+    /// What the other side said.
+    pub peer: Hello,
+}
+
+/// Connects to `addr` (`ip:port`), says `hello` and checks the answer.
+pub async fn connect(addr: &str, hello: &Hello) -> Result<Framed, NetError> {
+    let exchange = async {
+        let stream = TcpStream::connect(addr).await?;
+        let (mut reader, mut writer) = split(stream)?;
+        writer.write(&[Frame::new(0, Message::Hello(hello.clone()))]).await?;
+        let peer = read_hello(&mut reader).await?;
+        if let Some(why) = peer.refusal {
+            return Err(NetError::Refused(why));
+        }
+        if peer.cluster != hello.cluster {
+            return Err(NetError::Refused(foreign(hello, &peer)));
+        }
+        Ok(Framed { reader, writer, peer })
+    };
+    tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?
+}
+
+/// The accepting side: reads the other's hello and answers with `hello`, or refuses a foreign
+/// cluster. The refusal is sent before the error is returned.
+pub async fn accept(stream: TcpStream, hello: &Hello) -> Result<Framed, NetError> {
+    let exchange = async {
+        let (mut reader, mut writer) = split(stream)?;
+        let peer = read_hello(&mut reader).await?;
+        let refusal = (peer.cluster != hello.cluster).then(|| foreign(hello, &peer));
+        let answer = Hello { refusal: refusal.clone(), ..hello.clone() };
+        writer.write(&[Frame::new(0, Message::Hello(answer))]).await?;
+        match refusal {
+            Some(why) => Err(NetError::Refused(why)),
+            None => Ok(Framed { reader, writer, peer }),
+        }
+    };
+    tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?
+}
+
+fn foreign(own: &Hello, peer: &Hello) -> String {
+    format!("this process belongs to cluster {}, the other to {}", own.cluster, peer.cluster)
+}
+
+async fn read_hello<R: AsyncRead + Unpin>(reader: &mut FrameReader<R>) -> Result<Hello, NetError> {
+    match reader.next().await? {
+        Some(Frame { message: Message::Hello(hello), .. }) => Ok(hello),
+        _ => Err(NetError::NoHello),
+    }
+}
+
+type Halves = (FrameReader<OwnedReadHalf>, FrameWriter<OwnedWriteHalf>);
+
+fn split(stream: TcpStream) -> io::Result<Halves> {
+    use rustix::net::sockopt;
+    stream.set_nodelay(true)?;
+    // A machine that is gone closes nothing: give up on a silent other side.
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(2))?;
+    sockopt::set_tcp_keepcnt(&stream, 3)?;
+    sockopt::set_tcp_user_timeout(&stream, 15_000)?;
+    let (read, write) = stream.into_split();
+    Ok((FrameReader::new(read), FrameWriter::new(write)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gabion_proto::ids::*;
+    use gabion_proto::msg::{OpReply, Role};
+    use tokio::net::TcpListener;
+
+    fn hello(cluster: u8) -> Hello {
+        Hello { cluster: ClusterId([cluster; 16]), role: Role::Client { id: ClientId(9) }, refusal: None }
+    }
+    fn reply(request: u64, bytes: usize) -> Frame {
+        let message = Message::OpReply(OpReply::Done { version: Version::ZERO });
+        Frame { request, message, data: Bytes::from(vec![request as u8; bytes]) }
+    }
+
+    #[tokio::test]
+    async fn frames_arrive_whole_and_in_order() {
+        let (a, b) = tokio::io::duplex(1000);
+        let sent: Vec<Frame> = (0..200).map(|i| reply(i, (i as usize * 37) % 9000)).collect();
+        let (tx, rx) = mpsc::channel(8);
+        let writer = tokio::spawn(async move { FrameWriter::new(a).run(rx).await });
+        let frames = sent.clone();
+        tokio::spawn(async move {
+            for f in frames {
+                tx.send(f).await.unwrap();
+            }
+        });
+        let mut reader = FrameReader::new(b);
+        for want in sent {
+            assert_eq!(reader.next().await.unwrap().unwrap(), want);
+        }
+        assert!(reader.next().await.unwrap().is_none());
+        writer.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_cut_frame_and_garbage_are_errors() {
+        let head = reply(1, 10).encode_head().unwrap();
+        let mut cut = FrameReader::new(&head[..]);
+        assert!(matches!(cut.next().await, Err(NetError::Truncated)));
+        let mut garbage = FrameReader::new(&[0x47u8; 64][..]);
+        assert!(matches!(garbage.next().await, Err(NetError::Frame(FrameError::Magic(_)))));
+    }
+
+    #[tokio::test]
+    async fn hellos_agree_or_refuse() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let server = tokio::spawn(async move {
+            let mut ends = Vec::new();
+            for _ in 0..2 {
+                ends.push(accept(listener.accept().await.unwrap().0, &hello(1)).await.map(|f| f.peer));
+            }
+            ends
+        });
+        assert_eq!(connect(&addr, &hello(1)).await.unwrap().peer, hello(1));
+        let Err(NetError::Refused(why)) = connect(&addr, &hello(2)).await else { panic!("not refused") };
+        assert!(why.contains("cluster 01010101"), "{why}");
+        let ends = server.await.unwrap();
+        assert!(ends[0].is_ok() && matches!(ends[1], Err(NetError::Refused(_))));
+    }
+}
