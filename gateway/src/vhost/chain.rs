@@ -62,9 +62,8 @@ pub fn walk(
             return Err(ChainError::Endless);
         }
         steps += 1;
-        let at = table
-            .checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES))
-            .ok_or(ChainError::Table)?;
+        let at =
+            table.checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES)).ok_or(ChainError::Table)?;
         let mut raw = [0u8; DESCRIPTOR_BYTES as usize];
         mem.read_slice(&mut raw, at).map_err(|_| ChainError::Table)?;
         let (addr, len) = (le_u64(&raw[0..8]), le_u32(&raw[8..12]));

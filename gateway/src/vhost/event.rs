@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 
 use parking_lot::Mutex;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Refuses a descriptor that is no eventfd: reads and writes of anything else could block or end the data path.
@@ -32,7 +33,9 @@ impl Kick {
     }
 
     pub fn new(file: File) -> io::Result<Self> {
-        Ok(Kick(AsyncFd::new(file)?))
+        // SAFETY: the file owns its descriptor and stays inside, so it is open for as long as it is registered.
+        let registered = unsafe { AsyncFd::register_with_interest(file, Interest::READABLE) };
+        Ok(Kick(registered.map_err(io::Error::from)?))
     }
 
     /// Waits for a kick and takes it. Cancel safe: a kick that was not taken stays.

@@ -83,6 +83,7 @@ impl InflightRegion {
         if bytes > INFLIGHT_BYTES_MAX || bytes < needed {
             return Err(InflightError::Size { bytes });
         }
+        check_backed(&file, message.mmap_offset, bytes).map_err(InflightError::Map)?;
         let map = MmapRegion::from_file(FileOffset::new(file, message.mmap_offset), bytes as usize)
             .map_err(|error| InflightError::Map(io::Error::other(error)))?;
         Ok(InflightRegion { map: Arc::new(map), queues, entries })
@@ -96,6 +97,20 @@ impl InflightRegion {
             entries: self.entries,
             counter: 0,
         })
+    }
+}
+
+/// Refuses a mapping beyond the end of its file: touching it would be a SIGBUS for the whole gateway.
+pub fn check_backed(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    let backed =
+        offset.checked_add(bytes).is_some_and(|end| file.metadata().is_ok_and(|found| end <= found.len()));
+    if backed {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the file is smaller than the region that it is to back",
+        ))
     }
 }
 
@@ -205,9 +220,8 @@ impl InflightQueue {
         }
         self.used_idx().store(ring_used_idx, Ordering::Release);
         open.sort_by_key(|&head| self.fetched_at(head).load(Ordering::Acquire));
-        self.counter = open
-            .last()
-            .map_or(0, |&head| self.fetched_at(head).load(Ordering::Acquire).wrapping_add(1));
+        self.counter =
+            open.last().map_or(0, |&head| self.fetched_at(head).load(Ordering::Acquire).wrapping_add(1));
         let next_avail = ring_used_idx.wrapping_add(open.len() as u16);
         Ok(Resume { replay: open, next_avail: Some(next_avail) })
     }

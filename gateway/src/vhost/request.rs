@@ -35,8 +35,14 @@ pub struct Range {
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Op {
-    Read { offset: u64, len: u32 },
-    Write { offset: u64, data: Bytes },
+    Read {
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        offset: u64,
+        data: Bytes,
+    },
     Flush,
     Discard(Vec<Range>),
     WriteZeroes(Vec<Range>),

@@ -13,12 +13,13 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
-    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap};
@@ -26,7 +27,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMma
 use super::config;
 use super::disk::Disk;
 use super::event::{Call, Kick};
-use super::inflight::InflightRegion;
+use super::inflight::{InflightRegion, check_backed};
 use super::limits::{MEMORY_REGIONS_MAX, QUEUE_SIZE_MAX};
 use super::ring::{self, GuestMemory, Ring};
 
@@ -151,7 +152,11 @@ impl<D: Disk> Session<D> {
         };
         queue.set_next_avail(resume.next_avail.unwrap_or(slot.base));
         if !resume.replay.is_empty() {
-            tracing::info!(ring = index, requests = resume.replay.len(), "replaying requests that were in flight");
+            tracing::info!(
+                ring = index,
+                requests = resume.replay.len(),
+                "replaying requests that were in flight"
+            );
         }
 
         let stop = CancellationToken::new();
@@ -205,6 +210,7 @@ impl<D: Disk> Session<D> {
         if bytes == 0 || guest_addr.checked_add(bytes).is_none() || user_addr.checked_add(bytes).is_none() {
             return Err(Error::InvalidParam);
         }
+        check_backed(&file, message.mmap_offset, bytes).map_err(Error::ReqHandlerError)?;
         let map = GuestRegionMmap::new(message.mmap_region(file)?, GuestAddress(guest_addr))
             .ok_or(Error::InvalidParam)?;
         Ok(Region { user_addr, bytes, guest_addr, map: Arc::new(map) })
@@ -217,8 +223,7 @@ impl<D: Disk> Session<D> {
         }
         regions.sort_by_key(|region| region.guest_addr);
         let maps = regions.iter().map(|region| region.map.clone()).collect();
-        let memory =
-            GuestMemoryMmap::from_arc_regions(maps).map_err(|error| refused(error.to_string()))?;
+        let memory = GuestMemoryMmap::from_arc_regions(maps).map_err(|error| refused(error.to_string()))?;
         match self.memory.lock() {
             Ok(guard) => guard.replace(memory),
             Err(poisoned) => poisoned.into_inner().replace(memory),
@@ -447,7 +452,9 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         let kept: Vec<_> = self
             .regions
             .iter()
-            .filter(|known| (known.user_addr, known.bytes, known.guest_addr) != (user_addr, bytes, guest_addr))
+            .filter(|known| {
+                (known.user_addr, known.bytes, known.guest_addr) != (user_addr, bytes, guest_addr)
+            })
             .map(Region::share)
             .collect();
         if kept.len() == self.regions.len() {
