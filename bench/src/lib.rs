@@ -1,1 +1,13 @@
+//! Measures block devices against each other: one set of jobs, several targets, alternating rounds, medians.
+//!
+//! What counts is *operations per CPU-second* of everything a target needs (its daemons and the load generator), because
+//! absolute rates of two sittings on a shared machine do not compare.
 
+pub mod cluster;
+pub mod cpu;
+pub mod fio;
+pub mod harness;
+pub mod job;
+pub mod report;
+pub mod target;
+pub mod vhost;

@@ -1,0 +1,163 @@
+//! A development cluster to measure: started by `gabion dev up`, two volumes of three copies, one export of each kind.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use serde_json::Value;
+
+use crate::harness::{self, Plan};
+use crate::job::{Job, Pattern};
+use crate::target::{Kind, Target};
+
+const READY: Duration = Duration::from_secs(60);
+
+#[derive(Args, Clone, Debug)]
+pub struct ClusterOptions {
+    /// The command line tool to start the cluster with.
+    #[arg(long, default_value = "gabion")]
+    pub gabion: PathBuf,
+    /// Where the cluster and the raw file live; the same disk for both, or they do not compare.
+    #[arg(long)]
+    pub dir: PathBuf,
+    #[arg(long, default_value_t = 3)]
+    pub osds: u32,
+    /// Leave the cluster running at the end.
+    #[arg(long)]
+    pub keep: bool,
+    /// A Ceph cluster to compare with: arguments for fio, such as "--ioengine=rbd --clientname=admin --pool=p --rbdname=i".
+    #[arg(long, requires = "ceph_pids")]
+    pub ceph: Option<String>,
+    /// Its daemons, as PID,PID.
+    #[arg(long, value_delimiter = ',')]
+    pub ceph_pids: Vec<i32>,
+}
+
+pub fn run(options: &ClusterOptions, plan: &Plan, out: &mut impl Write) -> Result<()> {
+    plan.jobs()?;
+    std::fs::create_dir_all(&options.dir)
+        .with_context(|| format!("cannot make {}", options.dir.display()))?;
+    let cluster = Cluster { gabion: options.gabion.clone(), dir: options.dir.join("cluster") };
+    cluster.up(options, plan)?;
+    let result = cluster.measure(options, plan, out);
+    if options.keep {
+        writeln!(out, "# the cluster in {} keeps running", cluster.dir.display())?;
+        return result;
+    }
+    let down = cluster.gabion(&["dev", "down", "--wipe", "--dir", &cluster.dir_text()?]);
+    result.and(down.map(|_| ()))
+}
+
+struct Cluster {
+    gabion: PathBuf,
+    dir: PathBuf,
+}
+
+impl Cluster {
+    fn dir_text(&self) -> Result<String> {
+        self.dir.to_str().map(str::to_owned).context("the directory's name is not UTF-8")
+    }
+
+    fn up(&self, options: &ClusterOptions, plan: &Plan) -> Result<()> {
+        let osds = options.osds.to_string();
+        // Room for both volumes' copies on each OSD, and as much again for journal, index and slack.
+        let size = (plan.size * 4 + (4 << 30)).to_string();
+        let dir = self.dir_text()?;
+        self.gabion(&["dev", "up", "--dir", &dir, "--osds", &osds, "--hosts", &osds, "--osd-size", &size])?;
+        self.gabion(&["pool", "create", "bench", "--replicas", "3"])?;
+        for volume in ["bench-nbd", "bench-vhost"] {
+            self.gabion(&["volume", "create", volume, "--size", &plan.size.to_string(), "--pool", "bench"])?;
+        }
+        Ok(())
+    }
+
+    fn measure(&self, options: &ClusterOptions, plan: &Plan, out: &mut impl Write) -> Result<()> {
+        let pids = self.pids()?;
+        let raw = options.dir.join("raw.img");
+        let uri = self.export("bench-nbd", "--nbd", "uri")?;
+        let socket = PathBuf::from(self.export("bench-vhost", "--vhost-user", "socket")?);
+        wait_for(&socket)?;
+        let fio = |args: Vec<String>| Kind::Fio(args);
+        let mut targets = vec![
+            Target {
+                name: "raw".to_owned(),
+                kind: fio(vec![
+                    "--ioengine=io_uring".into(),
+                    format!("--filename={}", raw.display()),
+                    "--sync=dsync".into(),
+                ]),
+                pids: Vec::new(),
+            },
+            Target {
+                name: "gabion-nbd".to_owned(),
+                kind: fio(vec!["--ioengine=nbd".into(), format!("--uri={uri}")]),
+                pids: pids.clone(),
+            },
+            Target { name: "gabion-vhost".to_owned(), kind: Kind::Vhost(socket), pids },
+        ];
+        match &options.ceph {
+            Some(args) => targets.push(Target {
+                name: "ceph".to_owned(),
+                kind: fio(args.split_whitespace().map(str::to_owned).collect()),
+                pids: options.ceph_pids.clone(),
+            }),
+            None => writeln!(out, "# ceph: not shown (no --ceph cluster given)")?,
+        }
+        // Written once even where the rest is not filled: an unwritten file makes every flush a journal commit of the file system.
+        if plan.no_fill {
+            let fill = Job::new("fill", Pattern::Write, 1 << 20, 8);
+            if let Kind::Fio(args) = &targets[0].kind {
+                crate::fio::run(args, &fill, plan.size, None)?;
+            }
+        }
+        let result = harness::run(&targets, plan, out).map(|_| ());
+        let _ = std::fs::remove_file(raw);
+        result
+    }
+
+    fn export(&self, volume: &str, kind: &str, field: &str) -> Result<String> {
+        let answer = self.gabion(&["-o", "json", "export", "add", volume, kind])?;
+        let answer: Value = serde_json::from_str(&answer).context("export add did not answer JSON")?;
+        let value = answer[field].as_str().filter(|value| !value.is_empty());
+        Ok(value.with_context(|| format!("export add answered no {field}: {answer}"))?.to_owned())
+    }
+
+    fn pids(&self) -> Result<Vec<i32>> {
+        let status = self.gabion(&["-o", "json", "dev", "status", "--dir", &self.dir_text()?])?;
+        let status: Value = serde_json::from_str(&status).context("dev status did not answer JSON")?;
+        let daemons = status["daemons"].as_array().context("dev status lists no daemons")?;
+        daemons
+            .iter()
+            .map(|daemon| {
+                let pid = daemon["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
+                pid.with_context(|| format!("a daemon without a pid: {daemon}"))
+            })
+            .collect()
+    }
+
+    fn gabion(&self, args: &[&str]) -> Result<String> {
+        let out = Command::new(&self.gabion)
+            .env("GABION_CONFIG", self.dir.join("client.toml"))
+            .args(args)
+            .output()
+            .with_context(|| format!("cannot start {}", self.gabion.display()))?;
+        if !out.status.success() {
+            bail!("gabion {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+}
+
+fn wait_for(socket: &Path) -> Result<()> {
+    let end = Instant::now() + READY;
+    while !socket.exists() {
+        if Instant::now() > end {
+            bail!("{} did not appear in {} s", socket.display(), READY.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
