@@ -73,7 +73,7 @@ impl TryFrom<pb::Redundancy> for Redundancy {
                 Ok(Redundancy::Replicated { size })
             }
             Some(pb::redundancy::Kind::Erasure(pb::ErasureCode { k, m })) => {
-                let width = k.checked_add(m).unwrap_or(u32::MAX);
+                let width = k.saturating_add(m);
                 check(k >= 1 && m >= 1 && width <= ERASURE_WIDTH_MAX, "erasure", || {
                     format!(
                         "k and m must be at least 1 and at most {ERASURE_WIDTH_MAX} together, got {k}+{m}"

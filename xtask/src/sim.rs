@@ -2,6 +2,9 @@
 
 use crate::step;
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Which seeds to run.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,12 +33,43 @@ impl Seeds {
     }
 }
 
-/// Builds the simulator the way the tests are built and runs it.
+impl Seeds {
+    fn append_to(&self, command: &mut Command) {
+        let (count, from) = (self.count.to_string(), self.from.to_string());
+        command.args(["--seeds", &count, "--from", &from]);
+    }
+}
+
+/// Builds the simulator alone and runs it.
 pub fn run(seeds: &Seeds) -> Result<()> {
-    let (count, from) = (seeds.count.to_string(), seeds.from.to_string());
     let package = ["run", "--quiet", "--package", "gabion-tests", "--bin", "gabion-sim", "--"];
     let mut command = step::cargo(&package);
-    command.args(["--seeds", &count, "--from", &from]);
+    seeds.append_to(&mut command);
+    step::show(command)
+}
+
+/// Builds the simulator together with all tests, which need the same dependencies with the same
+/// features: built alone, many of them would be compiled twice.
+pub fn build_with_tests() -> Result<PathBuf> {
+    let args = ["build", "--quiet", "--locked", "--workspace", "--bins", "--tests"];
+    let mut command = step::cargo(&args);
+    command.arg("--message-format=json-render-diagnostics");
+    let out = step::output(command)?;
+    for message in serde_json::Deserializer::from_slice(&out).into_iter::<Value>() {
+        let message = message.context("output of cargo build")?;
+        if message["target"]["name"] == "gabion-sim" && message["profile"]["test"] == false {
+            let path = message["executable"].as_str().context("gabion-sim is no program")?;
+            return Ok(path.into());
+        }
+    }
+    bail!("the workspace has no program gabion-sim")
+}
+
+/// Runs a simulator that is built.
+pub fn run_binary(simulator: &Path, seeds: &Seeds) -> Result<()> {
+    let mut command = Command::new(simulator);
+    command.current_dir(step::top());
+    seeds.append_to(&mut command);
     step::show(command)
 }
 
