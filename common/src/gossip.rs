@@ -2,7 +2,9 @@
 //! ordered, so what it says is a hint; the monitors decide from leases and reports.
 
 use chitchat::transport::UdpTransport;
-use chitchat::{ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, ProtocolVersion, spawn_chitchat};
+use chitchat::{
+    ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, ProtocolVersion, spawn_chitchat,
+};
 use gabion_proto::ids::ClusterId;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -176,7 +176,10 @@ mod tests {
     async fn refuses_addresses_that_are_none() {
         assert!(matches!(MonitorClient::new::<&str>(&[]), Err(MonitorAddressError::None)));
         for bad in ["", "localhost", "127.0.0.1", "127.0.0.1:99999", "http://127.0.0.1:1"] {
-            assert!(matches!(MonitorClient::new(&[bad]), Err(MonitorAddressError::Malformed { .. })), "{bad}");
+            assert!(
+                matches!(MonitorClient::new(&[bad]), Err(MonitorAddressError::Malformed { .. })),
+                "{bad}"
+            );
         }
     }
 }

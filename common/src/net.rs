@@ -103,7 +103,10 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
 }
 
 /// Writes all of `parts` with as few system calls as it takes.
-pub async fn write_parts<W: AsyncWrite + Unpin>(stream: &mut W, parts: &mut VecDeque<Bytes>) -> io::Result<()> {
+pub async fn write_parts<W: AsyncWrite + Unpin>(
+    stream: &mut W,
+    parts: &mut VecDeque<Bytes>,
+) -> io::Result<()> {
     while !parts.is_empty() {
         let mut slices = [IoSlice::new(&[]); SLICES_MAX];
         let mut count = 0;

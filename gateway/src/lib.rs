@@ -1,2 +1,4 @@
+//! One host's gateway: volumes of the cluster as NBD and vhost-user-blk exports.
 
 pub mod vhost;
+pub mod volume;

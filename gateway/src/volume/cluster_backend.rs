@@ -1,0 +1,1 @@
+//! The real backend: objects in the cluster, through the cluster client.
