@@ -150,7 +150,8 @@ impl Device {
     }
 
     fn put<T: vm_memory::ByteValued>(&self, value: T, at: usize) -> Result<()> {
-        Ok(self.map.get_ref(at)?.store(value)).map(|()| ())
+        self.map.get_ref(at)?.store(value);
+        Ok(())
     }
 
     /// Puts a request into `slot`; [`Device::publish`] makes it visible.

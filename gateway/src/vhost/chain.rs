@@ -71,7 +71,7 @@ pub fn walk(
 
         if flags & INDIRECT != 0 {
             let count = len / DESCRIPTOR_BYTES;
-            let fits = len % DESCRIPTOR_BYTES == 0 && (1..=SEGMENTS_MAX).contains(&count);
+            let fits = len.is_multiple_of(DESCRIPTOR_BYTES) && (1..=SEGMENTS_MAX).contains(&count);
             if indirect || flags & NEXT != 0 || !fits {
                 return Err(ChainError::Indirect);
             }

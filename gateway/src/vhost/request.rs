@@ -133,7 +133,7 @@ fn operation(
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
             let geometry = writable(geometry)?;
             let count = payload / RANGE_BYTES;
-            if payload % RANGE_BYTES != 0 || count == 0 || count > u64::from(RANGES_MAX) {
+            if !payload.is_multiple_of(RANGE_BYTES) || count == 0 || count > u64::from(RANGES_MAX) {
                 return Err(IOERR);
             }
             let raw = copy_out(mem, readable, payload)?;
@@ -153,7 +153,7 @@ fn writable(geometry: Geometry) -> Result<Geometry, u8> {
 fn extent(sector: u64, len: u64, geometry: Geometry) -> Result<(u64, u64), u8> {
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(IOERR)?;
     let end = offset.checked_add(len).ok_or(IOERR)?;
-    if len == 0 || len % SECTOR_BYTES != 0 || end > geometry.size_bytes {
+    if len == 0 || !len.is_multiple_of(SECTOR_BYTES) || end > geometry.size_bytes {
         return Err(IOERR);
     }
     Ok((offset, len))
