@@ -1,0 +1,182 @@
+//! Who is dead: leases, down, out, and peers that do not work together. Pure: time is an argument
+//! (any clock that does not stop or run backwards; leases rely on nothing else), state is an
+//! argument, decisions are commands.
+//!
+//! Invariants (rule P6): an OSD is declared dead by silence only when the last lease it can hold has
+//! certainly run out; a detector that starts, after a restart or on a new leader, assumes that a
+//! lease was granted a moment ago; once an OSD's lease has run out, it is not renewed any more.
+//! Hints (gossip) never declare anybody dead.
+
+use crate::state::{Command, MonitorState};
+use gabion_proto::ids::*;
+use gabion_proto::limits;
+use std::collections::BTreeMap;
+
+/// How long a group goes on without a suspect before it tries it again.
+pub const SUSPECT_MS: u64 = 60_000;
+/// How long a decision may take to be agreed on before it is proposed again.
+const PROPOSE_AGAIN_MS: u64 = 1_000;
+
+/// The times that decisions depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Length of a lease, plus what drift and scheduling may add.
+    pub lease_ms: u64,
+    /// Down for this long means out.
+    pub down_out_ms: u64,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Timing {
+            lease_ms: (limits::LEASE + limits::LEASE_GRACE).as_millis() as u64,
+            down_out_ms: limits::DOWN_OUT_DEFAULT.as_millis() as u64,
+        }
+    }
+}
+
+/// What the detector is told.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Time has passed. Send one several times per second.
+    Tick,
+    /// A clean stop: nothing is served under its lease any more.
+    Goodbye { osd: OsdId, incarnation: Incarnation },
+    /// The primary `osd` has waited `age_ms` for `peer` (rule P8).
+    Stuck {
+        osd: OsdId,
+        incarnation: Incarnation,
+        pg: PgId,
+        interval: Epoch,
+        peer: OsdId,
+        peer_incarnation: Incarnation,
+        age_ms: u64,
+    },
+}
+
+#[derive(Debug)]
+struct Lease {
+    incarnation: Incarnation,
+    /// No lease that was granted reaches this time.
+    ends_ms: u64,
+    /// When its end was last proposed; from then on it is not renewed.
+    proposed_ms: Option<u64>,
+}
+
+/// Decides who is down, out, and left out.
+#[derive(Debug)]
+pub struct FailureDetector {
+    timing: Timing,
+    leases: BTreeMap<OsdId, Lease>,
+    down_since_ms: BTreeMap<OsdId, u64>,
+    suspect_since_ms: BTreeMap<(PgId, OsdId, Incarnation), u64>,
+}
+
+impl FailureDetector {
+    /// A detector that has heard from nobody yet.
+    pub fn new(timing: Timing) -> FailureDetector {
+        FailureDetector {
+            timing,
+            leases: BTreeMap::new(),
+            down_since_ms: BTreeMap::new(),
+            suspect_since_ms: BTreeMap::new(),
+        }
+    }
+
+    /// Whether the lease of this run of an OSD may be renewed now; call it right before the answer
+    /// is sent. The OSD counts the lease from when it asked, which was earlier, so what is
+    /// remembered here ends later than what the OSD believes.
+    pub fn renew(&mut self, now_ms: u64, state: &MonitorState, osd: OsdId, incarnation: Incarnation) -> bool {
+        if !state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation) {
+            return false;
+        }
+        let ends_ms = now_ms + self.timing.lease_ms;
+        let lease = self.leases.entry(osd).or_insert(Lease { incarnation, ends_ms, proposed_ms: None });
+        if lease.incarnation != incarnation {
+            *lease = Lease { incarnation, ends_ms, proposed_ms: None };
+        }
+        if lease.proposed_ms.is_some() {
+            return false;
+        }
+        lease.ends_ms = ends_ms;
+        true
+    }
+
+    /// Takes in an event and answers what should be agreed on. Decisions that did not come about are
+    /// answered again later.
+    pub fn step(&mut self, now_ms: u64, state: &MonitorState, event: Event) -> Vec<Command> {
+        let mut out = Vec::new();
+        match event {
+            Event::Tick => {
+                self.check_leases(now_ms, state, &mut out);
+                self.check_down(now_ms, state, &mut out);
+                self.check_suspects(now_ms, state, &mut out);
+            }
+            Event::Goodbye { osd, incarnation } => {
+                let current = state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation);
+                if current {
+                    self.leases
+                        .insert(osd, Lease { incarnation, ends_ms: now_ms, proposed_ms: Some(now_ms) });
+                    out.push(Command::MarkDown { osd, incarnation, reason: "it was stopped".into() });
+                }
+            }
+            Event::Stuck { osd, incarnation, pg, interval, peer, peer_incarnation, age_ms } => {
+                let current = state.map.pgs.get(&pg).is_some_and(|r| {
+                    r.interval == interval && r.primary == Some(osd) && r.acting.contains(&peer)
+                });
+                let peer_up = state.map.up_osd(peer).is_some_and(|o| o.incarnation == peer_incarnation);
+                if current && peer_up && peer != osd && u128::from(age_ms) >= limits::SUBOP_STUCK.as_millis()
+                {
+                    out.push(Command::SuspectPeer { osd, incarnation, pg, interval, peer, peer_incarnation });
+                }
+            }
+        }
+        out
+    }
+
+    fn check_leases(&mut self, now_ms: u64, state: &MonitorState, out: &mut Vec<Command>) {
+        let map = &state.map;
+        self.leases.retain(|osd, l| map.up_osd(*osd).is_some_and(|o| o.incarnation == l.incarnation));
+        for (osd, info) in map.osds.iter().filter(|(_, info)| info.up) {
+            // Not heard from yet: another monitor may have granted a lease until just now.
+            let lease = self.leases.entry(*osd).or_insert(Lease {
+                incarnation: info.incarnation,
+                ends_ms: now_ms + self.timing.lease_ms,
+                proposed_ms: None,
+            });
+            let due = lease.proposed_ms.is_none_or(|p| now_ms >= p + PROPOSE_AGAIN_MS);
+            if now_ms >= lease.ends_ms && due {
+                lease.proposed_ms = Some(now_ms);
+                let reason = "its lease ran out without a sign of life".into();
+                out.push(Command::MarkDown { osd: *osd, incarnation: info.incarnation, reason });
+            }
+        }
+    }
+
+    fn check_down(&mut self, now_ms: u64, state: &MonitorState, out: &mut Vec<Command>) {
+        let map = &state.map;
+        self.down_since_ms.retain(|osd, _| map.osds.get(osd).is_some_and(|o| !o.up && o.in_cluster));
+        for (osd, _) in map.osds.iter().filter(|(_, o)| !o.up && o.in_cluster) {
+            let since_ms = self.down_since_ms.entry(*osd).or_insert(now_ms);
+            if now_ms >= *since_ms + self.timing.down_out_ms {
+                out.push(Command::OutOsd { osd: *osd, automatic: true });
+            }
+        }
+    }
+
+    fn check_suspects(&mut self, now_ms: u64, state: &MonitorState, out: &mut Vec<Command>) {
+        self.suspect_since_ms
+            .retain(|(pg, osd, inc), _| state.suspects.get(pg).is_some_and(|s| s.contains(&(*osd, *inc))));
+        for (pg, suspects) in &state.suspects {
+            for (peer, incarnation) in suspects {
+                let since_ms = self.suspect_since_ms.entry((*pg, *peer, *incarnation)).or_insert(now_ms);
+                if now_ms >= *since_ms + SUSPECT_MS {
+                    out.push(Command::ClearSuspect { pg: *pg, peer: *peer, peer_incarnation: *incarnation });
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

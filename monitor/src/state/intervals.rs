@@ -1,0 +1,126 @@
+//! Up sets, acting sets and intervals of placement groups (rule P1).
+//!
+//! Invariants: a new interval begins, named by the map's epoch, whenever the acting set, the
+//! primary, the incarnation of a member, or the pool's size, min-size or group count changes; an
+//! interval that was activated stays in `past` until the group is clean; one that never was is not
+//! put there, because it took no writes.
+
+use gabion_proto::ids::*;
+use gabion_proto::map::*;
+use gabion_proto::placement;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Who is left out of a group's acting set.
+pub type Suspects = BTreeMap<PgId, BTreeSet<(OsdId, Incarnation)>>;
+
+/// Brings every group in line with the OSDs and pools of `map`, whose epoch is already the new one;
+/// `osds` and `pools` are those of the epoch before. `placement` computes up sets again as well.
+pub fn recompute(
+    map: &mut ClusterMap,
+    osds: &BTreeMap<OsdId, OsdInfo>,
+    pools: &BTreeMap<PoolId, Pool>,
+    suspects: &Suspects,
+    placement: bool,
+) {
+    if placement {
+        place(map);
+    }
+    let epoch = map.epoch;
+    let none = BTreeSet::new();
+    for (id, record) in &mut map.pgs {
+        let Some(pool) = map.pools.get(&id.pool) else { continue };
+        let suspects = suspects.get(id).unwrap_or(&none);
+        let acting = acting(record, pool, &map.osds, suspects);
+        let primary = acting.iter().copied().find(|o| *o != OsdId::NONE);
+        let rebooted = acting.iter().any(|o| incarnation(osds, *o) != incarnation(&map.osds, *o));
+        let policy = |p: &Pool| (p.redundancy, p.min_size, p.pg_count);
+        let same = record.interval != Epoch(0)
+            && acting == record.acting
+            && primary == record.primary
+            && !rebooted
+            && pools.get(&id.pool).map(policy) == Some(policy(pool));
+        if !same {
+            begin_interval(record, epoch, acting, primary);
+        }
+    }
+}
+
+fn incarnation(osds: &BTreeMap<OsdId, OsdInfo>, osd: OsdId) -> Option<Incarnation> {
+    osds.get(&osd).map(|o| o.incarnation)
+}
+
+fn place(map: &mut ClusterMap) {
+    let pools = &map.pools;
+    map.pgs.retain(|id, _| pools.get(&id.pool).is_some_and(|p| id.index < p.pg_count));
+    for (pool_id, pool) in pools {
+        let ids = (0..pool.pg_count).map(|index| PgId { pool: *pool_id, index });
+        let current: Vec<Vec<OsdId>> = match map.pgs.contains_key(&PgId { pool: *pool_id, index: 0 }) {
+            true => {
+                ids.clone().map(|id| map.pgs.get(&id).map(|r| r.up.clone()).unwrap_or_default()).collect()
+            }
+            false => Vec::new(),
+        };
+        for (id, up) in ids.zip(placement::assign_from(pool, *pool_id, &map.osds, &current)) {
+            map.pgs.entry(id).or_default().up = up;
+        }
+    }
+}
+
+/// The members of the up set that can serve now, primary first.
+///
+/// The primary is a member of the newest interval that may have data, if one is left: a fresh
+/// member would have to fetch everything before it could serve anything.
+fn acting(
+    record: &PgRecord,
+    pool: &Pool,
+    osds: &BTreeMap<OsdId, OsdInfo>,
+    suspects: &BTreeSet<(OsdId, Incarnation)>,
+) -> Vec<OsdId> {
+    let serves = |osd: &OsdId| {
+        osds.get(osd).is_some_and(|info| info.up && !suspects.contains(&(*osd, info.incarnation)))
+    };
+    match pool.redundancy {
+        Redundancy::Erasure { .. } => {
+            record.up.iter().map(|osd| if serves(osd) { *osd } else { OsdId::NONE }).collect()
+        }
+        Redundancy::Replicated { .. } => {
+            let mut acting: Vec<OsdId> = record.up.iter().copied().filter(serves).collect();
+            let current = record.activated.then_some(&record.acting);
+            let past = record.past.iter().rev().map(|p| &p.acting);
+            let holder =
+                current.into_iter().chain(past).flatten().find_map(|o| acting.iter().position(|a| a == o));
+            if let Some(at) = holder {
+                let primary = acting.remove(at);
+                acting.insert(0, primary);
+            }
+            acting
+        }
+    }
+}
+
+fn begin_interval(record: &mut PgRecord, epoch: Epoch, acting: Vec<OsdId>, primary: Option<OsdId>) {
+    if record.activated {
+        let ended = PastInterval {
+            interval: record.interval,
+            acting: std::mem::take(&mut record.acting),
+            primary: record.primary,
+        };
+        if record.clean {
+            // Everything written before is on every member of this one.
+            record.past.clear();
+        }
+        // An earlier interval of the same members adds nothing: to activate the later one they all
+        // had to agree on what the earlier one left. This bounds `past` by the member sets there are.
+        record.past.retain(|p| members(&p.acting) != members(&ended.acting));
+        record.past.push(ended);
+    }
+    record.interval = epoch;
+    record.acting = acting;
+    record.primary = primary;
+    record.activated = false;
+    record.clean = false;
+}
+
+fn members(acting: &[OsdId]) -> BTreeSet<OsdId> {
+    acting.iter().copied().filter(|o| *o != OsdId::NONE).collect()
+}

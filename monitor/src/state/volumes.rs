@@ -1,0 +1,164 @@
+//! Volumes, the sessions of data-path clients, and who holds which volume (rules C1 to C3).
+//!
+//! A generation belongs to one attachment and comes from a counter of the whole cluster, so none is
+//! ever repeated, also after a detach.
+
+use super::*;
+use gabion_proto::limits::*;
+use gabion_proto::map::Attachment;
+
+impl MonitorState {
+    pub(super) fn create_volume(&mut self, name: String, pool: &str, size_bytes: u64) -> CommandResult {
+        if !valid_volume_name(&name) {
+            return Err(Refusal::invalid(format!("{name:?} cannot be the name of a volume")));
+        }
+        let pool = self.pool_named(pool)?;
+        if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size_bytes) {
+            return Err(Refusal::invalid(format!(
+                "a volume has {VOLUME_BYTES_MIN} to {VOLUME_BYTES_MAX} bytes, not {size_bytes}"
+            )));
+        }
+        if !size_bytes.is_multiple_of(u64::from(BLOCK_BYTES)) {
+            return Err(Refusal::invalid(format!(
+                "a volume's size is a multiple of {BLOCK_BYTES}, not {size_bytes}"
+            )));
+        }
+        let object_bytes = u64::from(self.map.pools[&pool].object_bytes);
+        if size_bytes.div_ceil(object_bytes) > u64::from(u32::MAX) {
+            return Err(Refusal::invalid(format!(
+                "{size_bytes} bytes are too many objects of {object_bytes} bytes"
+            )));
+        }
+        if self.volume_names.contains_key(&name) {
+            return Err(Refusal::exists(format!("there is a volume {name:?} already")));
+        }
+        if self.volumes.len() >= VOLUMES_MAX {
+            return Err(Refusal::exhausted(format!("a cluster has at most {VOLUMES_MAX} volumes")));
+        }
+        self.counters.volume += 1;
+        let id = VolumeId(self.counters.volume);
+        self.volume_names.insert(name.clone(), id);
+        self.volumes.insert(id, Volume { name, pool, size_bytes, layers: vec![LayerId(0)] });
+        Ok(Reply::Volume(id))
+    }
+
+    pub(super) fn remove_volume(&mut self, name: &str) -> CommandResult {
+        let id = self.volume_named(name)?;
+        if let Some(vm) = self.vm_of(id) {
+            return Err(Refusal::precondition(format!("volume {name} is a disk of VM {vm}")));
+        }
+        if let Some((export, _)) = self.exports.iter().find(|(_, e)| e.volume == id) {
+            return Err(Refusal::precondition(format!(
+                "volume {name} is exported: remove export {export} first"
+            )));
+        }
+        if let Some(held) = self.map.attachments.get(&id) {
+            let host = self.host_of(held.client);
+            return Err(Refusal::precondition(format!("volume {name} is attached on host {host}")));
+        }
+        self.volumes.remove(&id);
+        self.volume_names.remove(name);
+        self.bump(|map| {
+            map.removed_volumes.insert(id);
+        });
+        self.event(EventSeverity::Ok, format!("volume {name} was removed"));
+        Ok(Reply::Done)
+    }
+
+    /// The host of a client, for messages.
+    pub fn host_of(&self, client: ClientId) -> &str {
+        self.clients.get(&client).map_or("(unknown)", |c| c.host.as_str())
+    }
+
+    pub(super) fn open_session(&mut self, client: ClientId, host: String) -> CommandResult {
+        if !valid_name(&host) {
+            return Err(Refusal::invalid(format!("{host:?} cannot be the name of a host")));
+        }
+        if !self.clients.contains_key(&client) && self.clients.len() >= CLIENTS_MAX {
+            return Err(Refusal::exhausted(format!("a cluster has at most {CLIENTS_MAX} clients")));
+        }
+        let client = match client.0 {
+            0 => {
+                // Clients may bring an identity of their own, so skip what is taken.
+                loop {
+                    self.counters.client += 1;
+                    let id = ClientId(self.counters.client);
+                    if !self.clients.contains_key(&id) {
+                        break id;
+                    }
+                }
+            }
+            _ => client,
+        };
+        let record =
+            self.clients.entry(client).or_insert(Client { session: Session(0), host: String::new() });
+        record.session = Session(record.session.0 + 1);
+        record.host = host;
+        Ok(Reply::Session { client, session: record.session })
+    }
+
+    pub(super) fn attach_volume(
+        &mut self,
+        name: &str,
+        client: ClientId,
+        session: Session,
+        take_over: bool,
+    ) -> CommandResult {
+        let id = self.volume_named(name)?;
+        let current = self.clients.get(&client).map(|c| c.session);
+        if current != Some(session) {
+            return Err(Refusal::aborted(format!("{session} of {client} has ended: open a new session")));
+        }
+        let held = self.map.attachments.get(&id).cloned();
+        let generation = match held {
+            Some(held) if held.client == client => {
+                if held.session == session {
+                    return Ok(Reply::Attached {
+                        volume: id,
+                        generation: held.generation,
+                        epoch: self.map.epoch,
+                    });
+                }
+                held.generation
+            }
+            Some(held) if !take_over => {
+                let host = self.host_of(held.client);
+                return Err(Refusal::precondition(format!("volume {name} is attached on host {host}")));
+            }
+            held => {
+                self.counters.generation += 1;
+                if let Some(held) = held {
+                    let (from, to) = (self.host_of(held.client).to_owned(), self.host_of(client).to_owned());
+                    self.event(
+                        EventSeverity::Warn,
+                        format!("volume {name} was taken over from host {from} by {to}"),
+                    );
+                }
+                Generation(self.counters.generation)
+            }
+        };
+        self.bump(|map| {
+            map.attachments.insert(id, Attachment { generation, client, session });
+        });
+        Ok(Reply::Attached { volume: id, generation, epoch: self.map.epoch })
+    }
+
+    pub(super) fn detach_volume(
+        &mut self,
+        name: &str,
+        client: ClientId,
+        generation: Generation,
+    ) -> CommandResult {
+        let id = self.volume_named(name)?;
+        let Some(held) = self.map.attachments.get(&id) else { return Ok(Reply::Done) };
+        if held.client != client || held.generation != generation {
+            return Err(Refusal::precondition(format!(
+                "volume {name} is not attached as {generation} by {client}"
+            )));
+        }
+        self.bump(|map| {
+            map.attachments.remove(&id);
+        });
+        Ok(Reply::Done)
+    }
+}
