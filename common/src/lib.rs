@@ -2,6 +2,7 @@
 //! gossip and clocks.
 
 pub mod addr_file;
+pub mod client;
 pub mod clock;
 pub mod gossip;
 pub mod map_watch;

@@ -37,6 +37,8 @@ pub enum NetError {
     NoHello,
     #[error("no hello in time")]
     HelloTimeout,
+    #[error("the other side sent {0}")]
+    Unexpected(&'static str),
     #[error("refused: {0}")]
     Refused(String),
 }

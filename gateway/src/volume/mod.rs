@@ -11,6 +11,7 @@
 //! - A write that does not fill its first or last block reads that block first, under the lock.
 
 mod backend;
+mod cluster_backend;
 mod disk;
 mod error;
 mod memory;
@@ -18,6 +19,7 @@ mod pieces;
 mod range_lock;
 
 pub use backend::Backend;
+pub use cluster_backend::ClusterBackend;
 pub use error::VolumeError;
 pub use memory::MemoryBackend;
 
@@ -58,7 +60,7 @@ pub struct Volume {
 
 struct Inner {
     backend: Box<dyn Backend>,
-    lock: RangeLock,
+    lock: Arc<RangeLock>,
     blocks_per_object: u32,
 }
 
@@ -71,7 +73,7 @@ impl Volume {
             "as is the object's"
         );
         let blocks_per_object = shape.object_bytes / BLOCK_BYTES;
-        let inner = Inner { backend, lock: RangeLock::default(), blocks_per_object };
+        let inner = Inner { backend, lock: Arc::default(), blocks_per_object };
         Arc::new(Volume { shape, inner: Arc::new(inner), runtime: Handle::current() })
     }
 
@@ -124,9 +126,10 @@ impl Volume {
             return Ok(());
         }
         let inner = self.inner.clone();
+        let blocks = blocks_touched(offset, data.len() as u64);
+        let turn = inner.lock.acquire(blocks.clone());
         self.to_the_end(async move {
-            let blocks = blocks_touched(offset, data.len() as u64);
-            let _held = inner.lock.acquire(blocks.clone()).await;
+            let _held = turn.await;
             inner.write_locked(offset, data, blocks).await
         })
         .await
@@ -139,9 +142,10 @@ impl Volume {
             return Ok(());
         }
         let inner = self.inner.clone();
+        let touched = blocks_touched(offset, len);
+        let turn = inner.lock.acquire(touched.clone());
         self.to_the_end(async move {
-            let touched = blocks_touched(offset, len);
-            let _held = inner.lock.acquire(touched.clone()).await;
+            let _held = turn.await;
             let whole = blocks_inside(offset, len);
             if whole.is_empty() {
                 // Within one block, or across the border of two.
@@ -169,8 +173,9 @@ impl Volume {
             return Ok(());
         }
         let inner = self.inner.clone();
+        let turn = inner.lock.acquire(whole.clone());
         self.to_the_end(async move {
-            let _held = inner.lock.acquire(whole.clone()).await;
+            let _held = turn.await;
             inner.zero_locked(whole, true).await
         })
         .await

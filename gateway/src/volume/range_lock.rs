@@ -3,7 +3,9 @@
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::ops::Range;
+use std::sync::Arc;
 use tokio::sync::oneshot;
 
 /// Exclusive locks on ranges of blocks.
@@ -28,16 +30,28 @@ struct Waiter {
 }
 
 /// A granted range; dropping it lets the next in.
-pub struct Held<'a> {
-    lock: &'a RangeLock,
+pub struct Held {
+    lock: Arc<RangeLock>,
     start: u64,
 }
 
 /// Removes a waiter whose caller gave up, or releases what it was granted meanwhile.
-struct Pending<'a> {
-    lock: &'a RangeLock,
+struct Pending {
+    /// `None` once granted and handed on.
+    lock: Option<Arc<RangeLock>>,
     id: u64,
     start: u64,
+}
+
+enum Asked {
+    Granted(Held),
+    Waits(Pending, oneshot::Receiver<()>),
+}
+
+impl Pending {
+    fn into_held(mut self) -> Held {
+        Held { lock: self.lock.take().expect("handed on once"), start: self.start }
+    }
 }
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
@@ -70,25 +84,33 @@ impl State {
 }
 
 impl RangeLock {
-    /// Waits until no earlier request overlaps `range`, which is not empty.
-    pub async fn acquire(&self, range: Range<u64>) -> Held<'_> {
+    /// Asks now; the future resolves when no earlier request overlaps `range`, which is not empty.
+    pub fn acquire(self: &Arc<Self>, range: Range<u64>) -> impl Future<Output = Held> + Send + 'static {
+        let asked = self.ask(range);
+        async move {
+            match asked {
+                Asked::Granted(held) => held,
+                Asked::Waits(pending, granted) => {
+                    granted.await.expect("a waiter is granted before it is removed");
+                    pending.into_held()
+                }
+            }
+        }
+    }
+
+    fn ask(self: &Arc<Self>, range: Range<u64>) -> Asked {
         assert!(range.start < range.end, "an empty range orders nothing");
         let start = range.start;
-        let (pending, granted) = {
-            let mut s = self.state.lock();
-            if !s.is_held(&range) && !s.waiting.values().any(|w| overlap(&w.range, &range)) {
-                s.held.insert(range.start, range.end);
-                return Held { lock: self, start };
-            }
-            let id = s.next;
-            s.next += 1;
-            let (tx, rx) = oneshot::channel();
-            s.waiting.insert(id, Waiter { range, granted: tx });
-            (Pending { lock: self, id, start }, rx)
-        };
-        granted.await.expect("a waiter is granted before it is removed");
-        std::mem::forget(pending);
-        Held { lock: self, start }
+        let mut s = self.state.lock();
+        if !s.is_held(&range) && !s.waiting.values().any(|w| overlap(&w.range, &range)) {
+            s.held.insert(range.start, range.end);
+            return Asked::Granted(Held { lock: self.clone(), start });
+        }
+        let id = s.next;
+        s.next += 1;
+        let (tx, rx) = oneshot::channel();
+        s.waiting.insert(id, Waiter { range, granted: tx });
+        Asked::Waits(Pending { lock: Some(self.clone()), id, start }, rx)
     }
 
     fn release(&self, start: u64) {
@@ -100,21 +122,22 @@ impl RangeLock {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         self.lock.release(self.start);
     }
 }
 
-impl Drop for Pending<'_> {
+impl Drop for Pending {
     fn drop(&mut self) {
-        let mut s = self.lock.state.lock();
+        let Some(lock) = self.lock.take() else { return };
+        let mut s = lock.state.lock();
         if s.waiting.remove(&self.id).is_some() {
             // It may have been in the way of others.
             s.grant_what_fits();
         } else {
             drop(s);
-            self.lock.release(self.start);
+            lock.release(self.start);
         }
     }
 }
@@ -123,7 +146,6 @@ impl Drop for Pending<'_> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::sync::Arc;
 
     /// Checks that no two holders overlap and that overlapping ones enter in the order of asking.
     async fn run(ranges: Vec<(u64, u64, u8, bool)>) {
