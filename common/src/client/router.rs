@@ -208,11 +208,11 @@ impl Wait {
         let limit = BACKOFF_MIN.saturating_mul(1 << self.tries.min(8)).min(BACKOFF_MAX);
         self.tries += 1;
         let limit = limit.mul_f64(rand::random_range(0.5..1.0));
-        let newer = self.map.wait_for(|m| m.epoch > used && m.epoch >= want);
-        match tokio::time::timeout(limit, newer).await {
-            Ok(Ok(_)) | Err(_) => {}
+        let map = &mut self.map;
+        let newer = async { map.wait_for(|m| m.epoch > used && m.epoch >= want).await.is_ok() };
+        if let Ok(false) = tokio::time::timeout(limit, newer).await {
             // Nobody follows the map any more: only time passes.
-            Ok(Err(_)) => tokio::time::sleep(limit).await,
+            tokio::time::sleep(limit).await;
         }
     }
 }

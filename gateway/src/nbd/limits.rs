@@ -1,0 +1,23 @@
+//! What an NBD client may ask for at most.
+
+use std::time::Duration;
+
+/// Payload of one read or write.
+pub const REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// Requests of one connection in flight.
+pub const REQUESTS_MAX: usize = 256;
+/// Payload of one connection's requests in flight.
+pub const PAYLOAD_BYTES_MAX: usize = 64 << 20;
+/// Options of one handshake, and the bytes of each; a longer one is skipped up to the second limit.
+pub const OPTIONS_MAX: usize = 256;
+pub const OPTION_BYTES_MAX: u32 = 16 << 10;
+pub const OPTION_SKIP_BYTES_MAX: u32 = 1 << 20;
+/// Export names, by the specification.
+pub const NAME_BYTES_MAX: usize = 4096;
+/// The whole handshake.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Connections of all exports of one listener.
+pub const CONNECTIONS_MAX: usize = 1024;
+
+const _: () = assert!(REQUEST_BYTES_MAX as usize <= PAYLOAD_BYTES_MAX);
+const _: () = assert!(NAME_BYTES_MAX < OPTION_BYTES_MAX as usize);
