@@ -1,5 +1,9 @@
 //! One host's gateway: volumes of the cluster as NBD and vhost-user-blk exports.
 
+pub mod attach;
+pub mod daemon;
+pub mod exports;
 pub mod nbd;
+pub mod session;
 pub mod vhost;
 pub mod volume;

@@ -16,7 +16,7 @@ mod tests;
 mod transmission;
 mod wire;
 
-pub use listener::{listen_tcp, listen_unix};
+pub use listener::{listen_tcp, listen_unix, remove_socket};
 
 use crate::volume::Volume;
 use parking_lot::RwLock;

@@ -46,7 +46,18 @@ where
     };
     while running.join_next().await.is_some() {}
     drop(replies);
-    end.and(flatten(writer.await))
+    // A client that does not take its answers must not keep a closing export.
+    let patience = async {
+        export.closing.cancelled().await;
+        tokio::time::sleep(LAST_ANSWERS).await;
+    };
+    tokio::select! {
+        r = &mut writer => end.and(flatten(r)),
+        () = patience => {
+            writer.abort();
+            end
+        }
+    }
 }
 
 fn flatten(r: Result<Result<(), NbdError>, tokio::task::JoinError>) -> Result<(), NbdError> {
