@@ -1,0 +1,286 @@
+//! `AdminService`: what operators ask. Checks form here, meaning in the state.
+
+use super::{Monitor, invalid, refused, view};
+use crate::state::{Command, DiskRequest, ExportKind, Reply, VmAction};
+use gabion_proto::convert;
+use gabion_proto::ids::*;
+use gabion_proto::map::{FailureDomain, Redundancy};
+use gabion_proto::pb::{self, Empty};
+use std::collections::BTreeSet;
+use tonic::{Request, Response, Status};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn gone(what: &str) -> Status {
+    Status::aborted(format!("the {what} was removed meanwhile"))
+}
+
+fn disk(d: pb::VmDisk) -> DiskRequest {
+    DiskRequest { volume: d.volume, serial: d.serial }
+}
+
+impl Monitor {
+    fn pool_info(&self, name: &str) -> Result<pb::PoolInfo, Status> {
+        let state = self.state();
+        view::pool(&state, state.pool_named(name).map_err(refused)?).ok_or_else(|| gone("pool"))
+    }
+
+    fn volume_info(&self, name: &str) -> Result<pb::VolumeInfo, Status> {
+        let state = self.state();
+        view::volume(&state, state.volume_named(name).map_err(refused)?).ok_or_else(|| gone("volume"))
+    }
+
+    fn vm_info(&self, name: &str) -> Result<pb::VmInfo, Status> {
+        let state = self.state();
+        let vm = state.vms.get(name).ok_or_else(|| Status::not_found(format!("there is no VM {name:?}")))?;
+        Ok(view::vm(&state, &self.0.volatile.lock(), name, vm))
+    }
+
+    /// The host that is meant when none is named.
+    fn only_host(&self, named: String, what: &str, hosts: BTreeSet<String>) -> Result<String, Status> {
+        if !named.is_empty() {
+            return Ok(named);
+        }
+        match hosts.len() {
+            0 => Err(Status::failed_precondition(format!(
+                "no {what} has reported: start one or name the host"
+            ))),
+            1 => Ok(hosts.into_iter().next().unwrap_or_default()),
+            _ => {
+                let names = hosts.into_iter().collect::<Vec<_>>().join(", ");
+                Err(Status::invalid_argument(format!("name the host: there is a {what} on each of {names}")))
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl pb::admin_service_server::AdminService for Monitor {
+    async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::PoolInfo> {
+        let r = request.into_inner();
+        let redundancy =
+            r.redundancy.ok_or_else(|| invalid("redundancy: must name replicas or an erasure code"))?;
+        let redundancy = Redundancy::try_from(redundancy).map_err(invalid)?;
+        let domain = convert::failure_domain(r.failure_domain).map_err(invalid)?;
+        self.propose(Command::CreatePool {
+            name: r.name.clone(),
+            redundancy,
+            min_size: r.min_size,
+            failure_domain: domain.unwrap_or(FailureDomain::Host),
+            pg_count: r.pg_count,
+            object_bytes: r.object_bytes,
+        })
+        .await?;
+        Ok(Response::new(self.pool_info(&r.name)?))
+    }
+
+    async fn list_pools(&self, _: Request<Empty>) -> Answer<pb::ListPoolsReply> {
+        let state = self.state();
+        let pools = state.map.pools.keys().filter_map(|id| view::pool(&state, *id)).collect();
+        Ok(Response::new(pb::ListPoolsReply { pools }))
+    }
+
+    async fn remove_pool(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
+        self.propose(Command::RemovePool { name: request.into_inner().name }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn set_pool(&self, request: Request<pb::SetPoolRequest>) -> Answer<pb::PoolInfo> {
+        let r = request.into_inner();
+        self.propose(Command::SetPool { name: r.name.clone(), min_size: r.min_size }).await?;
+        Ok(Response::new(self.pool_info(&r.name)?))
+    }
+
+    async fn add_osd(&self, request: Request<pb::AddOsdRequest>) -> Answer<pb::AddOsdReply> {
+        let r = request.into_inner();
+        let disk = convert::identity("disk", &r.disk).map_err(invalid)?;
+        let command = Command::AddOsd {
+            disk,
+            host: r.host,
+            rack: r.rack,
+            weight: r.weight,
+            capacity_bytes: r.capacity_bytes,
+        };
+        match self.propose(command).await? {
+            Reply::Osd(id) => {
+                let cluster = self.state().map.cluster.0.to_vec();
+                Ok(Response::new(pb::AddOsdReply { id: id.0, cluster }))
+            }
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn list_osds(&self, _: Request<Empty>) -> Answer<pb::ListOsdsReply> {
+        let osds = view::osds(&self.state(), &self.0.volatile.lock());
+        Ok(Response::new(pb::ListOsdsReply { osds }))
+    }
+
+    async fn out_osd(&self, request: Request<pb::OsdRequest>) -> Answer<Empty> {
+        self.propose(Command::OutOsd { osd: OsdId(request.into_inner().id), automatic: false }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn in_osd(&self, request: Request<pb::OsdRequest>) -> Answer<Empty> {
+        self.propose(Command::InOsd { osd: OsdId(request.into_inner().id) }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn reweight_osd(&self, request: Request<pb::ReweightOsdRequest>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.propose(Command::ReweightOsd { osd: OsdId(r.id), weight: r.weight }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn remove_osd(&self, request: Request<pb::RemoveOsdRequest>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.propose(Command::RemoveOsd { osd: OsdId(r.id), force: r.force }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn list_pgs(&self, request: Request<pb::ListPgsRequest>) -> Answer<pb::ListPgsReply> {
+        let state = self.state();
+        let pool = match request.into_inner().pool.as_str() {
+            "" => None,
+            name => Some(state.pool_named(name).map_err(refused)?),
+        };
+        let pgs = view::pgs(&state, &self.0.volatile.lock(), pool);
+        Ok(Response::new(pb::ListPgsReply { pgs }))
+    }
+
+    async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Answer<pb::VolumeInfo> {
+        let r = request.into_inner();
+        let command = Command::CreateVolume { name: r.name.clone(), pool: r.pool, size_bytes: r.size_bytes };
+        self.propose(command).await?;
+        Ok(Response::new(self.volume_info(&r.name)?))
+    }
+
+    async fn list_volumes(&self, _: Request<Empty>) -> Answer<pb::ListVolumesReply> {
+        let state = self.state();
+        let volumes = state.volumes.keys().filter_map(|id| view::volume(&state, *id)).collect();
+        Ok(Response::new(pb::ListVolumesReply { volumes }))
+    }
+
+    async fn get_volume(&self, request: Request<pb::NameRequest>) -> Answer<pb::VolumeInfo> {
+        Ok(Response::new(self.volume_info(&request.into_inner().name)?))
+    }
+
+    async fn remove_volume(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
+        self.propose(Command::RemoveVolume { name: request.into_inner().name }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::ExportInfo> {
+        let r = request.into_inner();
+        let kind = match pb::ExportKind::try_from(r.kind) {
+            Ok(pb::ExportKind::Nbd) => ExportKind::Nbd,
+            Ok(pb::ExportKind::VhostUser) => ExportKind::VhostUser,
+            _ => return Err(invalid("kind: must be NBD or vhost-user")),
+        };
+        let hosts = self.0.volatile.lock().gateways.keys().cloned().collect();
+        let host = self.only_host(r.host, "gateway", hosts)?;
+        let command = Command::AddExport { volume: r.volume, kind, read_only: r.read_only, host };
+        let Reply::Export(id) = self.propose(command).await? else {
+            return Err(Status::internal("unexpected answer"));
+        };
+        let state = self.state();
+        let export = state.exports.get(&id).ok_or_else(|| gone("export"))?;
+        Ok(Response::new(view::export(&state, &self.0.volatile.lock(), id, export)))
+    }
+
+    async fn list_exports(&self, _: Request<Empty>) -> Answer<pb::ListExportsReply> {
+        let state = self.state();
+        let volatile = self.0.volatile.lock();
+        let exports = state.exports.iter().map(|(id, e)| view::export(&state, &volatile, *id, e)).collect();
+        Ok(Response::new(pb::ListExportsReply { exports }))
+    }
+
+    async fn remove_export(&self, request: Request<pb::ExportRequest>) -> Answer<Empty> {
+        self.propose(Command::RemoveExport { id: request.into_inner().id }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn list_hosts(&self, _: Request<Empty>) -> Answer<pb::ListHostsReply> {
+        let state = self.state();
+        let volatile = self.0.volatile.lock();
+        let mut names: BTreeSet<&String> = volatile.gateways.keys().chain(volatile.agents.keys()).collect();
+        names.extend(state.vms.values().map(|v| &v.host).chain(state.exports.values().map(|e| &e.host)));
+        let hosts = names.into_iter().map(|name| {
+            let agent = volatile.agents.get(name).map(|(_, a)| a.clone());
+            let agent_up = agent.is_some();
+            let agent = agent.unwrap_or_default();
+            pb::HostInfo {
+                name: name.clone(),
+                gateway_up: volatile.gateways.contains_key(name),
+                agent_up,
+                agent_addr: agent.agent_addr,
+                cpus: agent.cpus,
+                memory_bytes: agent.memory_bytes,
+                accelerator: agent.accelerator,
+                vms: state.vms.values().filter(|v| v.host == *name).count() as u32,
+            }
+        });
+        Ok(Response::new(pb::ListHostsReply { hosts: hosts.collect() }))
+    }
+
+    async fn create_vm(&self, request: Request<pb::CreateVmRequest>) -> Answer<pb::VmInfo> {
+        let r = request.into_inner();
+        let hosts = self.0.volatile.lock().agents.keys().cloned().collect();
+        let host = self.only_host(r.host, "host agent", hosts)?;
+        self.propose(Command::CreateVm {
+            name: r.name.clone(),
+            cpus: r.cpus,
+            memory_bytes: r.memory_bytes,
+            disks: r.disks.into_iter().map(disk).collect(),
+            host,
+            kernel_args: r.kernel_args,
+        })
+        .await?;
+        Ok(Response::new(self.vm_info(&r.name)?))
+    }
+
+    async fn list_vms(&self, _: Request<Empty>) -> Answer<pb::ListVmsReply> {
+        let state = self.state();
+        let volatile = self.0.volatile.lock();
+        let vms = state.vms.iter().map(|(name, vm)| view::vm(&state, &volatile, name, vm)).collect();
+        Ok(Response::new(pb::ListVmsReply { vms }))
+    }
+
+    async fn get_vm(&self, request: Request<pb::NameRequest>) -> Answer<pb::VmInfo> {
+        Ok(Response::new(self.vm_info(&request.into_inner().name)?))
+    }
+
+    async fn set_vm_state(&self, request: Request<pb::SetVmStateRequest>) -> Answer<pb::VmInfo> {
+        let r = request.into_inner();
+        let action = match pb::VmAction::try_from(r.action) {
+            Ok(pb::VmAction::Start) => VmAction::Start,
+            Ok(pb::VmAction::Stop) => VmAction::Stop,
+            Ok(pb::VmAction::Kill) => VmAction::Kill,
+            _ => return Err(invalid("action: must be start, stop or kill")),
+        };
+        let now = self.vm_info(&r.name)?;
+        let running = matches!(now.state(), pb::VmState::Starting | pb::VmState::Running);
+        if action == VmAction::Start && now.wanted() == pb::VmState::Running && running {
+            return Ok(Response::new(now));
+        }
+        self.propose(Command::SetVmState { name: r.name.clone(), action }).await?;
+        Ok(Response::new(self.vm_info(&r.name)?))
+    }
+
+    async fn attach_disk(&self, request: Request<pb::AttachDiskRequest>) -> Answer<pb::VmInfo> {
+        let r = request.into_inner();
+        let disk = disk(r.disk.ok_or_else(|| invalid("disk: must be given"))?);
+        self.propose(Command::AttachDisk { vm: r.vm.clone(), disk }).await?;
+        Ok(Response::new(self.vm_info(&r.vm)?))
+    }
+
+    async fn detach_disk(&self, request: Request<pb::DetachDiskRequest>) -> Answer<pb::VmInfo> {
+        let r = request.into_inner();
+        self.propose(Command::DetachDisk { vm: r.vm.clone(), volume: r.volume }).await?;
+        Ok(Response::new(self.vm_info(&r.vm)?))
+    }
+
+    async fn remove_vm(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
+        self.propose(Command::RemoveVm { name: request.into_inner().name }).await?;
+        Ok(Response::new(Empty {}))
+    }
+}

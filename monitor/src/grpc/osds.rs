@@ -1,0 +1,101 @@
+//! `OsdService`: boots, leases, reports of groups.
+
+use super::{Monitor, invalid};
+use crate::decide::Event;
+use crate::state::{Command, Reply};
+use gabion_common::clock::boottime_ms;
+use gabion_proto::convert;
+use gabion_proto::ids::*;
+use gabion_proto::limits::LEASE;
+use gabion_proto::pb::{self, Empty};
+use tonic::{Request, Response, Status};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// Peers that one heartbeat may report; the rest comes with the next.
+const STUCK_MAX: usize = 64;
+
+#[tonic::async_trait]
+impl pb::osd_service_server::OsdService for Monitor {
+    async fn boot(&self, request: Request<pb::BootRequest>) -> Answer<pb::BootReply> {
+        let r = request.into_inner();
+        let cluster = convert::identity("cluster", &r.cluster).map_err(invalid)?;
+        let mine = self.state().map.cluster;
+        if cluster != mine {
+            return Err(Status::failed_precondition(format!(
+                "this is cluster {mine}, the disk belongs to {cluster}"
+            )));
+        }
+        let disk = convert::identity("disk", &r.disk).map_err(invalid)?;
+        let command = Command::BootOsd {
+            osd: OsdId(r.id),
+            disk,
+            addr: r.addr,
+            host: r.host,
+            rack: r.rack,
+            capacity_bytes: r.capacity_bytes,
+        };
+        match self.propose(command).await? {
+            Reply::Booted { incarnation, epoch } => {
+                tracing::info!(osd = r.id, incarnation = incarnation.0, "booted");
+                Ok(Response::new(pb::BootReply { incarnation: incarnation.0, epoch: epoch.0 }))
+            }
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatReply> {
+        let mut r = request.into_inner();
+        let (osd, incarnation) = (OsdId(r.id), Incarnation(r.incarnation));
+        let state = self.state();
+        if !self.0.detector.lock().renew(boottime_ms(), &state, osd, incarnation) {
+            return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
+        }
+        let stuck = std::mem::take(&mut r.stuck);
+        self.0.volatile.lock().heartbeat(&state, osd, r);
+        self.0.osd_reports.send_modify(|n| *n += 1);
+        for s in stuck.into_iter().take(STUCK_MAX) {
+            self.detect(Event::Stuck {
+                osd,
+                incarnation,
+                pg: PgId { pool: PoolId(s.pool), index: s.pg },
+                interval: Epoch(s.interval),
+                peer: OsdId(s.peer),
+                peer_incarnation: Incarnation(s.peer_incarnation),
+                age_ms: s.age_ms,
+            })
+            .await;
+        }
+        Ok(Response::new(pb::HeartbeatReply { lease_ms: LEASE.as_millis() as u64, epoch: state.map.epoch.0 }))
+    }
+
+    async fn pg_activated(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.propose(Command::PgActivated {
+            osd: OsdId(r.osd),
+            incarnation: Incarnation(r.incarnation),
+            pg: PgId { pool: PoolId(r.pool), index: r.index },
+            interval: Epoch(r.interval),
+        })
+        .await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn pg_clean(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.propose(Command::PgClean {
+            osd: OsdId(r.osd),
+            incarnation: Incarnation(r.incarnation),
+            pg: PgId { pool: PoolId(r.pool), index: r.index },
+            interval: Epoch(r.interval),
+        })
+        .await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn goodbye(&self, request: Request<pb::GoodbyeRequest>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.detect(Event::Goodbye { osd: OsdId(r.id), incarnation: Incarnation(r.incarnation) }).await;
+        Ok(Response::new(Empty {}))
+    }
+}

@@ -1,0 +1,80 @@
+//! What daemons report between changes: acknowledged epochs, statistics, states of groups, exports
+//! and guests. In memory only; after a restart it is heard again within seconds.
+//!
+//! Bounded: only OSDs, groups, exports and VMs that exist are kept.
+
+use super::rebuild::Meter;
+use crate::state::MonitorState;
+use gabion_proto::ids::*;
+use gabion_proto::pb;
+use std::collections::BTreeMap;
+
+/// A host that is silent for this long is forgotten.
+pub(super) const HOST_SILENCE_MS: u64 = 10_000;
+/// Hosts that are listened to.
+pub(super) const HOSTS_MAX: usize = 10_000;
+
+/// The last heartbeat of an OSD.
+#[derive(Clone, Debug, Default)]
+pub(super) struct OsdReport {
+    pub incarnation: Incarnation,
+    pub acked: Epoch,
+    pub stats: pb::OsdStats,
+}
+
+#[derive(Default)]
+pub(super) struct Volatile {
+    pub osds: BTreeMap<OsdId, OsdReport>,
+    pub pgs: BTreeMap<PgId, pb::PgStatus>,
+    /// By host, with when they were last heard.
+    pub gateways: BTreeMap<String, (u64, pb::GatewayReport)>,
+    pub agents: BTreeMap<String, (u64, pb::AgentReport)>,
+    /// The action number under which a VM was last seen alive.
+    pub alive: BTreeMap<String, u64>,
+    pub meter: Meter,
+    sampled_ms: u64,
+}
+
+impl Volatile {
+    /// Forgets what is gone and takes samples; answers whether a host was forgotten.
+    pub fn tick(&mut self, now_ms: u64, state: &MonitorState) -> bool {
+        let before = self.gateways.len() + self.agents.len();
+        self.gateways.retain(|_, (at, _)| now_ms < *at + HOST_SILENCE_MS);
+        self.agents.retain(|_, (at, _)| now_ms < *at + HOST_SILENCE_MS);
+        let forgot = self.gateways.len() + self.agents.len() < before;
+        self.osds.retain(|osd, _| state.map.osds.contains_key(osd));
+        self.alive.retain(|vm, _| state.vms.contains_key(vm));
+        self.pgs.retain(|pg, s| state.map.pgs.get(pg).is_some_and(|r| r.interval.0 == s.interval));
+        if now_ms >= self.sampled_ms + 500 {
+            self.sampled_ms = now_ms;
+            self.meter.sample(now_ms, super::view::totals(state, self));
+        }
+        forgot
+    }
+
+    /// Takes in a heartbeat of an OSD that is known to be up as `incarnation`.
+    pub fn heartbeat(&mut self, state: &MonitorState, osd: OsdId, request: pb::HeartbeatRequest) {
+        let stats = request.stats.unwrap_or_default();
+        let incarnation = Incarnation(request.incarnation);
+        self.meter.osd_stats(osd, incarnation, &stats);
+        self.osds.insert(osd, OsdReport { incarnation, acked: Epoch(request.acked_epoch), stats });
+        for status in request.pgs {
+            let pg = PgId { pool: PoolId(status.pool), index: status.index };
+            let Some(record) = state.map.pgs.get(&pg) else { continue };
+            if record.primary == Some(osd) && record.interval.0 == status.interval {
+                self.meter.pg_status(pg, &status);
+                self.pgs.insert(pg, status);
+            }
+        }
+    }
+
+    /// The first OSD that is up and has not said that `epoch` is in force.
+    pub fn behind(&self, state: &MonitorState, epoch: Epoch) -> Option<OsdId> {
+        let behind = state.map.osds.iter().find(|(osd, info)| {
+            let acked =
+                self.osds.get(osd).is_some_and(|r| r.incarnation == info.incarnation && r.acked >= epoch);
+            info.up && !acked
+        });
+        behind.map(|(osd, _)| *osd)
+    }
+}

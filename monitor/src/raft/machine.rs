@@ -1,0 +1,221 @@
+//! The state machine: [`MonitorState`] in memory, its snapshots in RocksDB, and its newest version
+//! published to the rest of the daemon.
+//!
+//! On start the last snapshot is loaded and openraft applies the log after it again.
+
+use super::Types;
+use super::log::{family, other, synced};
+use crate::state::{CommandResult, MonitorState, Reply};
+use gabion_proto::ids::Epoch;
+use gabion_proto::map::MapIncrement;
+use openraft::storage::RaftStateMachine;
+use openraft::{
+    BasicNode, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta,
+    StorageError, StorageIOError, StoredMembership,
+};
+use parking_lot::Mutex;
+use rocksdb::DB;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::io::{self, Cursor};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Column family of the snapshot.
+pub(super) const FAMILY: &str = "machine";
+const SNAPSHOT: &[u8] = b"snapshot";
+/// Changes of the map that are kept for those who follow it.
+const INCREMENTS_MAX: usize = 500;
+
+type Failure = StorageError<u64>;
+
+/// The newest state, and the last changes of its map.
+#[derive(Debug)]
+pub struct Published {
+    state: watch::Sender<Arc<MonitorState>>,
+    increments: Mutex<VecDeque<Arc<MapIncrement>>>,
+}
+
+impl Published {
+    fn new(state: MonitorState) -> Published {
+        Published { state: watch::Sender::new(Arc::new(state)), increments: Mutex::default() }
+    }
+
+    pub fn watch(&self) -> watch::Receiver<Arc<MonitorState>> {
+        self.state.subscribe()
+    }
+
+    pub fn state(&self) -> Arc<MonitorState> {
+        self.state.borrow().clone()
+    }
+
+    /// What leads from `have` to the newest map; `None` if that is too long ago.
+    pub fn since(&self, have: Epoch) -> Option<Vec<Arc<MapIncrement>>> {
+        let increments = self.increments.lock();
+        if increments.back().is_none_or(|i| i.to == have) {
+            return (self.state.borrow().map.epoch == have).then(Vec::new);
+        }
+        let at = increments.iter().position(|i| i.from == have)?;
+        Some(increments.iter().skip(at).cloned().collect())
+    }
+
+    fn publish(&self, new: Arc<MonitorState>, changed: Vec<MapIncrement>) {
+        let mut increments = self.increments.lock();
+        increments.extend(changed.into_iter().map(Arc::new));
+        while increments.len() > INCREMENTS_MAX {
+            increments.pop_front();
+        }
+        self.state.send_replace(new);
+    }
+
+    fn replace(&self, new: Arc<MonitorState>) {
+        self.increments.lock().clear();
+        self.state.send_replace(new);
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    meta: SnapshotMeta<u64, BasicNode>,
+    data: Vec<u8>,
+}
+
+pub(crate) struct Machine {
+    db: Arc<DB>,
+    state: Arc<MonitorState>,
+    last_applied: Option<LogId<u64>>,
+    membership: StoredMembership<u64, BasicNode>,
+    published: Arc<Published>,
+}
+
+fn load(db: &DB) -> io::Result<Option<Stored>> {
+    match db.get_cf(family(db, FAMILY)?, SNAPSHOT).map_err(other)? {
+        None => Ok(None),
+        Some(bytes) => postcard::from_bytes(&bytes).map(Some).map_err(other),
+    }
+}
+
+fn store(db: &DB, stored: &Stored) -> io::Result<()> {
+    let bytes = postcard::to_stdvec(stored).map_err(other)?;
+    db.put_cf_opt(family(db, FAMILY)?, SNAPSHOT, bytes, &synced()).map_err(other)
+}
+
+fn writing(e: io::Error) -> Failure {
+    StorageIOError::write_snapshot(None, &e).into()
+}
+
+fn reading(e: io::Error) -> Failure {
+    StorageIOError::read_snapshot(None, &e).into()
+}
+
+impl Machine {
+    pub(crate) fn open(db: Arc<DB>) -> io::Result<Machine> {
+        let (mut state, mut last_applied, mut membership) =
+            (MonitorState::default(), None, Default::default());
+        if let Some(stored) = load(&db)? {
+            state = postcard::from_bytes(&stored.data).map_err(other)?;
+            last_applied = stored.meta.last_log_id;
+            membership = stored.meta.last_membership;
+        }
+        let published = Arc::new(Published::new(state.clone()));
+        Ok(Machine { db, state: Arc::new(state), last_applied, membership, published })
+    }
+
+    pub(super) fn published(&self) -> Arc<Published> {
+        self.published.clone()
+    }
+}
+
+impl RaftStateMachine<Types> for Machine {
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(
+        &mut self,
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>), Failure> {
+        Ok((self.last_applied, self.membership.clone()))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<CommandResult>, Failure>
+    where
+        I: IntoIterator<Item = Entry<Types>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut answers = Vec::new();
+        let mut increments = Vec::new();
+        for entry in entries {
+            self.last_applied = Some(entry.log_id);
+            answers.push(match entry.payload {
+                EntryPayload::Blank => Ok(Reply::Done),
+                EntryPayload::Membership(membership) => {
+                    self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    Ok(Reply::Done)
+                }
+                EntryPayload::Normal(stamped) => {
+                    let old = self.state.clone();
+                    let answer = Arc::make_mut(&mut self.state).apply(stamped.unix_ms, stamped.command);
+                    if old.map.epoch != self.state.map.epoch {
+                        increments.push(MapIncrement::between(&old.map, &self.state.map));
+                    }
+                    answer
+                }
+            });
+        }
+        self.published.publish(self.state.clone(), increments);
+        Ok(answers)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        Builder {
+            db: self.db.clone(),
+            state: self.state.clone(),
+            last_applied: self.last_applied,
+            membership: self.membership.clone(),
+        }
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<Cursor<Vec<u8>>>, Failure> {
+        Ok(Box::new(Cursor::new(Vec::new())))
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta<u64, BasicNode>,
+        snapshot: Box<Cursor<Vec<u8>>>,
+    ) -> Result<(), Failure> {
+        let stored = Stored { meta: meta.clone(), data: snapshot.into_inner() };
+        let state: MonitorState = postcard::from_bytes(&stored.data).map_err(|e| reading(other(e)))?;
+        store(&self.db, &stored).map_err(writing)?;
+        self.state = Arc::new(state);
+        self.last_applied = meta.last_log_id;
+        self.membership = meta.last_membership.clone();
+        self.published.replace(self.state.clone());
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, Failure> {
+        let stored = load(&self.db).map_err(reading)?;
+        Ok(stored.map(|s| Snapshot { meta: s.meta, snapshot: Box::new(Cursor::new(s.data)) }))
+    }
+}
+
+pub(crate) struct Builder {
+    db: Arc<DB>,
+    state: Arc<MonitorState>,
+    last_applied: Option<LogId<u64>>,
+    membership: StoredMembership<u64, BasicNode>,
+}
+
+impl RaftSnapshotBuilder<Types> for Builder {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<Types>, Failure> {
+        let data = postcard::to_stdvec(&*self.state).map_err(|e| writing(other(e)))?;
+        let snapshot_id = self.last_applied.map_or("0".into(), |l| format!("{}-{}", l.leader_id, l.index));
+        let meta = SnapshotMeta {
+            last_log_id: self.last_applied,
+            last_membership: self.membership.clone(),
+            snapshot_id,
+        };
+        let stored = Stored { meta, data };
+        store(&self.db, &stored).map_err(writing)?;
+        Ok(Snapshot { meta: stored.meta, snapshot: Box::new(Cursor::new(stored.data)) })
+    }
+}
