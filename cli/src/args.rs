@@ -1,0 +1,460 @@
+//! Every noun, verb and flag. Completions come from here too.
+
+use crate::output::Format;
+use crate::size;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use std::path::PathBuf;
+
+#[derive(Parser, Debug)]
+#[command(
+    name = "gabion",
+    version,
+    about = "Replicated block storage for virtual machines",
+    propagate_version = true
+)]
+pub struct Cli {
+    /// Monitors, as ip:port[,ip:port]; else the config file names them.
+    #[arg(long, global = true, env = "GABION_MONITORS", value_delimiter = ',', value_name = "ADDR")]
+    pub monitors: Vec<String>,
+    /// How answers are printed.
+    #[arg(short, long, global = true, value_enum, default_value = "table")]
+    pub output: Format,
+    /// No colours (also NO_COLOR).
+    #[arg(long, global = true)]
+    pub no_color: bool,
+    /// Do not ask before destroying something.
+    #[arg(short, long, global = true)]
+    pub yes: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// A whole cluster of real daemons on this machine
+    Dev {
+        #[command(subcommand)]
+        verb: DevVerb,
+    },
+    /// The cluster on one screen
+    Status,
+    /// Each problem and its remedy
+    Health,
+    /// What happened
+    Events {
+        /// Go on with new events.
+        #[arg(long, short)]
+        follow: bool,
+        /// How many past events.
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        last: u32,
+    },
+    /// Storage daemons
+    Osd {
+        #[command(subcommand)]
+        verb: OsdVerb,
+    },
+    /// Pools: how volumes are kept
+    Pool {
+        #[command(subcommand)]
+        verb: PoolVerb,
+    },
+    /// Placement groups
+    Pg {
+        #[command(subcommand)]
+        verb: PgVerb,
+    },
+    /// Volumes
+    Volume {
+        #[command(subcommand)]
+        verb: VolumeVerb,
+    },
+    /// Volumes served over NBD or vhost-user
+    Export {
+        #[command(subcommand)]
+        verb: ExportVerb,
+    },
+    /// Hosts with a gateway or an agent
+    Host {
+        #[command(subcommand)]
+        verb: HostVerb,
+    },
+    /// Virtual machines
+    Vm {
+        #[command(subcommand)]
+        verb: VmVerb,
+    },
+    /// Repair after a failure
+    Rebuild {
+        #[command(subcommand)]
+        verb: RebuildVerb,
+    },
+    /// Prints a completion script
+    Completions { shell: Shell },
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct DevDir {
+    /// Directory of the cluster.
+    #[arg(long, default_value = ".gabion")]
+    pub dir: PathBuf,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum DevVerb {
+    /// Starts the cluster and waits until it serves; does nothing when it runs
+    Up {
+        #[command(flatten)]
+        dir: DevDir,
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+        osds: u32,
+        #[arg(long, default_value_t = 1)]
+        monitors: u32,
+        /// Simulated hosts that the OSDs claim; default: one per OSD, at most 4.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+        hosts: Option<u32>,
+        #[arg(long, default_value = "4G", value_parser = size::parse)]
+        osd_size: u64,
+        /// Daemons that die stay down.
+        #[arg(long)]
+        no_restart: bool,
+        /// After how long a down OSD is out.
+        #[arg(long)]
+        down_out_secs: Option<u64>,
+        /// How long to wait for the cluster.
+        #[arg(long, default_value_t = 90)]
+        timeout_secs: u64,
+    },
+    /// Stops every daemon
+    Down {
+        #[command(flatten)]
+        dir: DevDir,
+        /// Also removes the directory with all data.
+        #[arg(long)]
+        wipe: bool,
+    },
+    /// Lists the daemons
+    Status {
+        #[command(flatten)]
+        dir: DevDir,
+    },
+    /// Starts a daemon that is down
+    Start {
+        #[command(flatten)]
+        dir: DevDir,
+        /// KIND.ID as in dev status, such as osd.1.
+        daemon: String,
+    },
+    /// Stops a daemon cleanly; it stays down
+    Stop {
+        #[command(flatten)]
+        dir: DevDir,
+        daemon: String,
+    },
+    /// Kills a daemon (SIGKILL); it is restarted unless --stay-down or the cluster has --no-restart
+    Kill {
+        #[command(flatten)]
+        dir: DevDir,
+        daemon: String,
+        #[arg(long)]
+        stay_down: bool,
+    },
+    #[command(hide = true)]
+    Supervise {
+        #[command(flatten)]
+        dir: DevDir,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum OsdVerb {
+    /// Lists OSDs
+    Ls,
+    /// OSDs by rack and host
+    Tree,
+    /// One OSD
+    Show { id: OsdId },
+    /// Moves its data elsewhere
+    Out { id: OsdId },
+    /// Lets it hold data again
+    In { id: OsdId },
+    /// Sets its share of data; 1.0 is one unit
+    Reweight {
+        id: OsdId,
+        #[arg(value_parser = parse_weight)]
+        weight: u32,
+    },
+    /// Forgets it: refused unless it is down, out and not needed
+    Rm {
+        id: OsdId,
+        /// Declares its data lost.
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// `3` or `osd.3`.
+#[derive(Clone, Copy, Debug)]
+pub struct OsdId(pub u32);
+
+impl std::str::FromStr for OsdId {
+    type Err = String;
+    fn from_str(text: &str) -> Result<OsdId, String> {
+        let digits = text.strip_prefix("osd.").unwrap_or(text);
+        digits
+            .parse()
+            .map(OsdId)
+            .map_err(|_| format!("{text:?} is not an OSD: use its number, as 3 or osd.3"))
+    }
+}
+
+fn parse_weight(text: &str) -> Result<u32, String> {
+    let weight: f64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
+    if !(0.0..=16_384.0).contains(&weight) {
+        return Err("a weight is between 0 and 16384".to_owned());
+    }
+    Ok((weight * 65_536.0).round() as u32)
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Domain {
+    Osd,
+    Host,
+    Rack,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PoolVerb {
+    /// Makes a pool
+    #[command(group(ArgGroup::new("redundancy").required(true).args(["replicas", "ec"])))]
+    Create {
+        name: String,
+        /// Whole copies.
+        #[arg(long)]
+        replicas: Option<u32>,
+        /// Data and parity shards, as 4+2.
+        #[arg(long, value_parser = parse_erasure, value_name = "K+M")]
+        ec: Option<(u32, u32)>,
+        /// Copies that must be there for writes to go on.
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        min_size: u32,
+        #[arg(long, value_enum, default_value = "host")]
+        failure_domain: Domain,
+        #[arg(long, default_value_t = 0, hide_default_value = true)]
+        pgs: u32,
+        #[arg(long, default_value = "4M", value_parser = size::parse_u32)]
+        object_size: u32,
+    },
+    /// Lists pools
+    Ls,
+    /// One pool
+    Show { name: String },
+    /// Changes a pool
+    Set {
+        name: String,
+        #[arg(long, required = true)]
+        min_size: u32,
+    },
+    /// Removes a pool that no volume uses
+    Rm { name: String },
+}
+
+fn parse_erasure(text: &str) -> Result<(u32, u32), String> {
+    let bad = || format!("{text:?} is not K+M, such as 4+2");
+    let (k, m) = text.split_once('+').ok_or_else(bad)?;
+    Ok((k.parse().map_err(|_| bad())?, m.parse().map_err(|_| bad())?))
+}
+
+#[derive(Subcommand, Debug)]
+pub enum PgVerb {
+    /// Lists placement groups
+    Ls {
+        /// Only of this pool.
+        #[arg(long)]
+        pool: Option<String>,
+        /// Only those that are not active+clean.
+        #[arg(long)]
+        not_clean: bool,
+    },
+    /// One placement group, as POOL.INDEX
+    Show { pg: String },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub enum ImageFormat {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum VolumeVerb {
+    /// Makes a volume
+    Create {
+        name: String,
+        #[arg(long, value_parser = size::parse)]
+        size: u64,
+        #[arg(long)]
+        pool: String,
+    },
+    /// Lists volumes
+    Ls,
+    /// One volume
+    Show { name: String },
+    /// Removes a volume and its data
+    Rm { name: String },
+    /// Copies an image into a volume, which is made when it does not exist
+    Import {
+        /// A file, or - for a raw image on standard input.
+        file: String,
+        name: String,
+        /// Pool of a new volume.
+        #[arg(long)]
+        pool: Option<String>,
+        /// Size of a new volume; default: the image's.
+        #[arg(long, value_parser = size::parse)]
+        size: Option<u64>,
+        /// Default: as the file's header says.
+        #[arg(long, value_enum)]
+        format: Option<ImageFormat>,
+    },
+    /// Copies a volume into an image
+    Export {
+        name: String,
+        /// A file, or - for a raw image on standard output.
+        file: String,
+        #[arg(long, value_enum, default_value = "raw")]
+        format: ImageFormat,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ExportVerb {
+    /// Serves a volume; prints the NBD URI or the socket's path when it is ready
+    #[command(group(ArgGroup::new("kind").required(true).args(["nbd", "vhost_user"])))]
+    Add {
+        volume: String,
+        #[arg(long)]
+        nbd: bool,
+        #[arg(long)]
+        vhost_user: bool,
+        #[arg(long)]
+        read_only: bool,
+        /// Host whose gateway serves it; default: the only one.
+        #[arg(long)]
+        host: Option<String>,
+        /// How long to wait until it is ready.
+        #[arg(long, default_value_t = 30)]
+        timeout_secs: u64,
+    },
+    /// Lists exports
+    Ls,
+    /// Ends an export
+    Rm {
+        /// Its id, or the volume's name when that has only one export.
+        export: String,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum HostVerb {
+    /// Lists hosts
+    Ls,
+    /// One host
+    Show { name: String },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum VmVerb {
+    /// Records a VM, stopped
+    Create {
+        name: String,
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        cpus: u32,
+        #[arg(long, value_parser = size::parse)]
+        memory: u64,
+        /// The first is the boot disk; may be repeated.
+        #[arg(long, required = true, value_name = "VOLUME")]
+        disk: Vec<String>,
+        #[arg(long)]
+        host: Option<String>,
+        /// Appended to the kernel's command line.
+        #[arg(long, default_value = "", allow_hyphen_values = true)]
+        kernel_args: String,
+    },
+    /// Lists VMs
+    Ls,
+    /// One VM
+    Show { name: String },
+    /// Starts it and waits until it runs
+    Start {
+        name: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Asks the guest to shut down and waits until it did
+    Stop {
+        name: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Pulls the plug
+    Kill {
+        name: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Gives it a disk, also while it runs
+    Attach {
+        vm: String,
+        volume: String,
+        /// What the guest sees, at most 20 bytes.
+        #[arg(long, default_value = "")]
+        serial: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Takes a disk away, also while it runs
+    Detach {
+        vm: String,
+        volume: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Forgets a stopped VM; its volumes stay
+    Rm { name: String },
+    /// Its serial console; Ctrl-] leaves
+    Console { name: String },
+    /// What its console printed, the last 64 KiB
+    Logs {
+        name: String,
+        /// Go on with new output.
+        #[arg(long, short)]
+        follow: bool,
+    },
+}
+
+#[derive(Args, Debug, Clone, Copy)]
+pub struct Wait {
+    /// Return at once.
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How long to wait.
+    #[arg(long, default_value_t = 120)]
+    pub timeout_secs: u64,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum RebuildVerb {
+    /// What is left to rebuild
+    Status,
+    /// Follows a rebuild until everything is clean
+    Watch {
+        /// End when nothing is left (the default).
+        #[arg(long, conflicts_with = "forever")]
+        until_clean: bool,
+        /// Go on when everything is clean.
+        #[arg(long)]
+        forever: bool,
+    },
+}

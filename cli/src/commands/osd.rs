@@ -1,0 +1,121 @@
+//! `gabion osd`.
+
+use super::Context;
+use crate::args::OsdVerb;
+use crate::output::removed;
+use crate::rpc;
+use crate::rpc::Monitors;
+use crate::size::human_exact;
+use anyhow::{Result, bail};
+use gabion_proto::pb::{self, OsdDetail, OsdRequest};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
+pub async fn run(cx: &Context, verb: OsdVerb) -> Result<()> {
+    let monitors = cx.monitors()?;
+    match verb {
+        OsdVerb::Ls => {
+            let rows = list(&monitors).await?.iter().map(osd_json).collect();
+            let columns =
+                ["id", "host", "rack", "addr", "up", "in", "weight", "used_bytes", "capacity_bytes", "pgs"];
+            cx.out.list("osds", rows, &columns)
+        }
+        OsdVerb::Tree => tree(cx, &list(&monitors).await?),
+        OsdVerb::Show { id } => match list(&monitors).await?.iter().find(|o| o.id == id.0) {
+            Some(osd) => cx.out.show(&osd_json(osd)),
+            None => bail!("osd {}: there is no such OSD; see gabion osd ls", id.0),
+        },
+        OsdVerb::Out { id } => {
+            rpc!(monitors, format!("osd {}", id.0), admin.out_osd, OsdRequest { id: id.0 })?;
+            done(cx, &monitors, id.0, "is out: its data moves to the others; see gabion rebuild watch").await
+        }
+        OsdVerb::In { id } => {
+            rpc!(monitors, format!("osd {}", id.0), admin.in_osd, OsdRequest { id: id.0 })?;
+            done(cx, &monitors, id.0, "is in").await
+        }
+        OsdVerb::Reweight { id, weight } => {
+            let request = pb::ReweightOsdRequest { id: id.0, weight };
+            rpc!(monitors, format!("osd {}", id.0), admin.reweight_osd, request)?;
+            done(cx, &monitors, id.0, "has its new weight").await
+        }
+        OsdVerb::Rm { id, force } => {
+            if force {
+                cx.confirm(&format!("osd {}: --force declares its data lost", id.0))?;
+            }
+            let request = pb::RemoveOsdRequest { id: id.0, force };
+            rpc!(monitors, format!("osd {}", id.0), admin.remove_osd, request)?;
+            cx.out.done(&format!("osd.{} removed", id.0), removed(id.0))
+        }
+    }
+}
+
+async fn list(monitors: &Monitors) -> Result<Vec<OsdDetail>> {
+    let mut osds = rpc!(monitors, "osd list", admin.list_osds, pb::Empty {})?.osds;
+    osds.sort_by_key(|o| o.id);
+    Ok(osds)
+}
+
+async fn done(cx: &Context, monitors: &Monitors, id: u32, what: &str) -> Result<()> {
+    if cx.out.is_table() {
+        return cx.out.text(&format!("osd.{id} {what}"));
+    }
+    match list(monitors).await?.iter().find(|o| o.id == id) {
+        Some(osd) => cx.out.value(&osd_json(osd)),
+        None => bail!("osd {id}: it is gone meanwhile"),
+    }
+}
+
+fn tree(cx: &Context, osds: &[OsdDetail]) -> Result<()> {
+    let mut racks: BTreeMap<&str, BTreeMap<&str, Vec<&OsdDetail>>> = BTreeMap::new();
+    for osd in osds {
+        racks.entry(&osd.rack).or_default().entry(&osd.host).or_default().push(osd);
+    }
+    if !cx.out.is_table() {
+        let racks: Vec<_> = racks
+            .iter()
+            .map(|(rack, hosts)| {
+                let hosts: Vec<_> = hosts
+                    .iter()
+                    .map(|(host, osds)| {
+                        json!({ "host": host, "osds": osds.iter().map(|o| osd_json(o)).collect::<Vec<_>>() })
+                    })
+                    .collect();
+                json!({ "rack": rack, "hosts": hosts })
+            })
+            .collect();
+        return cx.out.value(&json!({ "racks": racks }));
+    }
+    let mut lines = Vec::new();
+    for (rack, hosts) in racks {
+        lines.push(format!("rack {}", if rack.is_empty() { "-" } else { rack }));
+        for (host, osds) in hosts {
+            lines.push(format!("  host {host}"));
+            lines.extend(osds.iter().map(|o| {
+                let up = if o.up { "up" } else { "down" };
+                let within = if o.r#in { "in" } else { "out" };
+                let weight = f64::from(o.weight) / 65_536.0;
+                let (used, all) = (human_exact(o.used_bytes), human_exact(o.capacity_bytes));
+                format!("    osd.{}  {up}, {within}, weight {weight:.2}, {used} of {all}", o.id)
+            }));
+        }
+    }
+    cx.out.text(&lines.join("\n"))
+}
+
+fn osd_json(o: &OsdDetail) -> Value {
+    json!({
+        "id": o.id,
+        "host": o.host,
+        "rack": o.rack,
+        "addr": o.addr,
+        "up": o.up,
+        "in": o.r#in,
+        "weight": f64::from(o.weight) / 65_536.0,
+        "incarnation": o.incarnation,
+        "capacity_bytes": o.capacity_bytes,
+        "used_bytes": o.used_bytes,
+        "pgs": o.pgs,
+        "primary_pgs": o.primary_pgs,
+        "fatal": o.fatal,
+    })
+}

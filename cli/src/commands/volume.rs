@@ -1,0 +1,59 @@
+//! `gabion volume`; image copies are in `transfer`.
+
+use super::{Context, transfer};
+use crate::args::VolumeVerb;
+use crate::output::removed;
+use crate::rpc;
+use crate::size::human_exact;
+use anyhow::Result;
+use gabion_proto::pb::{self, CreateVolumeRequest, NameRequest, VolumeInfo};
+use serde_json::{Value, json};
+
+pub async fn run(cx: &Context, verb: VolumeVerb) -> Result<()> {
+    let monitors = cx.monitors()?;
+    match verb {
+        VolumeVerb::Create { name, size, pool } => {
+            let request = CreateVolumeRequest { name: name.clone(), pool, size_bytes: size };
+            let volume = rpc!(monitors, format!("volume {name}"), admin.create_volume, request)?;
+            let size = human_exact(volume.size_bytes);
+            cx.out
+                .done(&format!("volume {name} created: {size} in pool {}", volume.pool), volume_json(&volume))
+        }
+        VolumeVerb::Ls => {
+            let volumes = rpc!(monitors, "volume list", admin.list_volumes, pb::Empty {})?.volumes;
+            let rows = volumes.iter().map(volume_json).collect();
+            cx.out.list("volumes", rows, &["id", "name", "pool", "size_bytes", "attached_host"])
+        }
+        VolumeVerb::Show { name } => {
+            let request = NameRequest { name: name.clone() };
+            let volume = rpc!(monitors, format!("volume {name}"), admin.get_volume, request)?;
+            cx.out.show(&volume_json(&volume))
+        }
+        VolumeVerb::Rm { name } => {
+            cx.confirm(&format!("volume {name}: its data is destroyed"))?;
+            let request = NameRequest { name: name.clone() };
+            rpc!(monitors, format!("volume {name}"), admin.remove_volume, request)?;
+            cx.out.done(&format!("volume {name} removed"), removed(name))
+        }
+        VolumeVerb::Import { file, name, pool, size, format } => {
+            transfer::import(cx, &monitors, transfer::Import { file, name, pool, size, format }).await
+        }
+        VolumeVerb::Export { name, file, format } => {
+            transfer::export(cx, &monitors, &name, &file, format).await
+        }
+    }
+}
+
+pub fn volume_json(v: &VolumeInfo) -> Value {
+    json!({
+        "id": v.id,
+        "name": v.name,
+        "pool": v.pool,
+        "pool_id": v.pool_id,
+        "size_bytes": v.size_bytes,
+        "layers": v.layers,
+        "object_bytes": v.object_bytes,
+        "attached_host": v.attached_host,
+        "generation": v.generation,
+    })
+}

@@ -1,0 +1,41 @@
+//! `gabion dev`: a cluster of real daemons on loopback, under one directory.
+//!
+//! A detached supervisor (`gabion dev supervise`) is the parent of every daemon and the only writer
+//! of `supervisor.json`; the verbs read that file and talk to the supervisor over
+//! `supervisor.sock`. Nothing is ever found by name: a process is its pid *and* its start time.
+//!
+//! When the supervisor itself is killed, the daemons go on; the next `dev up` stops them by what
+//! `supervisor.json` says and starts afresh on the same data.
+
+mod control;
+mod daemon;
+mod down;
+mod layout;
+mod process;
+mod status;
+mod supervise;
+mod up;
+
+use crate::args::DevVerb;
+use crate::commands::Context;
+use anyhow::Result;
+
+pub async fn run(context: &Context, verb: DevVerb) -> Result<()> {
+    match verb {
+        DevVerb::Up { dir, osds, monitors, hosts, osd_size, no_restart, down_out_secs, timeout_secs } => {
+            let wanted = up::Wanted { osds, monitors, hosts, osd_size, no_restart, down_out_secs };
+            up::run(context, &dir.dir, wanted, std::time::Duration::from_secs(timeout_secs)).await
+        }
+        DevVerb::Down { dir, wipe } => down::run(context, &dir.dir, wipe).await,
+        DevVerb::Status { dir } => status::run(context, &dir.dir).await,
+        DevVerb::Start { dir, daemon } => control::run(context, &dir.dir, "start", &daemon).await,
+        DevVerb::Stop { dir, daemon } => control::run(context, &dir.dir, "stop", &daemon).await,
+        DevVerb::Kill { dir, daemon, stay_down: false } => {
+            control::run(context, &dir.dir, "kill", &daemon).await
+        }
+        DevVerb::Kill { dir, daemon, stay_down: true } => {
+            control::run(context, &dir.dir, "kill-stay", &daemon).await
+        }
+        DevVerb::Supervise { dir } => supervise::run(&dir.dir).await,
+    }
+}

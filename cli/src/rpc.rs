@@ -1,0 +1,53 @@
+//! Calls to the monitors with errors for people.
+
+use crate::fail;
+use anyhow::{Error, Result};
+use gabion_common::monitor_client::MonitorClient;
+use std::future::Future;
+use tonic::{Response, Status, Streaming};
+
+/// The monitors and how to name them in an error.
+#[derive(Clone)]
+pub struct Monitors {
+    client: MonitorClient,
+    addrs: Vec<String>,
+}
+
+impl Monitors {
+    pub fn new(addrs: Vec<String>) -> Result<Monitors> {
+        Ok(Monitors { client: MonitorClient::new(&addrs)?, addrs })
+    }
+
+    /// Makes a call about `thing` at the first monitor that answers.
+    pub async fn call<T, F, Fut>(&self, thing: &str, call: F) -> Result<T>
+    where
+        F: FnMut(MonitorClient) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.client.once(call).await.map_err(|status| self.error(thing, &status))
+    }
+
+    /// What `status` means for `thing`.
+    pub fn error(&self, thing: &str, status: &Status) -> Error {
+        fail::from_status(thing, &self.addrs, status)
+    }
+
+    /// The next message of a stream.
+    pub async fn next<T>(&self, thing: &str, stream: &mut Streaming<T>) -> Result<Option<T>> {
+        stream.message().await.map_err(|status| self.error(thing, &status))
+    }
+}
+
+/// `$monitors.call(thing, ..)` for a unary call with a request that can be cloned.
+#[macro_export]
+macro_rules! rpc {
+    ($monitors:expr, $thing:expr, $service:ident . $method:ident, $request:expr) => {{
+        let request = $request;
+        $monitors
+            .call(&$thing, |c| {
+                let request = request.clone();
+                async move { c.$service().$method(request).await }
+            })
+            .await
+    }};
+}
