@@ -104,13 +104,12 @@ pub struct DevDir {
 #[derive(Subcommand, Debug)]
 pub enum DevVerb {
     /// Starts the cluster and waits until it serves; does nothing when it runs
+    #[command(after_help = "Here --monitors N is the number of monitors to run; this version runs 1.")]
     Up {
         #[command(flatten)]
         dir: DevDir,
         #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
         osds: u32,
-        #[arg(long, default_value_t = 1)]
-        monitors: u32,
         /// Simulated hosts that the OSDs claim; default: one per OSD, at most 4.
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
         hosts: Option<u32>,

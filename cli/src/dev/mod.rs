@@ -18,11 +18,12 @@ mod up;
 
 use crate::args::DevVerb;
 use crate::commands::Context;
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 pub async fn run(context: &Context, verb: DevVerb) -> Result<()> {
     match verb {
-        DevVerb::Up { dir, osds, monitors, hosts, osd_size, no_restart, down_out_secs, timeout_secs } => {
+        DevVerb::Up { dir, osds, hosts, osd_size, no_restart, down_out_secs, timeout_secs } => {
+            let monitors = monitor_count(&context.monitors)?;
             let wanted = up::Wanted { osds, monitors, hosts, osd_size, no_restart, down_out_secs };
             up::run(context, &dir.dir, wanted, std::time::Duration::from_secs(timeout_secs)).await
         }
@@ -38,4 +39,18 @@ pub async fn run(context: &Context, verb: DevVerb) -> Result<()> {
         }
         DevVerb::Supervise { dir } => supervise::run(&dir.dir).await,
     }
+}
+
+/// `--monitors` is a number for `dev up` and addresses everywhere else; `GABION_MONITORS` names some
+/// other cluster and does not matter here.
+fn monitor_count(flag: &[String]) -> Result<u32> {
+    if let [one] = flag
+        && let Ok(count) = one.parse()
+    {
+        return Ok(count);
+    }
+    if flag.is_empty() || std::env::var("GABION_MONITORS").is_ok_and(|v| v == flag.join(",")) {
+        return Ok(1);
+    }
+    bail!("--monitors {}: gabion dev up takes the number of monitors to run, not addresses", flag.join(","))
 }
