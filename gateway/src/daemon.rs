@@ -37,15 +37,29 @@ pub struct Config {
 pub async fn run(config: Config) -> Result<()> {
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        r = serve(config) => return r,
-        _ = term.recv() => info!("SIGTERM before the gateway served"),
-        _ = int.recv() => info!("SIGINT before the gateway served"),
+    let serving = async {
+        let (exports, gossip) = join(config).await?;
+        Ok::<_, anyhow::Error>((tokio::spawn(exports.clone().run()), exports, gossip))
+    };
+    tokio::pin!(serving);
+    let mut started = None;
+    loop {
+        tokio::select! {
+            joined = &mut serving, if started.is_none() => started = Some(joined?),
+            _ = term.recv() => break info!("SIGTERM, stopping"),
+            _ = int.recv() => break info!("SIGINT, stopping"),
+        }
+    }
+    let Some((following, exports, _gossip)) = started else { return Ok(()) };
+    following.abort();
+    if tokio::time::timeout(STOP_TIMEOUT, exports.stop()).await.is_err() {
+        warn!("some I/O did not end in time; it was not answered");
     }
     Ok(())
 }
 
-async fn serve(config: Config) -> Result<()> {
+/// Listens and becomes part of the cluster, however long that takes.
+async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
     let monitors = MonitorClient::new(&config.monitors)?;
     remove_stale_sockets(&config.run_dir)
         .with_context(|| format!("cannot clean up {}", config.run_dir.display()))?;
@@ -85,16 +99,5 @@ async fn serve(config: Config) -> Result<()> {
     let volumes = Volumes::new(monitors.clone(), cluster, granted, config.io_timeout);
     let place = Place { host: config.host, run_dir: config.run_dir, nbd_addr };
     let exports = Exports::new(place, monitors, granted, volumes, table);
-    let mut term = signal(SignalKind::terminate())?;
-    let mut int = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        () = exports.clone().run() => {}
-        _ = term.recv() => info!("SIGTERM, stopping"),
-        _ = int.recv() => info!("SIGINT, stopping"),
-    }
-    if tokio::time::timeout(STOP_TIMEOUT, exports.stop()).await.is_err() {
-        warn!("some I/O did not end in time; it was not answered");
-    }
-    drop(gossip);
-    Ok(())
+    Ok((exports, gossip))
 }

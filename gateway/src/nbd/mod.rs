@@ -69,11 +69,14 @@ impl Export {
     }
 }
 
+/// The exports of one name, by number.
+type Named = Vec<(u64, Arc<Export>)>;
+
 /// Exports by name.
 #[derive(Default)]
 pub struct Table {
     // Taken once per handshake and once per change of an export.
-    by_name: RwLock<BTreeMap<String, Vec<(u64, Arc<Export>)>>>,
+    by_name: RwLock<BTreeMap<String, Named>>,
 }
 
 impl Table {
