@@ -9,6 +9,27 @@
 //! [`StoreError::Fatal`]; after it every call answers `Fatal`. ENOSPC rolls the one transaction back whole.
 //! An unreadable block or a checksum mismatch is `Unreadable`, for replication to repair.
 
+mod chunk_store;
+mod commit;
+mod device;
+mod fsck;
+mod kv;
+mod layout;
+mod open;
+mod read;
+mod rocks;
+#[cfg(test)]
+mod sim;
+mod slots;
+mod stage;
+#[cfg(test)]
+mod tests;
+pub mod thread;
+mod writeback;
+
+pub use chunk_store::ChunkStore;
+pub use open::{DirStore, FsckReport, Info, format, fsck, info, open};
+
 use bytes::Bytes;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -57,7 +78,14 @@ pub enum TxnOp {
     /// object must be exactly at `prev` (rule P2; `ZERO` for a new one, a tombstone counts with its version).
     Write { object: ObjectId, prev: Version, version: Version, content: Content },
     /// Like `Write` with zero extents; `discard` also gives the space of whole chunks back.
-    Zero { object: ObjectId, prev: Version, version: Version, first_block: u32, block_count: u32, discard: bool },
+    Zero {
+        object: ObjectId,
+        prev: Version,
+        version: Version,
+        first_block: u32,
+        block_count: u32,
+        discard: bool,
+    },
     /// Removes the content and leaves a tombstone at `version`.
     Delete { object: ObjectId, prev: Version, version: Version },
     /// Recovery: replaces whatever is here, also a newer or a divergent version, by `content` at
@@ -146,7 +174,8 @@ pub trait Store: Send {
     /// A whole object with its state, for recovery: only its own layer.
     fn read_object(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError>;
     /// Up to `limit` objects of a group in order, after `after`.
-    fn list(&mut self, pg: PgId, after: Option<ObjectId>, limit: usize) -> Result<Vec<ListEntry>, StoreError>;
+    fn list(&mut self, pg: PgId, after: Option<ObjectId>, limit: usize)
+    -> Result<Vec<ListEntry>, StoreError>;
     /// Up to `limit` entries of the missing map in order, after `after`.
     fn list_missing(
         &mut self,

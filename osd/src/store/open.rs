@@ -1,0 +1,181 @@
+//! A store in a directory: `block` (file, or link to a block device), `index/` and `lock`.
+
+use super::chunk_store::{ChunkStore, format_parts, read_superblock};
+use super::device::{Device, FileDevice};
+use super::layout::{self, Superblock};
+use super::rocks::RocksKv;
+use super::{Identity, Store, StoreError};
+use gabion_proto::limits::{BLOCK_BYTES, CHUNK_BYTES};
+use std::fmt;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::path::Path;
+
+/// What the superblock says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Info {
+    pub identity: Identity,
+    pub size_bytes: u64,
+    pub generation: u64,
+}
+
+impl fmt::Display for Info {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "cluster  {}", self.identity.cluster)?;
+        writeln!(f, "osd      {}", self.identity.osd)?;
+        writeln!(f, "disk     {}", self.identity.disk)?;
+        write!(f, "size     {} bytes, {} chunks", self.size_bytes, layout::slot_count(self.size_bytes))
+    }
+}
+
+/// A store that holds its directory's lock for as long as it lives.
+pub type DirStore = ChunkStore<LockedDevice, RocksKv>;
+
+/// The device together with the lock of its directory.
+pub struct LockedDevice {
+    device: FileDevice,
+    _lock: File,
+}
+
+impl Device for LockedDevice {
+    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.device.read_at(offset, buf)
+    }
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.device.write_at(offset, data)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.device.flush()
+    }
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+}
+
+fn fatal(path: &Path, e: impl fmt::Display) -> StoreError {
+    StoreError::Fatal(format!("{}: {e}", path.display()))
+}
+
+fn lock(data_dir: &Path) -> Result<File, StoreError> {
+    let path = data_dir.join("lock");
+    let options = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = options.map_err(|e| fatal(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(fatal(&path, "another process uses this store")),
+        Err(TryLockError::Error(e)) => Err(fatal(&path, e)),
+    }
+}
+
+/// Signatures of file systems, partition tables, volume managers and of a store whose superblock got damaged
+/// lie in the first megabyte.
+const FOREIGN_BYTES: u64 = 1 << 20;
+
+/// Refuses a disk that already holds something.
+fn refuse_foreign(device: &mut FileDevice, block: &Path) -> Result<(), StoreError> {
+    let len = device.size().min(FOREIGN_BYTES) / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES);
+    let mut head = vec![0u8; len as usize];
+    device.read_at(0, &mut head).map_err(|e| fatal(block, e))?;
+    if head.iter().any(|b| *b != 0) {
+        return Err(StoreError::Invalid(format!(
+            "{} is not empty and not a store; to use it anyway, clear its first {FOREIGN_BYTES} bytes",
+            block.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Makes an empty store of `size_bytes` in `data_dir`. A formatted disk is refused.
+pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<(), StoreError> {
+    let size = size_bytes / u64::from(CHUNK_BYTES) * u64::from(CHUNK_BYTES);
+    if layout::slot_count(size) == 0 {
+        return Err(StoreError::Invalid(format!("{size_bytes} bytes are too few for a store")));
+    }
+    fs::create_dir_all(data_dir).map_err(|e| fatal(data_dir, e))?;
+    let _lock = lock(data_dir)?;
+    let block = data_dir.join("block");
+    let mut device = FileDevice::open(&block, true)?;
+    if device.size() > 0 && read_superblock(&mut device).is_ok() {
+        return Err(StoreError::Invalid(format!("{} holds a store already", block.display())));
+    }
+    refuse_foreign(&mut device, &block)?;
+    device.preallocate(size).map_err(|e| fatal(&block, e))?;
+    let index = data_dir.join("index");
+    if index.exists() {
+        // Left by a format that was interrupted before it wrote the superblock.
+        fs::remove_dir_all(&index).map_err(|e| fatal(&index, e))?;
+    }
+    let mut kv = RocksKv::open(&index, true).map_err(|e| fatal(&index, e))?;
+    File::open(data_dir).and_then(|d| d.sync_all()).map_err(|e| fatal(data_dir, e))?;
+    format_parts(&mut device, &mut kv, identity)
+}
+
+/// Opens the store in `data_dir` for the only process that may use it.
+pub fn open(data_dir: &Path) -> Result<DirStore, StoreError> {
+    let lock = lock(data_dir)?;
+    let mut device = FileDevice::open(&data_dir.join("block"), false)?;
+    read_superblock(&mut device)?;
+    let index = data_dir.join("index");
+    let kv = RocksKv::open(&index, false).map_err(|e| fatal(&index, e))?;
+    ChunkStore::open(LockedDevice { device, _lock: lock }, kv)
+}
+
+/// Reads the superblock only.
+pub fn info(data_dir: &Path) -> Result<Info, StoreError> {
+    let mut device = FileDevice::open(&data_dir.join("block"), false)?;
+    let Superblock { generation, size, identity } = read_superblock(&mut device)?;
+    Ok(Info { identity, size_bytes: size, generation })
+}
+
+/// What [`fsck`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FsckReport {
+    pub groups: u64,
+    pub objects: u64,
+    pub chunks_used: u64,
+    pub blocks_read: u64,
+    /// The first findings, at most [`PROBLEMS_MAX`].
+    pub problems: Vec<String>,
+    pub problem_count: u64,
+}
+
+/// Findings that a report spells out.
+pub const PROBLEMS_MAX: usize = 1000;
+
+impl FsckReport {
+    pub fn is_clean(&self) -> bool {
+        self.problem_count == 0
+    }
+
+    pub(super) fn problem(&mut self, what: String) {
+        self.problem_count += 1;
+        if self.problems.len() < PROBLEMS_MAX {
+            self.problems.push(what);
+        }
+    }
+}
+
+impl fmt::Display for FsckReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for p in &self.problems {
+            writeln!(f, "{p}")?;
+        }
+        write!(
+            f,
+            "{} groups, {} objects, {} chunks in use, {} blocks read, {} problems",
+            self.groups, self.objects, self.chunks_used, self.blocks_read, self.problem_count
+        )
+    }
+}
+
+/// Checks a stopped store; `deep` also reads every block against its checksum.
+pub fn fsck(data_dir: &Path, deep: bool) -> Result<FsckReport, StoreError> {
+    let mut store = open(data_dir)?;
+    let mut report = FsckReport {
+        groups: store.pgs()?.len() as u64,
+        objects: store.usage().objects,
+        chunks_used: store.usage().used_bytes / u64::from(CHUNK_BYTES),
+        ..FsckReport::default()
+    };
+    store.check(deep, &mut report)?;
+    Ok(report)
+}

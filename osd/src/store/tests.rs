@@ -1,0 +1,229 @@
+//! The store's contract: against a model, on a real directory and through crashes at every step.
+
+use super::chunk_store::format_parts;
+use super::sim::{SimDevice, SimDisk, SimKv};
+use super::*;
+use bytes::Bytes;
+use gabion_proto::limits::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::BTreeMap;
+
+const PG: PgId = PgId { pool: PoolId(1), index: 3 };
+const IDENTITY: Identity = Identity { cluster: ClusterId([1; 16]), osd: OsdId(7), disk: ClusterId([2; 16]) };
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+fn object(index: u32) -> ObjectId {
+    ObjectId { volume: VolumeId(9), index, layer: LayerId(0) }
+}
+fn v(raw: u64) -> Version {
+    Version::from_raw(raw)
+}
+fn fill(byte: u8, blocks: u32) -> Bytes {
+    Bytes::from(vec![byte; blocks as usize * BLOCK])
+}
+fn txn(op: TxnOp) -> Txn {
+    Txn { pg: PG, ops: vec![op], reserve: false }
+}
+fn write(o: u32, prev: u64, first: u32, blocks: u32, byte: u8) -> TxnOp {
+    let content = Content::data(first, fill(byte, blocks));
+    TxnOp::Write { object: object(o), prev: v(prev), version: v(prev + 1), content }
+}
+fn sim(disk: &SimDisk) -> ChunkStore<SimDevice, SimKv> {
+    let (device, kv) = disk.parts();
+    ChunkStore::open(device, kv).expect("opens")
+}
+fn new_sim(chunks: usize, seed: u64) -> SimDisk {
+    let disk = SimDisk::new((chunks + 1) * CHUNK_BYTES as usize, seed);
+    let (mut device, mut kv) = disk.parts();
+    format_parts(&mut device, &mut kv, IDENTITY).expect("formats");
+    disk
+}
+
+/// One object: version, tombstone, and a byte per block (0 is zeros).
+type Model = BTreeMap<u32, (u64, bool, BTreeMap<u32, u8>)>;
+
+fn dump(store: &mut impl Store) -> Model {
+    let listed = store.list(PG, None, 1000).expect("lists");
+    let each = listed.into_iter().map(|(o, state)| {
+        let (_, content) = store.read_object(PG, o).expect("reads");
+        content.validate(true).expect("valid");
+        let mut blocks: BTreeMap<u32, u8> = content.data_blocks().map(|(b, d, _)| (b, d[0])).collect();
+        for e in content.extents.iter().filter(|e| e.kind == gabion_proto::blocks::ExtentKind::Zero) {
+            (e.first_block..e.first_block + e.block_count).for_each(|b| drop(blocks.insert(b, 0)));
+        }
+        (o.index, (state.version.raw(), state.deleted, blocks))
+    });
+    each.collect()
+}
+
+/// A random operation, applied to the model too.
+fn step(rng: &mut StdRng, model: &mut Model) -> Txn {
+    let o = rng.random_range(0..4u32);
+    let (prev, _, mut blocks) = model.get(&o).cloned().unwrap_or_default();
+    let (first, count) = match rng.random_range(0..3) {
+        0 => (rng.random_range(0..3) * BLOCKS_PER_CHUNK, BLOCKS_PER_CHUNK),
+        _ => (rng.random_range(0..80), rng.random_range(1..6)),
+    };
+    let byte = rng.random_range(1..=255u8);
+    let range = first..first + count;
+    let mut deleted = false;
+    let op = match rng.random_range(0..10) {
+        0 => {
+            (deleted, blocks) = (true, BTreeMap::new());
+            TxnOp::Delete { object: object(o), prev: v(prev), version: v(prev + 1) }
+        }
+        1 => {
+            blocks = range.map(|b| (b, byte)).collect();
+            let content = Content::data(first, fill(byte, count));
+            TxnOp::Replace { object: object(o), version: v(prev + 1), deleted: false, content }
+        }
+        2 => {
+            range.for_each(|b| drop(blocks.insert(b, 0)));
+            TxnOp::Zero {
+                object: object(o),
+                prev: v(prev),
+                version: v(prev + 1),
+                first_block: first,
+                block_count: count,
+                discard: rng.random(),
+            }
+        }
+        _ => {
+            range.for_each(|b| drop(blocks.insert(b, byte)));
+            write(o, prev, first, count, byte)
+        }
+    };
+    model.insert(o, (prev + 1, deleted, blocks));
+    txn(op)
+}
+
+/// Commits groups until an error; returns the acknowledged model and the one of the group that failed.
+fn workload(store: &mut impl Store, seed: u64, groups: usize) -> (Model, Model) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut acked = Model::new();
+    for _ in 0..groups {
+        let mut next = acked.clone();
+        let group = (0..rng.random_range(1..4)).map(|_| step(&mut rng, &mut next)).collect();
+        if store.commit(group).into_iter().any(|r| r.is_err()) {
+            return (acked, next);
+        }
+        acked = next;
+        if rng.random_range(0..3) == 0 && store.background().is_err() {
+            break;
+        }
+    }
+    (acked.clone(), acked)
+}
+
+#[test]
+fn random_operations_match_the_model_and_survive_reopening() {
+    for seed in 0..8 {
+        let disk = new_sim(64, seed);
+        let mut store = sim(&disk);
+        let (acked, _) = workload(&mut store, seed, 60);
+        assert_eq!(dump(&mut store), acked, "seed {seed}");
+        drop(store);
+        disk.crash();
+        assert_eq!(dump(&mut sim(&disk)), acked, "seed {seed} after a crash");
+    }
+}
+
+#[test]
+fn a_crash_at_any_step_keeps_what_was_acknowledged() {
+    for seed in 0..3 {
+        for fuse in 0.. {
+            let disk = new_sim(64, seed ^ fuse << 8);
+            let mut store = sim(&disk);
+            disk.set_fuse(Some(fuse));
+            let (acked, next) = workload(&mut store, seed, 15);
+            let dead = store.dead.is_some();
+            drop(store);
+            disk.crash();
+            let found = dump(&mut sim(&disk));
+            assert!(found == acked || found == next, "seed {seed}, fuse {fuse}");
+            if !dead {
+                assert!(fuse > 10, "the fuse never blew");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_directory_store_keeps_its_contents() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    format(dir.path(), 8 << 20, IDENTITY).expect("formats");
+    assert!(matches!(format(dir.path(), 8 << 20, IDENTITY), Err(StoreError::Invalid(_))));
+    let mut store = open(dir.path()).expect("opens");
+    assert!(open(dir.path()).is_err(), "the lock is held");
+    let (acked, _) = workload(&mut store, 5, 30);
+    assert_eq!(dump(&mut store), acked);
+    drop(store);
+    let mut store = open(dir.path()).expect("opens again");
+    assert_eq!((store.identity(), dump(&mut store)), (IDENTITY, acked));
+    drop(store);
+    let report = fsck(dir.path(), true).expect("checks");
+    assert!(report.is_clean() && report.blocks_read > 0, "{report}");
+    assert_eq!(info(dir.path()).expect("superblock").identity, IDENTITY);
+}
+
+#[test]
+fn a_failed_transaction_leaves_no_trace_and_later_ones_go_on() {
+    let disk = new_sim(64, 1);
+    let mut store = sim(&disk);
+    let bad = Txn { pg: PG, ops: vec![write(0, 0, 0, 32, 1), write(1, 5, 0, 1, 1)], reserve: false };
+    let results = store.commit(vec![bad, txn(write(0, 0, 3, 1, 9))]);
+    assert!(matches!(results[0], Err(StoreError::VersionMismatch { .. })));
+    assert_eq!(results[1], Ok(()));
+    assert_eq!(dump(&mut store), Model::from([(0, (1, false, BTreeMap::from([(3, 9)])))]));
+    assert_eq!(store.usage().used_bytes, u64::from(CHUNK_BYTES));
+}
+
+#[test]
+fn damage_is_unreadable_and_counted() {
+    let disk = new_sim(64, 1);
+    let mut store = sim(&disk);
+    assert_eq!(store.commit(vec![txn(write(0, 0, 0, 32, 1))]), [Ok(())]);
+    disk.corrupt(CHUNK_BYTES as usize + 2 * BLOCK);
+    let read = store.read(PG, object(0), &[], 0, 32);
+    assert!(matches!(read, Err(StoreError::Unreadable { block: 2, .. })), "{read:?}");
+    assert_eq!(store.usage().checksum_errors, 1);
+}
+
+#[test]
+fn space_is_kept_back_and_given_back() {
+    let disk = new_sim(100, 1);
+    let mut store = sim(&disk);
+    let results = store.commit((0..100).map(|o| txn(write(o, 0, 0, 32, 1))).collect());
+    assert_eq!(results.iter().filter(|r| r.is_ok()).count() as u64, 100 - FULL_FREE_PERCENT);
+    let reserve = |o| Txn { reserve: true, ..txn(write(o, 0, 0, 32, 1)) };
+    let results = store.commit((100..110).map(reserve).collect());
+    assert_eq!(
+        results.iter().filter(|r| r.is_ok()).count() as u64,
+        FULL_FREE_PERCENT - RECOVERY_FREE_PERCENT
+    );
+    assert_eq!(store.commit(vec![txn(TxnOp::RemovePg)]), [Ok(())]);
+    assert_eq!((store.usage().used_bytes, store.usage().objects), (0, 0));
+}
+
+#[test]
+fn pending_versions_commit_and_roll_back() {
+    let disk = new_sim(64, 1);
+    let mut store = sim(&disk);
+    let prepare = |base, version| TxnOp::Prepare {
+        object: object(0),
+        base: v(base),
+        version: v(version),
+        content: Content::data(1, fill(version as u8, 2)),
+    };
+    assert_eq!(store.commit(vec![txn(prepare(0, 5))]), [Ok(())]);
+    assert_eq!(store.object(PG, object(0)).expect("state").and_then(|s| s.pending), Some(v(5)));
+    assert_eq!(store.read(PG, object(0), &[], 0, 8), Ok(Content::default()));
+    let commit = TxnOp::CommitPending { object: object(0), version: v(5) };
+    let roll_back = TxnOp::RollbackPending { object: object(0) };
+    let group = [commit.clone(), commit, prepare(5, 6), roll_back].map(txn).to_vec();
+    assert_eq!(store.commit(group), [Ok(()), Ok(()), Ok(()), Ok(())]);
+    assert_eq!(store.read(PG, object(0), &[], 0, 8), Ok(Content::data(1, fill(5, 2))));
+    assert_eq!(store.object(PG, object(0)).expect("state").and_then(|s| s.pending), None);
+}
