@@ -36,8 +36,9 @@ impl Running {
         let addr = loop {
             match std::fs::read_to_string(&file) {
                 Ok(addr) => break addr.trim().to_owned(),
+                Err(_) if task.is_finished() => panic!("the monitor did not start: {:?}", task.await),
                 Err(_) => {
-                    assert!(Instant::now() < deadline && !task.is_finished(), "the monitor does not start");
+                    assert!(Instant::now() < deadline, "the monitor does not start");
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             }

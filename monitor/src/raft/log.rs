@@ -3,7 +3,7 @@
 //! Invariant: entries and votes are synced to the disk before they are reported as written. Keys of
 //! entries are their index, big endian.
 
-use super::Types;
+use super::{Database, Types};
 use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{Entry, LogId, LogState, OptionalSend, RaftLogReader, StorageError, StorageIOError, Vote};
 use rocksdb::{ColumnFamily, DB, Direction, IteratorMode, WriteBatch, WriteOptions};
@@ -24,7 +24,7 @@ type Failure = StorageError<u64>;
 
 #[derive(Clone)]
 pub(crate) struct Log {
-    db: Arc<DB>,
+    db: Arc<Database>,
 }
 
 pub(super) fn other(e: impl std::fmt::Display) -> io::Error {
@@ -54,7 +54,7 @@ fn index_of(key: &[u8]) -> io::Result<u64> {
 }
 
 impl Log {
-    pub(crate) fn new(db: Arc<DB>) -> Log {
+    pub(crate) fn new(db: Arc<Database>) -> Log {
         Log { db }
     }
 

@@ -3,8 +3,8 @@
 //!
 //! On start the last snapshot is loaded and openraft applies the log after it again.
 
-use super::Types;
 use super::log::{family, other, synced};
+use super::{Database, Types};
 use crate::state::{CommandResult, MonitorState, Reply};
 use gabion_proto::ids::Epoch;
 use gabion_proto::map::MapIncrement;
@@ -81,7 +81,7 @@ struct Stored {
 }
 
 pub(crate) struct Machine {
-    db: Arc<DB>,
+    db: Arc<Database>,
     state: Arc<MonitorState>,
     last_applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, BasicNode>,
@@ -109,7 +109,7 @@ fn reading(e: io::Error) -> Failure {
 }
 
 impl Machine {
-    pub(crate) fn open(db: Arc<DB>) -> io::Result<Machine> {
+    pub(crate) fn open(db: Arc<Database>) -> io::Result<Machine> {
         let (mut state, mut last_applied, mut membership) =
             (MonitorState::default(), None, Default::default());
         if let Some(stored) = load(&db)? {
@@ -199,7 +199,7 @@ impl RaftStateMachine<Types> for Machine {
 }
 
 pub(crate) struct Builder {
-    db: Arc<DB>,
+    db: Arc<Database>,
     state: Arc<MonitorState>,
     last_applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, BasicNode>,

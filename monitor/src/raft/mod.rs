@@ -22,6 +22,7 @@ use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
 
 openraft::declare_raft_types!(
     pub(crate) Types:
@@ -36,6 +37,8 @@ openraft::declare_raft_types!(
 
 /// How long a monitor that starts waits until it leads.
 const LEAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a stop waits until the database is closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Commands between two snapshots of the state.
 const SNAPSHOT_EVERY: u64 = 2_000;
 
@@ -59,6 +62,7 @@ pub enum ConsensusError {
 pub struct Consensus {
     raft: Raft<Types>,
     published: Arc<Published>,
+    closed: watch::Receiver<()>,
     id: u64,
 }
 
@@ -68,14 +72,29 @@ impl std::fmt::Debug for Consensus {
     }
 }
 
-pub(crate) fn open_db(dir: &Path) -> Result<Arc<DB>, rocksdb::Error> {
+/// The open database, and word of when it is closed.
+pub(crate) struct Database {
+    // Dropped first, so that whoever hears that the sender is gone finds the lock free.
+    db: DB,
+    closed: watch::Sender<()>,
+}
+
+impl std::ops::Deref for Database {
+    type Target = DB;
+    fn deref(&self) -> &DB {
+        &self.db
+    }
+}
+
+pub(crate) fn open_db(dir: &Path) -> Result<Arc<Database>, rocksdb::Error> {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
     options.set_keep_log_file_num(4);
     options.set_max_total_wal_size(64 << 20);
     let families = [log::FAMILY, machine::FAMILY].map(|f| ColumnFamilyDescriptor::new(f, Options::default()));
-    Ok(Arc::new(DB::open_cf_descriptors(&options, dir, families)?))
+    let db = DB::open_cf_descriptors(&options, dir, families)?;
+    Ok(Arc::new(Database { db, closed: watch::Sender::new(()) }))
 }
 
 impl Consensus {
@@ -86,6 +105,7 @@ impl Consensus {
         let stopped = |e: &dyn std::fmt::Display| ConsensusError::Stopped(e.to_string());
         let machine = machine::Machine::open(db.clone()).map_err(|e| stopped(&e))?;
         let published = machine.published();
+        let closed = db.closed.subscribe();
         let config = Config {
             cluster_name: "gabion".into(),
             heartbeat_interval: 250,
@@ -100,7 +120,7 @@ impl Consensus {
             .await
             .map_err(|e| stopped(&e))?;
         let initialised = raft.is_initialized().await.map_err(|e| stopped(&e))?;
-        let consensus = Consensus { raft, published, id };
+        let consensus = Consensus { raft, published, closed, id };
         let shown = dir.display().to_string();
         match (bootstrap, initialised) {
             (false, false) => {
@@ -148,7 +168,7 @@ impl Consensus {
     }
 
     /// The newest state and the way to hear of newer ones.
-    pub fn watch(&self) -> tokio::sync::watch::Receiver<Arc<MonitorState>> {
+    pub fn watch(&self) -> watch::Receiver<Arc<MonitorState>> {
         self.published.watch()
     }
 
@@ -184,6 +204,12 @@ impl Consensus {
     pub async fn shutdown(&self) {
         if let Err(e) = self.raft.shutdown().await {
             tracing::warn!(error = %e, "agreement did not end cleanly");
+        }
+        // openraft's workers end on their own; whoever opens the directory next needs the database's lock.
+        let mut closed = self.closed.clone();
+        let ended = async { while closed.changed().await.is_ok() {} };
+        if tokio::time::timeout(CLOSE_TIMEOUT, ended).await.is_err() {
+            tracing::warn!("the database is still open");
         }
     }
 }
