@@ -160,12 +160,12 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
         _ => {}
     }
     let log: File = OpenOptions::new().create(true).append(true).open(&spec.log)?;
-    Command::new(&spec.program)
-        .args(&spec.args)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
+    let mut command = Command::new(&spec.program);
+    // Asked at every start: a monitor that has its state refuses to make a new cluster over it.
+    if spec.kind == Kind::Monitor && std::fs::read_dir(&spec.data_dir)?.next().is_none() {
+        command.arg("--bootstrap");
+    }
+    command.args(&spec.args).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
 }
 
 async fn stop(child: &mut Child, signal: Signal) -> String {

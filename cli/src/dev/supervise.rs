@@ -74,10 +74,6 @@ impl Supervisor {
         let addr = self.config.monitor_addr.to_string();
         let mut args = strings(["--id", "1", "--listen", &addr, "--data-dir"]);
         args.push(monitor_dir.clone().into());
-        let is_new = std::fs::read_dir(&monitor_dir).map_or(true, |mut entries| entries.next().is_none());
-        if is_new {
-            args.push("--bootstrap".into());
-        }
         if let Some(secs) = self.config.down_out_secs {
             args.extend(strings(["--down-out-secs", &secs.to_string()]));
         }
