@@ -50,7 +50,7 @@ fn dump(store: &mut impl Store) -> Model {
         content.validate(true).expect("valid");
         let mut blocks: BTreeMap<u32, u8> = content.data_blocks().map(|(b, d, _)| (b, d[0])).collect();
         for e in content.extents.iter().filter(|e| e.kind == gabion_proto::blocks::ExtentKind::Zero) {
-            (e.first_block..e.first_block + e.block_count).for_each(|b| drop(blocks.insert(b, 0)));
+            (e.first_block..e.first_block + e.block_count).for_each(|b| _ = blocks.insert(b, 0));
         }
         (o.index, (state.version.raw(), state.deleted, blocks))
     });
@@ -79,7 +79,7 @@ fn step(rng: &mut StdRng, model: &mut Model) -> Txn {
             TxnOp::Replace { object: object(o), version: v(prev + 1), deleted: false, content }
         }
         2 => {
-            range.for_each(|b| drop(blocks.insert(b, 0)));
+            range.for_each(|b| _ = blocks.insert(b, 0));
             TxnOp::Zero {
                 object: object(o),
                 prev: v(prev),
@@ -90,7 +90,7 @@ fn step(rng: &mut StdRng, model: &mut Model) -> Txn {
             }
         }
         _ => {
-            range.for_each(|b| drop(blocks.insert(b, byte)));
+            range.for_each(|b| _ = blocks.insert(b, byte));
             write(o, prev, first, count, byte)
         }
     };
