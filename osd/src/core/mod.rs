@@ -5,6 +5,14 @@
 //! no randomness of its own; time is milliseconds of a monotonic clock that runs on while the machine is paused
 //! (CLOCK_BOOTTIME). Every [`Effect`] that wants an answer carries a token that the answer brings back.
 
+mod context;
+mod osd;
+#[cfg(test)]
+mod peering_tests;
+mod pg;
+
+pub use osd::OsdCore;
+
 use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
 use bytes::Bytes;
 use gabion_proto::blocks::Content;
@@ -46,6 +54,11 @@ pub enum Event {
     Listed { token: Token, result: Result<Listing, StoreError> },
     /// Answer to `Effect::Monitor`.
     Monitor { token: Token, result: Result<(), MonitorRefused> },
+    /// Nobody waits for this operation's answer any more (its connection is gone): if it has not
+    /// started, it never does.
+    ClientGone { token: ClientToken },
+    /// Whether the store has too little room for clients' writes.
+    Full(bool),
     /// Time passes; at least every 100 ms.
     Tick,
 }
@@ -75,16 +88,45 @@ pub enum MonitorRequest {
 #[derive(Clone, Debug)]
 pub enum Effect {
     /// Send to `msg.to`; may be lost.
-    Send { msg: PeerMsg, data: Bytes },
-    Reply { token: ClientToken, reply: OpReply, data: Bytes },
-    Store { token: Token, txn: Txn },
-    Read { token: Token, pg: PgId, object: ObjectId, below: Vec<LayerId>, first_block: u32, block_count: u32 },
-    ReadObject { token: Token, pg: PgId, object: ObjectId },
+    Send {
+        msg: PeerMsg,
+        data: Bytes,
+    },
+    Reply {
+        token: ClientToken,
+        reply: OpReply,
+        data: Bytes,
+    },
+    Store {
+        token: Token,
+        txn: Txn,
+    },
+    Read {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+        below: Vec<LayerId>,
+        first_block: u32,
+        block_count: u32,
+    },
+    ReadObject {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+    },
     /// The whole listing of a group (rule P10 will page this by version).
-    List { token: Token, pg: PgId },
-    Monitor { token: Token, request: MonitorRequest },
+    List {
+        token: Token,
+        pg: PgId,
+    },
+    Monitor {
+        token: Token,
+        request: MonitorRequest,
+    },
     /// Map newer than ours was mentioned: fetch it.
-    WantMap { epoch: Epoch },
+    WantMap {
+        epoch: Epoch,
+    },
 }
 
 /// A group's metadata as the store holds it at start.

@@ -1,0 +1,76 @@
+//! What a placement group needs from its surroundings during one step.
+
+use super::{Effect, Millis, Token};
+use bytes::Bytes;
+use gabion_proto::ids::*;
+use gabion_proto::map::ClusterMap;
+use gabion_proto::msg::{PeerBody, PeerMsg};
+use std::collections::BTreeMap;
+
+/// What an outstanding token is for; `round` tells tokens of an earlier interval apart.
+#[derive(Clone, Debug)]
+pub struct Purpose<T> {
+    pub pg: PgId,
+    pub round: u64,
+    pub what: T,
+}
+
+/// Outstanding tokens.
+#[derive(Debug)]
+pub struct Tokens<T> {
+    next: u64,
+    open: BTreeMap<Token, Purpose<T>>,
+}
+
+impl<T> Default for Tokens<T> {
+    fn default() -> Self {
+        Tokens { next: 0, open: BTreeMap::new() }
+    }
+}
+
+impl<T> Tokens<T> {
+    pub fn issue(&mut self, purpose: Purpose<T>) -> Token {
+        self.next += 1;
+        self.open.insert(Token(self.next), purpose);
+        Token(self.next)
+    }
+    pub fn take(&mut self, token: Token) -> Option<Purpose<T>> {
+        self.open.remove(&token)
+    }
+}
+
+/// One step's surroundings.
+pub struct Context<'a, T> {
+    pub now: Millis,
+    pub id: OsdId,
+    pub incarnation: Incarnation,
+    pub map: &'a ClusterMap,
+    /// Reads are served and writes answered only before this.
+    pub lease_until: Millis,
+    /// The own store refuses clients' writes.
+    pub full: bool,
+    pub tokens: &'a mut Tokens<T>,
+    pub out: &'a mut Vec<Effect>,
+}
+
+impl<T> Context<'_, T> {
+    pub fn has_lease(&self) -> bool {
+        self.now < self.lease_until
+    }
+
+    /// Sends to another OSD, if it is up.
+    pub fn send(&mut self, to: OsdId, pg: PgId, interval: Epoch, body: PeerBody, data: Bytes) {
+        let Some(peer) = self.map.up_osd(to) else { return };
+        let msg = PeerMsg {
+            from: self.id,
+            from_incarnation: self.incarnation,
+            to,
+            to_incarnation: peer.incarnation,
+            epoch: self.map.epoch,
+            pg,
+            interval,
+            body,
+        };
+        self.out.push(Effect::Send { msg, data });
+    }
+}

@@ -1,0 +1,234 @@
+//! One OSD's decisions: the map, the lease, the fences, and its placement groups.
+
+use super::context::{Context, Tokens};
+use super::pg::{Pg, What};
+use super::*;
+use gabion_proto::limits::CONN_OPS_MAX;
+use gabion_proto::msg::RetryWhy;
+use gabion_proto::pb;
+use std::collections::BTreeMap;
+
+/// Client operations that may be here at once; more are told to come back.
+const CLIENT_OPS_MAX: usize = 16 * CONN_OPS_MAX;
+
+/// See the module docs of [`crate::core`].
+pub struct OsdCore {
+    id: OsdId,
+    incarnation: Incarnation,
+    map: Arc<ClusterMap>,
+    lease_until: Millis,
+    full: bool,
+    /// Newest epoch whose fences are in force with nothing older in flight (rule C3).
+    acked: Epoch,
+    pgs: BTreeMap<PgId, Pg>,
+    tokens: Tokens<What>,
+    stats: pb::OsdStats,
+    now: Millis,
+}
+
+impl OsdCore {
+    /// A core for one run of the process; `start` is what the store holds.
+    pub fn new(id: OsdId, incarnation: Incarnation, start: StartState, now: Millis) -> OsdCore {
+        let pgs = start.into_iter().map(|(pg, meta)| (pg, Pg::stored(pg, meta))).collect();
+        OsdCore {
+            id,
+            incarnation,
+            map: Arc::default(),
+            lease_until: 0,
+            full: false,
+            acked: Epoch(0),
+            pgs,
+            tokens: Tokens::default(),
+            stats: pb::OsdStats::default(),
+            now,
+        }
+    }
+
+    /// Takes in one event; what is to be done is appended to `out`.
+    pub fn step(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
+        self.now = now;
+        match event {
+            Event::Map(map) => self.new_map(map, out),
+            Event::Lease { until, epoch } => {
+                self.lease_until = self.lease_until.max(until);
+                if epoch > self.map.epoch {
+                    out.push(Effect::WantMap { epoch });
+                }
+                self.every_pg(out, |pg, cx| pg.resume(cx));
+            }
+            Event::Full(full) => self.full = full,
+            Event::Client { token, op, data } => self.client(token, op, data, out),
+            Event::ClientGone { token } => {
+                for pg in self.pgs.values_mut() {
+                    pg.client_gone(token);
+                }
+            }
+            Event::Peer { msg, data } => self.peer(msg, data, out),
+            Event::Committed { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.committed(cx, what, result))
+            }
+            Event::ReadDone { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.read_done(cx, what, result))
+            }
+            Event::ObjectRead { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.object_read(cx, what, result));
+            }
+            Event::Listed { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.listed(cx, what, result))
+            }
+            Event::Monitor { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.monitor_answered(cx, what, result));
+            }
+            Event::Tick => self.every_pg(out, |pg, cx| pg.tick(cx)),
+        }
+        let stale = self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map));
+        if !stale {
+            self.acked = self.map.epoch;
+        }
+    }
+
+    /// See [`Event::Map`]; rule C3.
+    pub fn acked_epoch(&self) -> Epoch {
+        self.acked
+    }
+
+    /// What the monitors should hear of groups of which this OSD is primary.
+    pub fn pg_statuses(&self) -> Vec<pb::PgStatus> {
+        self.pgs.values().filter_map(|pg| pg.status(self.id, &self.map)).collect()
+    }
+
+    /// Peers that owe something for too long (rules P7 and P8).
+    pub fn stuck_peers(&self) -> Vec<pb::StuckPeer> {
+        self.pgs.values().flat_map(|pg| pg.stuck(self.now, &self.map)).collect()
+    }
+
+    /// Counters since the start of this run.
+    pub fn stats(&self) -> pb::OsdStats {
+        let mut sum = self.stats.clone();
+        for c in self.pgs.values().map(|pg| &pg.counters) {
+            sum.reads += c.reads;
+            sum.writes += c.writes;
+            sum.read_bytes += c.read_bytes;
+            sum.write_bytes += c.write_bytes;
+            sum.recovered_objects += c.recovered_objects;
+            sum.recovered_bytes += c.recovered_bytes;
+        }
+        sum
+    }
+
+    /// Up in the map as this very run.
+    fn is_current(&self) -> bool {
+        self.map.up_osd(self.id).is_some_and(|o| o.incarnation == self.incarnation)
+    }
+
+    fn every_pg(&mut self, out: &mut Vec<Effect>, mut f: impl FnMut(&mut Pg, &mut Context<'_, What>)) {
+        let mut cx = Context {
+            now: self.now,
+            id: self.id,
+            incarnation: self.incarnation,
+            map: &self.map,
+            lease_until: self.lease_until,
+            full: self.full,
+            tokens: &mut self.tokens,
+            out,
+        };
+        for pg in self.pgs.values_mut() {
+            f(pg, &mut cx);
+        }
+    }
+
+    fn with_pg(&mut self, id: PgId, out: &mut Vec<Effect>, f: impl FnOnce(&mut Pg, &mut Context<'_, What>)) {
+        let Some(pg) = self.pgs.get_mut(&id) else { return };
+        let mut cx = Context {
+            now: self.now,
+            id: self.id,
+            incarnation: self.incarnation,
+            map: &self.map,
+            lease_until: self.lease_until,
+            full: self.full,
+            tokens: &mut self.tokens,
+            out,
+        };
+        f(pg, &mut cx);
+    }
+
+    fn answer(
+        &mut self,
+        token: Token,
+        out: &mut Vec<Effect>,
+        f: impl FnOnce(&mut Pg, &mut Context<'_, What>, What),
+    ) {
+        let Some(purpose) = self.tokens.take(token) else { return };
+        self.with_pg(purpose.pg, out, |pg, cx| {
+            if pg.round() == purpose.round {
+                f(pg, cx, purpose.what);
+            }
+        });
+    }
+
+    fn new_map(&mut self, map: Arc<ClusterMap>, out: &mut Vec<Effect>) {
+        if map.epoch <= self.map.epoch {
+            return;
+        }
+        self.map = map.clone();
+        for (id, record) in &map.pgs {
+            if record.acting.contains(&self.id) {
+                self.pgs.entry(*id).or_insert_with(|| Pg::empty(*id));
+            }
+        }
+        let current = self.is_current();
+        self.every_pg(out, |pg, cx| pg.new_map(cx, current));
+    }
+
+    fn client(&mut self, token: ClientToken, op: ClientOp, data: Bytes, out: &mut Vec<Effect>) {
+        let retry =
+            |epoch, why| Effect::Reply { token, reply: OpReply::Retry { epoch, why }, data: Bytes::new() };
+        if op.epoch > self.map.epoch {
+            out.push(Effect::WantMap { epoch: op.epoch });
+            out.push(retry(op.epoch, RetryWhy::OsdBehind));
+            return;
+        }
+        if !self.is_current() {
+            out.push(retry(self.map.epoch, RetryWhy::NotActive));
+            return;
+        }
+        let here: usize = self.pgs.values().map(Pg::client_ops).sum();
+        if here >= CLIENT_OPS_MAX {
+            out.push(retry(self.map.epoch, RetryWhy::Busy));
+            return;
+        }
+        if !self.pgs.contains_key(&op.pg) {
+            out.push(retry(self.map.epoch, RetryWhy::StaleMap));
+            return;
+        }
+        self.with_pg(op.pg, out, |pg, cx| pg.client(cx, token, op, data));
+    }
+
+    fn peer(&mut self, msg: PeerMsg, data: Bytes, out: &mut Vec<Effect>) {
+        if msg.epoch > self.map.epoch {
+            out.push(Effect::WantMap { epoch: msg.epoch });
+        }
+        // Both processes must be the ones that the map calls up (rule P1); the sender repeats.
+        let sender = self.map.up_osd(msg.from).is_some_and(|o| o.incarnation == msg.from_incarnation);
+        if msg.to != self.id || msg.to_incarnation != self.incarnation || !sender || !self.is_current() {
+            return;
+        }
+        let Some(record) = self.map.pgs.get(&msg.pg) else { return };
+        if msg.interval != record.interval {
+            if msg.interval < record.interval {
+                let refused = gabion_proto::msg::PeerBody::Refused { promised: record.interval };
+                let (from, pg, interval) = (msg.from, msg.pg, msg.interval);
+                self.pgs.entry(pg).or_insert_with(|| Pg::empty(pg));
+                self.with_pg(pg, out, |_, cx| cx.send(from, pg, interval, refused, Bytes::new()));
+            }
+            return;
+        }
+        let id = msg.pg;
+        // A member of an earlier interval is asked even if it holds nothing.
+        self.pgs.entry(id).or_insert_with(|| Pg::empty(id));
+        self.with_pg(id, out, |pg, cx| {
+            pg.new_map(cx, true);
+            pg.peer(cx, msg, data);
+        });
+    }
+}

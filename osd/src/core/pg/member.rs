@@ -1,0 +1,410 @@
+//! What a member does at the primary's word: promise, list, activate, write, take pushed objects, hand
+//! objects out. The primary itself goes through the same promise and activation.
+
+use super::*;
+use crate::store::ObjectState;
+use gabion_proto::blocks::Content;
+use gabion_proto::limits::LIST_ENTRIES_MAX;
+
+/// Sub-writes that may be early at one member of one group; more are dropped and come again.
+const EARLY_MAX: usize = 512;
+
+/// A sub-write whose predecessor is not here yet.
+#[derive(Debug)]
+pub struct Early {
+    pub tid: u64,
+    pub object: ObjectId,
+    pub version: Version,
+    pub prev: Version,
+    pub write: SubWriteKind,
+    pub data: Bytes,
+}
+
+/// A member that is not primary.
+#[derive(Debug, Default)]
+pub struct Member {
+    promising: bool,
+    /// Activation pages so far, and how many.
+    pages: Vec<ObjectEntry>,
+    next_page: u32,
+    /// The last page is in, the activation is being made durable.
+    activating: bool,
+    /// Activated in this interval, durably.
+    active: bool,
+    /// By object and predecessor.
+    early: BTreeMap<(ObjectId, Version), Early>,
+    /// Submitted and not durable: tids that want an answer.
+    in_flight: BTreeMap<(ObjectId, Version), u64>,
+    /// Pushes being applied.
+    applying: BTreeSet<ObjectId>,
+}
+
+impl Pg {
+    fn member(&mut self) -> Option<&mut Member> {
+        match &mut self.phase {
+            Phase::Member(m) => Some(m),
+            _ => None,
+        }
+    }
+
+    /// Rule P3: the promise is durable before it is answered.
+    pub(super) fn query(&mut self, cx: &mut Cx<'_>) {
+        let interval = self.record.interval;
+        let Some(m) = self.member() else { return };
+        if m.promising {
+            return;
+        }
+        if self.meta.promised < interval {
+            let meta = PgMeta { promised: interval, ..self.meta };
+            self.meta = meta;
+            if let Some(m) = self.member() {
+                m.promising = true;
+            }
+            self.submit(cx, What::Promised, vec![TxnOp::SetMeta(meta)]);
+            return;
+        }
+        self.send_info(cx);
+    }
+
+    fn send_info(&mut self, cx: &mut Cx<'_>) {
+        let Some(primary) = self.record.primary else { return };
+        let body = PeerBody::Info {
+            activated: self.meta.activated,
+            object_count: self.index.objects.len() as u64,
+            missing_count: self.index.missing.len() as u64,
+        };
+        self.send(cx, primary, body, Bytes::new());
+    }
+
+    pub(super) fn promise_durable(&mut self, cx: &mut Cx<'_>) {
+        match &mut self.phase {
+            Phase::Member(m) => {
+                m.promising = false;
+                self.send_info(cx);
+            }
+            Phase::Peering(p) => {
+                p.promised = true;
+                self.peer_on(cx);
+            }
+            _ => {}
+        }
+    }
+
+    /// What this member has or should have, in order.
+    pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
+        let held = self.index.objects.iter().map(|(o, h)| {
+            (*o, ObjectEntry { object: *o, version: h.version, missing: false, deleted: h.deleted })
+        });
+        let missing = self.index.missing.iter().map(|(o, n)| {
+            (*o, ObjectEntry { object: *o, version: n.version, missing: true, deleted: n.deleted })
+        });
+        // A missing entry says more than what is still held.
+        held.chain(missing).collect()
+    }
+
+    pub(super) fn list_request(&mut self, cx: &mut Cx<'_>, from: OsdId, after: Option<ObjectId>) {
+        let Some(m) = self.member() else { return };
+        // Only a member that promised lists: nothing of an older interval can change the list then.
+        if m.promising || self.meta.promised < self.record.interval {
+            return;
+        }
+        let all = self.entries();
+        let page: Vec<ObjectEntry> = all
+            .into_values()
+            .filter(|e| after.is_none_or(|a| e.object > a))
+            .take(LIST_ENTRIES_MAX + 1)
+            .collect();
+        let last = page.len() <= LIST_ENTRIES_MAX;
+        let entries = page.into_iter().take(LIST_ENTRIES_MAX).collect();
+        self.send(cx, from, PeerBody::List { after, entries, last }, Bytes::new());
+    }
+
+    pub(super) fn activate_page(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        page: u32,
+        missing: Vec<ObjectEntry>,
+        last: bool,
+    ) {
+        let Some(m) = self.member() else { return };
+        if page < m.next_page {
+            // Again: the acknowledgement was lost. The last page's waits for the disk.
+            let durable = m.active || page + 1 < m.next_page || !m.activating;
+            if durable {
+                self.send(cx, from, PeerBody::ActivateAck { page }, Bytes::new());
+            }
+            return;
+        }
+        if page > m.next_page || m.activating {
+            return;
+        }
+        m.pages.extend(missing);
+        m.next_page += 1;
+        if !last {
+            self.send(cx, from, PeerBody::ActivateAck { page }, Bytes::new());
+            return;
+        }
+        m.activating = true;
+        let pages = std::mem::take(&mut m.pages);
+        self.submit_activation(
+            cx,
+            pages.iter().map(|e| (e.object, Needed { version: e.version, deleted: e.deleted })),
+        );
+    }
+
+    /// Missing map and activation change in one transaction (rules P3 and P4).
+    pub(super) fn submit_activation(
+        &mut self,
+        cx: &mut Cx<'_>,
+        missing: impl Iterator<Item = (ObjectId, Needed)>,
+    ) {
+        self.index.missing = missing.collect();
+        // `self.meta` follows when it is durable: a refused activation must not be claimed by the next promise.
+        let meta = PgMeta { promised: self.record.interval, activated: self.record.interval };
+        let entries = self.index.missing.iter().map(|(o, n)| TxnOp::AddMissing { object: *o, needed: *n });
+        let ops = std::iter::once(TxnOp::ClearMissing)
+            .chain(entries)
+            .chain(std::iter::once(TxnOp::SetMeta(meta)))
+            .collect();
+        self.submit(cx, What::Activated, ops);
+    }
+
+    pub(super) fn activation_durable(&mut self, cx: &mut Cx<'_>) {
+        self.meta.activated = self.record.interval;
+        match &mut self.phase {
+            Phase::Member(m) => {
+                m.active = true;
+                m.activating = false;
+                let page = m.next_page.saturating_sub(1);
+                if let Some(primary) = self.record.primary {
+                    self.send(cx, primary, PeerBody::ActivateAck { page }, Bytes::new());
+                }
+            }
+            Phase::Activating(a) => {
+                a.own = true;
+                self.activate_on(cx);
+            }
+            _ => {}
+        }
+    }
+
+    fn version_of(&self, object: &ObjectId) -> Version {
+        self.index.objects.get(object).map_or(Version::ZERO, |h| h.version)
+    }
+
+    /// Rule P2: in version order, each after its predecessor.
+    pub(super) fn sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) {
+        let have = self.version_of(&w.object);
+        let missing = self.index.missing.contains_key(&w.object);
+        let Some(m) = self.member() else { return };
+        // Writes come only after activation, and never to an object that this member still misses.
+        if !m.active || missing {
+            return;
+        }
+        if w.version <= have {
+            if !m.in_flight.contains_key(&(w.object, w.version)) {
+                self.send(
+                    cx,
+                    from,
+                    PeerBody::SubWriteAck { tid: w.tid, result: SubResult::Ok },
+                    Bytes::new(),
+                );
+            }
+            return;
+        }
+        if w.prev != have {
+            if w.prev > have && m.early.len() < EARLY_MAX {
+                m.early.insert((w.object, w.prev), w);
+            }
+            return;
+        }
+        let (object, mut next) = (w.object, Some(w));
+        while let Some(w) = next {
+            let version = w.version;
+            if !self.apply_sub_write(cx, from, w) {
+                return;
+            }
+            next = self.member().and_then(|m| m.early.remove(&(object, version)));
+        }
+    }
+
+    fn apply_sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) -> bool {
+        let Early { tid, object, version, prev, write, data } = w;
+        let op = match write {
+            SubWriteKind::Write { extents } => {
+                let content = Content { extents, data };
+                if let Err(error) = content.validate(true) {
+                    tracing::warn!(pg = %self.id, %from, %object, %error, "sub-write refused");
+                    let body = PeerBody::SubWriteAck { tid, result: SubResult::BadChecksum };
+                    self.send(cx, from, body, Bytes::new());
+                    return false;
+                }
+                TxnOp::Write { object, prev, version, content }
+            }
+            SubWriteKind::Zero { first_block, block_count, discard } => {
+                TxnOp::Zero { object, prev, version, first_block, block_count, discard }
+            }
+            SubWriteKind::Delete => TxnOp::Delete { object, prev, version },
+        };
+        let deleted = matches!(op, TxnOp::Delete { .. });
+        self.index.objects.insert(object, Held { version, deleted });
+        if let Some(m) = self.member() {
+            m.in_flight.insert((object, version), tid);
+        }
+        self.submit(cx, What::SubWrite { tid, object, version }, vec![op]);
+        true
+    }
+
+    pub(super) fn sub_write_done(
+        &mut self,
+        cx: &mut Cx<'_>,
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        result: Result<(), StoreError>,
+    ) {
+        let Some(primary) = self.record.primary else { return };
+        if let Some(m) = self.member() {
+            m.in_flight.remove(&(object, version));
+        }
+        let result = match result {
+            Ok(()) => SubResult::Ok,
+            Err(e) => {
+                // The index says otherwise than the disk now: out of the group until a new interval
+                // lists it again (rule P7).
+                self.send(cx, primary, PeerBody::SubWriteAck { tid, result: sub_result(&e) }, Bytes::new());
+                self.fail(cx, format!("the store refused a write: {e}"));
+                return;
+            }
+        };
+        self.send(cx, primary, PeerBody::SubWriteAck { tid, result }, Bytes::new());
+    }
+
+    /// Rule P4: conditional on the object being missed here at exactly that version, in this interval.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn push(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        image: ObjectImage,
+        data: Bytes,
+    ) {
+        let needed = self.index.missing.get(&object).copied();
+        let have = self.version_of(&object);
+        let Some(m) = self.member() else { return };
+        if !m.active || m.applying.contains(&object) {
+            return;
+        }
+        let answer = match needed {
+            Some(n) if n.version == version && n.deleted == image.deleted => None,
+            None if have >= version => Some(SubResult::Ok),
+            _ => Some(SubResult::VersionMismatch),
+        };
+        if let Some(result) = answer {
+            self.send(cx, from, PeerBody::PushAck { tid, result }, Bytes::new());
+            return;
+        }
+        let content = Content { extents: image.extents, data };
+        if content.validate(true).is_err() {
+            self.send(cx, from, PeerBody::PushAck { tid, result: SubResult::BadChecksum }, Bytes::new());
+            return;
+        }
+        m.applying.insert(object);
+        let ops = replace_ops(object, version, image.deleted, content);
+        self.submit(cx, What::PushApplied { tid, object }, ops);
+    }
+
+    pub(super) fn push_applied(
+        &mut self,
+        cx: &mut Cx<'_>,
+        tid: u64,
+        object: ObjectId,
+        result: Result<(), StoreError>,
+    ) {
+        let Some(primary) = self.record.primary else { return };
+        if let Some(m) = self.member() {
+            m.applying.remove(&object);
+        }
+        let result = match result {
+            Ok(()) => {
+                if let Some(needed) = self.index.missing.remove(&object) {
+                    self.index.hold(object, needed);
+                }
+                SubResult::Ok
+            }
+            Err(e) => sub_result(&e),
+        };
+        self.send(cx, primary, PeerBody::PushAck { tid, result }, Bytes::new());
+    }
+
+    pub(super) fn serve_pull(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+    ) {
+        if self.member().is_none() {
+            return;
+        }
+        let missing = self.index.missing.contains_key(&object);
+        if missing || self.version_of(&object) != version {
+            let body = PeerBody::PullReply { tid, object, version, image: Err(SubResult::VersionMismatch) };
+            self.send(cx, from, body, Bytes::new());
+            return;
+        }
+        let token = self.token(cx, What::ServePull { to: from, tid, object, version });
+        cx.out.push(Effect::ReadObject { token, pg: self.id, object });
+    }
+
+    pub(super) fn pull_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        (to, tid, object, version): (OsdId, u64, ObjectId, Version),
+        result: Result<(ObjectState, Content), StoreError>,
+    ) {
+        let (image, data) = match result {
+            Ok((state, content)) if state.version == version => {
+                (Ok(ObjectImage { deleted: state.deleted, extents: content.extents }), content.data)
+            }
+            Ok(_) => (Err(SubResult::VersionMismatch), Bytes::new()),
+            Err(e) => (Err(sub_result(&e)), Bytes::new()),
+        };
+        self.send(cx, to, PeerBody::PullReply { tid, object, version, image }, data);
+    }
+}
+
+impl Index {
+    /// The object is now as it was needed.
+    pub fn hold(&mut self, object: ObjectId, needed: Needed) {
+        if needed.version == Version::ZERO {
+            self.objects.remove(&object);
+        } else {
+            self.objects.insert(object, Held { version: needed.version, deleted: needed.deleted });
+        }
+    }
+}
+
+/// Brings an object to a state and takes it out of the missing map, in one transaction.
+pub(super) fn replace_ops(object: ObjectId, version: Version, deleted: bool, content: Content) -> Vec<TxnOp> {
+    if version == Version::ZERO {
+        // The authority never heard of it.
+        vec![TxnOp::Purge { object }, TxnOp::DropMissing { object }]
+    } else {
+        vec![TxnOp::Replace { object, version, deleted, content }]
+    }
+}
+
+pub(super) fn sub_result(e: &StoreError) -> SubResult {
+    match e {
+        StoreError::VersionMismatch { .. } => SubResult::VersionMismatch,
+        StoreError::NoSpace => SubResult::NoSpace,
+        StoreError::NotFound { .. } => SubResult::Missing,
+        _ => SubResult::Io,
+    }
+}

@@ -1,0 +1,417 @@
+//! One placement group on one OSD, as a pure state machine (replicated pools).
+//!
+//! ```text
+//!                        new interval (any state)
+//!                                 |
+//!                                 v
+//!   not in acting: STRAY     LOADING  list the store, promise the interval
+//!                                 |
+//!              replica  +---------+---------+  primary
+//!                       v                   v
+//!                  waits for            PEERING    Query -> Info (promised), List
+//!                  Activate                 |      every acting member, and of each past interval that
+//!                       |                   |      may have taken writes a member that was active in it
+//!                       v                   v
+//!                  activation durable  ACTIVATING  missing maps and `activated` durable everywhere,
+//!                       |                   |      then `activated` at the monitors
+//!                       v                   v
+//!                    ACTIVE <---------- ACTIVE     serves; recovers; reports clean
+//! ```
+//!
+//! What it owns: the durable [`PgMeta`], the index of objects and the missing map (both also in the store), and at the primary
+//! the operations in flight. What it guarantees:
+//!
+//! - *One history* (P1-P3). Messages belong to one interval and one run of both processes. Only members with
+//!   the highest activated interval say what an object's version should be; other copies are compared for inequality. A member
+//!   covers a past interval only if it was activated in it (or later): a disk that lost its memory does not count.
+//! - *A whole missing map* (P4). A member's missing map and `activated` change in one transaction, so
+//!   a member that claims an interval always knows what it lacks in it.
+//! - *Version order* (P2). Each write names its predecessor. A replica holds what comes early and refuses nothing silently; the
+//!   primary repeats until it is acknowledged or the interval is over.
+//! - *Never answered twice.* When the interval ends, every operation that is still here is answered `Retry`; a client may
+//!   repeat it because it has no overlapping write in flight, and the server drops what older connections of the
+//!   client still bring (rule C1). An operation of before the interval is refused by its epoch.
+//! - *Reads* (P5, P6) need the lease, wait for overlapping writes in flight, and for objects about which the authority disagreed
+//!   until every acting member has the same version.
+
+mod member;
+mod ops;
+mod peering;
+mod recovery;
+mod status;
+
+use super::context::{Context, Purpose};
+use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Token};
+use crate::store::{Needed, PgMeta, StoreError, Txn, TxnOp};
+use bytes::Bytes;
+use gabion_proto::ids::*;
+use gabion_proto::map::{ClusterMap, PgRecord, Redundancy};
+use gabion_proto::msg::*;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+pub use ops::ClientWork;
+
+type Cx<'a> = Context<'a, What>;
+
+/// What a token of a group is for.
+#[derive(Clone, Debug)]
+pub enum What {
+    Loaded,
+    /// The promise of this interval; `to` hears of it.
+    Promised,
+    Activated,
+    Write {
+        tid: u64,
+    },
+    SubWrite {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+    },
+    Read {
+        token: ClientToken,
+    },
+    ServePull {
+        to: OsdId,
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+    },
+    PushApplied {
+        tid: u64,
+        object: ObjectId,
+    },
+    Recovered {
+        object: ObjectId,
+    },
+    PushRead {
+        object: ObjectId,
+    },
+    ReportActivated,
+    ReportClean,
+    /// Nothing depends on it beyond its success.
+    Housekeeping,
+}
+
+/// A version as held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub version: Version,
+    pub deleted: bool,
+}
+
+/// What the store has, or will have once everything submitted is done.
+#[derive(Debug, Default)]
+pub struct Index {
+    pub objects: BTreeMap<ObjectId, Held>,
+    pub missing: BTreeMap<ObjectId, Needed>,
+}
+
+/// Since this run began.
+#[derive(Debug, Default)]
+pub struct Counters {
+    pub reads: u64,
+    pub writes: u64,
+    pub read_bytes: u64,
+    pub write_bytes: u64,
+    pub recovered_objects: u64,
+    pub recovered_bytes: u64,
+}
+
+/// How far the group has come in its interval, on this member.
+#[derive(Debug)]
+enum Phase {
+    /// The store is being listed.
+    Loading,
+    /// Loaded; not primary. `Some` while pages of an activation come in.
+    Member(member::Member),
+    /// Primary, not enough members.
+    Undersized,
+    Peering(peering::Peering),
+    Activating(peering::Activating),
+    Active(Box<ops::Active>),
+    /// The own store refused something that must not be refused; waits for another interval.
+    Broken(String),
+}
+
+/// A placement group.
+pub struct Pg {
+    id: PgId,
+    /// As durable, or submitted.
+    meta: PgMeta,
+    /// The store has something of it.
+    stored: bool,
+    record: PgRecord,
+    /// Counts intervals seen here: answers to an earlier one's effects are ignored.
+    round: u64,
+    /// The current interval was begun: this run is the one that the map calls up.
+    begun: bool,
+    index: Index,
+    phase: Phase,
+    /// Client operations that have not started, in order of arrival.
+    waiting: VecDeque<ClientWork>,
+    pub counters: Counters,
+    recovered_objects: u64,
+    recovered_bytes: u64,
+    since: Millis,
+}
+
+impl Pg {
+    /// A group that the store holds.
+    pub fn stored(id: PgId, meta: PgMeta) -> Pg {
+        Pg { meta, stored: true, ..Pg::empty(id) }
+    }
+
+    pub fn empty(id: PgId) -> Pg {
+        Pg {
+            id,
+            meta: PgMeta::default(),
+            stored: false,
+            record: PgRecord::default(),
+            round: 0,
+            begun: false,
+            index: Index::default(),
+            phase: Phase::Loading,
+            waiting: VecDeque::new(),
+            counters: Counters::default(),
+            recovered_objects: 0,
+            recovered_bytes: 0,
+            since: 0,
+        }
+    }
+
+    pub fn round(&self) -> u64 {
+        self.round
+    }
+
+    fn token(&self, cx: &mut Cx<'_>, what: What) -> Token {
+        cx.tokens.issue(Purpose { pg: self.id, round: self.round, what })
+    }
+
+    fn submit(&mut self, cx: &mut Cx<'_>, what: What, ops: Vec<TxnOp>) {
+        self.stored = true;
+        let token = self.token(cx, what);
+        // Room was checked where the client's write was accepted; what was accepted must not fail here.
+        cx.out.push(Effect::Store { token, txn: Txn { pg: self.id, ops, reserve: true } });
+    }
+
+    fn send(&self, cx: &mut Cx<'_>, to: OsdId, body: PeerBody, data: Bytes) {
+        cx.send(to, self.id, self.record.interval, body, data);
+    }
+
+    fn others(&self, cx: &Cx<'_>) -> Vec<OsdId> {
+        self.record.members().filter(|o| *o != cx.id).collect()
+    }
+
+    /// A newer map: a new interval starts over; otherwise only what the map says of this one is
+    /// taken over.
+    pub fn new_map(&mut self, cx: &mut Cx<'_>, current: bool) {
+        let Some(record) = cx.map.pgs.get(&self.id) else {
+            // The pool is gone, and with it the group.
+            self.abandon(cx);
+            if std::mem::take(&mut self.stored) {
+                self.round += 1;
+                self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
+                *self = Pg { round: self.round, ..Pg::empty(self.id) };
+            }
+            return;
+        };
+        if record.interval == self.record.interval && self.begun {
+            self.record = record.clone();
+            self.drop_stray(cx);
+            if let Phase::Peering(_) = self.phase {
+                self.peer_on(cx);
+            }
+            return;
+        }
+        self.abandon(cx);
+        self.record = record.clone();
+        self.round += 1;
+        self.index = Index::default();
+        self.phase = Phase::Loading;
+        self.recovered_objects = 0;
+        self.recovered_bytes = 0;
+        self.since = cx.now;
+        if current {
+            let token = self.token(cx, What::Loaded);
+            cx.out.push(Effect::List { token, pg: self.id });
+        }
+        // Otherwise this run is not the one that the map calls up; begin when it is.
+        self.begun = current;
+    }
+
+    /// Ends the interval: whoever waits is told to come again.
+    fn abandon(&mut self, cx: &mut Cx<'_>) {
+        let mut tokens: Vec<ClientToken> = self.waiting.drain(..).map(|w| w.token).collect();
+        if let Phase::Active(active) = &mut self.phase {
+            tokens.extend(active.take_tokens());
+        }
+        let retry = OpReply::Retry { epoch: cx.map.epoch, why: RetryWhy::StaleMap };
+        for token in tokens {
+            cx.out.push(Effect::Reply { token, reply: retry.clone(), data: Bytes::new() });
+        }
+    }
+
+    pub fn listed(&mut self, cx: &mut Cx<'_>, what: What, result: Result<Listing, StoreError>) {
+        let (What::Loaded, Phase::Loading) = (what, &self.phase) else { return };
+        let listing = match result {
+            Ok(l) => l,
+            Err(e) => {
+                self.phase = Phase::Broken(format!("the store cannot list the group: {e}"));
+                return;
+            }
+        };
+        self.index.objects = listing
+            .objects
+            .into_iter()
+            .filter(|(_, s)| s.version != Version::ZERO)
+            .map(|(o, s)| (o, Held { version: s.version, deleted: s.deleted }))
+            .collect();
+        self.index.missing = listing.missing.into_iter().collect();
+        if self.record.primary == Some(cx.id) {
+            self.start_peering(cx);
+        } else {
+            self.phase = Phase::Member(member::Member::default());
+            self.drop_stray(cx);
+        }
+    }
+
+    /// Invariant 8: only the monitors' durable word that the group is clean without this OSD lets it
+    /// delete its copy.
+    fn drop_stray(&mut self, cx: &mut Cx<'_>) {
+        let needed = self.record.acting.contains(&cx.id) || self.record.up.contains(&cx.id);
+        let loaded = matches!(self.phase, Phase::Member(_));
+        if self.stored && loaded && !needed && self.record.clean && self.record.activated {
+            tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy deleted");
+            self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
+            self.stored = false;
+            self.meta = PgMeta::default();
+            self.index = Index::default();
+        }
+    }
+
+    pub fn committed(&mut self, cx: &mut Cx<'_>, what: What, result: Result<(), StoreError>) {
+        match what {
+            What::Promised if result.is_ok() => self.promise_durable(cx),
+            What::Activated if result.is_ok() => self.activation_durable(cx),
+            What::Write { tid } => self.own_write_done(cx, tid, result),
+            What::SubWrite { tid, object, version } => self.sub_write_done(cx, tid, object, version, result),
+            What::PushApplied { tid, object } => self.push_applied(cx, tid, object, result),
+            What::Recovered { object } => self.own_recovered(cx, object, result),
+            What::Housekeeping if result.is_ok() => {}
+            _ => {
+                if let Err(e) = result {
+                    self.fail(cx, format!("the store refused: {e}"));
+                }
+            }
+        }
+    }
+
+    /// The own store does not do what the group needs: nothing is served in this interval any more.
+    fn fail(&mut self, cx: &mut Cx<'_>, why: String) {
+        tracing::error!(pg = %self.id, osd = %cx.id, why, "group stopped");
+        self.abandon(cx);
+        self.phase = Phase::Broken(why);
+    }
+
+    pub fn monitor_answered(&mut self, cx: &mut Cx<'_>, what: What, result: Result<(), MonitorRefused>) {
+        match (what, result) {
+            (What::ReportActivated, Ok(())) => self.go_active(cx),
+            (What::ReportClean, Ok(())) => {
+                if let Phase::Active(a) = &mut self.phase {
+                    a.clean_confirmed = true;
+                }
+            }
+            // Refused: the interval is over; the map will say so.
+            _ => {}
+        }
+    }
+
+    fn report(&mut self, cx: &mut Cx<'_>, what: What, request: MonitorRequest) {
+        let token = self.token(cx, what);
+        cx.out.push(Effect::Monitor { token, request });
+    }
+
+    pub fn tick(&mut self, cx: &mut Cx<'_>) {
+        self.purge_removed(cx);
+        self.expire_waiting(cx);
+        match self.phase {
+            Phase::Peering(_) => self.peer_on(cx),
+            Phase::Activating(_) => self.activate_on(cx),
+            Phase::Active(_) => {
+                self.resend_writes(cx);
+                self.recover(cx);
+                self.resume(cx);
+            }
+            _ => {}
+        }
+    }
+
+    /// A message of the current interval from a current process.
+    pub fn peer(&mut self, cx: &mut Cx<'_>, msg: PeerMsg, data: Bytes) {
+        let (from, is_primary) = (msg.from, self.record.primary == Some(msg.from));
+        match msg.body {
+            PeerBody::Query if is_primary => self.query(cx),
+            PeerBody::ListRequest { after } if is_primary => self.list_request(cx, from, after),
+            PeerBody::Activate { page, missing, last } if is_primary => {
+                self.activate_page(cx, from, page, missing, last)
+            }
+            PeerBody::SubWrite { tid, object, version, prev, write } if is_primary => {
+                self.sub_write(cx, from, member::Early { tid, object, version, prev, write, data });
+            }
+            PeerBody::Push { tid, object, version, image } if is_primary => {
+                self.push(cx, from, tid, object, version, image, data);
+            }
+            PeerBody::Pull { tid, object, version } if is_primary => {
+                self.serve_pull(cx, from, tid, object, version)
+            }
+            PeerBody::Info { activated, .. } => self.info(cx, from, activated),
+            PeerBody::List { after, entries, last } => self.list_page(cx, from, after, entries, last),
+            PeerBody::ActivateAck { page } => self.activate_ack(cx, from, page),
+            PeerBody::SubWriteAck { tid, result } => self.sub_write_ack(cx, from, tid, result),
+            PeerBody::PullReply { object, version, image, .. } => {
+                self.pulled(cx, from, object, version, image, data)
+            }
+            PeerBody::PushAck { tid, result } => self.push_ack(cx, from, tid, result),
+            // The other side has a newer map; ours will come. Or a command from somebody who is not primary.
+            _ => {}
+        }
+    }
+
+    /// Deletes objects of removed volumes, some at a time (invariant 7: the ids in the map are the tombstone).
+    fn purge_removed(&mut self, cx: &mut Cx<'_>) {
+        const AT_ONCE: usize = 64;
+        if cx.map.removed_volumes.is_empty() || matches!(self.phase, Phase::Loading | Phase::Broken(_)) {
+            return;
+        }
+        let removed = |o: &&ObjectId| cx.map.removed_volumes.contains(&o.volume);
+        let held = self.index.objects.keys().filter(removed);
+        let gone: BTreeSet<ObjectId> =
+            held.chain(self.index.missing.keys().filter(removed)).take(AT_ONCE).copied().collect();
+        if gone.is_empty() {
+            return;
+        }
+        let ops = gone
+            .iter()
+            .flat_map(|o| [TxnOp::Purge { object: *o }, TxnOp::DropMissing { object: *o }])
+            .collect();
+        for o in &gone {
+            self.index.objects.remove(o);
+            self.index.missing.remove(o);
+        }
+        self.submit(cx, What::Housekeeping, ops);
+    }
+
+    fn pool_min_size(&self, cx: &Cx<'_>) -> Option<usize> {
+        let pool = cx.map.pools.get(&self.id.pool)?;
+        match pool.redundancy {
+            Redundancy::Replicated { .. } => Some(pool.min_size as usize),
+            Redundancy::Erasure { .. } => None,
+        }
+    }
+}
+
+/// Whether an object belongs to a volume that was removed: peering and recovery ignore it.
+fn is_removed(map: &ClusterMap, object: &ObjectId) -> bool {
+    map.removed_volumes.contains(&object.volume)
+}

@@ -1,0 +1,473 @@
+//! Client operations at an active primary: admission, ordering, fan-out, acknowledgement.
+
+use super::member::sub_result;
+use super::*;
+use gabion_proto::blocks::{Content, ContentError};
+use gabion_proto::limits::*;
+use gabion_proto::map::Attachment;
+
+/// An operation that has not started for this long is sent back, so that the client looks at its map.
+const WAIT_MS: Millis = 1_000;
+/// Unacknowledged sub-writes are sent again after this long.
+const RESEND_MS: Millis = 500;
+/// Writes of one object that may be in flight.
+const WRITES_PER_OBJECT: usize = 64;
+
+/// A client's operation that has been admitted but not started.
+#[derive(Debug)]
+pub struct ClientWork {
+    pub token: ClientToken,
+    op: ClientOp,
+    data: Bytes,
+    arrived: Millis,
+}
+
+/// A write that some member has not made durable yet.
+#[derive(Debug)]
+struct Write {
+    /// `None`: nobody waits for the answer any more.
+    token: Option<ClientToken>,
+    op_of: (VolumeId, ClientId, Session, Generation),
+    object: ObjectId,
+    version: Version,
+    prev: Version,
+    first_block: u32,
+    block_count: u32,
+    body: SubWriteKind,
+    data: Bytes,
+    own: bool,
+    waiting: BTreeSet<OsdId>,
+    /// Members that said no (rule P7): never acknowledged in this interval.
+    refused: BTreeMap<OsdId, SubResult>,
+    started: Millis,
+    sent: Millis,
+}
+
+#[derive(Debug)]
+struct Read {
+    op: ClientOp,
+    arrived: Millis,
+}
+
+/// What an active primary keeps.
+#[derive(Debug)]
+pub struct Active {
+    writes: BTreeMap<u64, Write>,
+    reads: BTreeMap<ClientToken, Read>,
+    next_tid: u64,
+    pub recovery: recovery::Recovery,
+    /// The monitors know that the interval is clean.
+    pub clean_confirmed: bool,
+    pub clean_reported: bool,
+}
+
+impl Active {
+    pub fn new(
+        missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
+        sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
+        uncertain: BTreeSet<ObjectId>,
+    ) -> Active {
+        Active {
+            writes: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            next_tid: 0,
+            recovery: recovery::Recovery::new(missing, sources, uncertain),
+            clean_confirmed: false,
+            clean_reported: false,
+        }
+    }
+
+    pub fn next_tid(&mut self) -> u64 {
+        self.next_tid += 1;
+        self.next_tid
+    }
+
+    /// Everybody who waits for an answer.
+    pub fn take_tokens(&mut self) -> Vec<ClientToken> {
+        let writes = self.writes.values_mut().filter_map(|w| w.token.take()).collect::<Vec<_>>();
+        let reads = std::mem::take(&mut self.reads);
+        writes.into_iter().chain(reads.into_keys()).collect()
+    }
+
+    pub fn has_writes(&self, object: &ObjectId) -> bool {
+        self.writes.values().any(|w| w.object == *object)
+    }
+}
+
+/// Blocks that an operation touches, or `None` when it is malformed.
+fn range_of(op: &ClientOp, object_blocks: u32) -> Option<(u32, u32)> {
+    let (first, count) = match &op.kind {
+        OpKind::Read { first_block, block_count, below } => {
+            if below.len() > LAYERS_MAX {
+                return None;
+            }
+            (*first_block, *block_count)
+        }
+        OpKind::Zero { first_block, block_count, .. } => (*first_block, *block_count),
+        OpKind::Write { extents } => {
+            let (first, last) = (extents.first()?, extents.last()?);
+            (
+                first.first_block,
+                last.first_block.checked_add(last.block_count)?.checked_sub(first.first_block)?,
+            )
+        }
+    };
+    let end = first.checked_add(count)?;
+    let small = matches!(op.kind, OpKind::Zero { .. }) || count <= OP_DATA_BYTES_MAX / BLOCK_BYTES;
+    (count > 0 && end <= object_blocks && small).then_some((first, count))
+}
+
+impl Pg {
+    fn reply(&mut self, cx: &mut Cx<'_>, token: ClientToken, reply: OpReply) {
+        cx.out.push(Effect::Reply { token, reply, data: Bytes::new() });
+    }
+
+    fn retry(&mut self, cx: &mut Cx<'_>, token: ClientToken, why: RetryWhy) {
+        let reply = OpReply::Retry { epoch: cx.map.epoch, why };
+        self.reply(cx, token, reply);
+    }
+
+    pub fn client_ops(&self) -> usize {
+        let active = match &self.phase {
+            Phase::Active(a) => a.writes.len() + a.reads.len(),
+            _ => 0,
+        };
+        self.waiting.len() + active
+    }
+
+    /// Admission: whatever can be said at once is said at once.
+    pub fn client(&mut self, cx: &mut Cx<'_>, token: ClientToken, op: ClientOp, data: Bytes) {
+        if self.record.primary != Some(cx.id) || op.epoch < self.record.interval {
+            return self.retry(cx, token, RetryWhy::StaleMap);
+        }
+        let Some(pool) = cx.map.pools.get(&self.id.pool) else {
+            return self.retry(cx, token, RetryWhy::StaleMap);
+        };
+        let here = cx.map.pg_of(op.pg.pool, op.object.volume, op.object.index) == Some(op.pg);
+        if !here || range_of(&op, pool.object_bytes / BLOCK_BYTES).is_none() {
+            return self.reply(cx, token, OpReply::Failed(OpError::Invalid));
+        }
+        if let OpKind::Write { extents } = &op.kind {
+            let content = Content { extents: extents.clone(), data: data.clone() };
+            match content.validate(true) {
+                Ok(()) => {}
+                // Changed on the way (rule C5).
+                Err(ContentError::Crc { .. }) => return self.retry(cx, token, RetryWhy::BadChecksum),
+                Err(_) => return self.reply(cx, token, OpReply::Failed(OpError::Invalid)),
+            }
+        }
+        self.waiting.push_back(ClientWork { token, op, data, arrived: cx.now });
+        self.resume(cx);
+    }
+
+    /// Whether the volume's fence lets the operation through (rules C1 and C2).
+    fn fence(&self, cx: &mut Cx<'_>, op: &ClientOp) -> Result<(), OpReply> {
+        if cx.map.removed_volumes.contains(&op.object.volume) {
+            return Err(OpReply::Failed(OpError::Removed));
+        }
+        if op.generation == Generation(0) {
+            let reads = matches!(op.kind, OpKind::Read { .. });
+            return if reads { Ok(()) } else { Err(OpReply::Failed(OpError::Invalid)) };
+        }
+        match cx.map.attachments.get(&op.object.volume) {
+            Some(a) if is_holder(a, op.client, op.session, op.generation) => Ok(()),
+            // The client knows more than this OSD: its map will tell.
+            Some(a) if op.generation > a.generation || (op.client == a.client && op.session > a.session) => {
+                cx.out.push(Effect::WantMap { epoch: cx.map.epoch.next() });
+                Err(OpReply::Retry { epoch: cx.map.epoch, why: RetryWhy::OsdBehind })
+            }
+            _ => Err(OpReply::Failed(OpError::Fenced)),
+        }
+    }
+
+    /// Starts what can start, in order of arrival per object.
+    pub fn resume(&mut self, cx: &mut Cx<'_>) {
+        if !matches!(self.phase, Phase::Active(_)) || self.waiting.is_empty() || !cx.has_lease() {
+            return;
+        }
+        let mut held: BTreeSet<ObjectId> = BTreeSet::new();
+        let mut later = VecDeque::new();
+        while let Some(work) = self.waiting.pop_front() {
+            if held.contains(&work.op.object) {
+                later.push_back(work);
+                continue;
+            }
+            if let Err(reply) = self.fence(cx, &work.op) {
+                self.reply(cx, work.token, reply);
+                continue;
+            }
+            if !matches!(self.phase, Phase::Active(_)) || !self.start(cx, &work) {
+                held.insert(work.op.object);
+                later.push_back(work);
+            }
+        }
+        self.waiting = later;
+        self.recover(cx);
+    }
+
+    /// False: it must wait.
+    fn start(&mut self, cx: &mut Cx<'_>, work: &ClientWork) -> bool {
+        let op = &work.op;
+        let Some((first_block, block_count)) = range_of(op, OBJECT_BYTES_MAX / BLOCK_BYTES) else {
+            return true;
+        };
+        let is_read = matches!(op.kind, OpKind::Read { .. });
+        let Phase::Active(a) = &mut self.phase else { return false };
+        let layers = match &op.kind {
+            OpKind::Read { below, .. } => below.as_slice(),
+            _ => &[],
+        };
+        for layer in std::iter::once(op.object.layer).chain(layers.iter().copied()) {
+            let object = ObjectId { layer, ..op.object };
+            if a.recovery.blocks(cx.id, &object, is_read) {
+                a.recovery.demand(object);
+                return false;
+            }
+        }
+        let overlaps = |w: &&Write| {
+            w.object.volume == op.object.volume
+                && w.object.index == op.object.index
+                && w.first_block < first_block + block_count
+                && first_block < w.first_block + w.block_count
+        };
+        if is_read {
+            // Rule P5: what is not durable everywhere is not shown.
+            if a.writes.values().any(|w| overlaps(&w)) {
+                return false;
+            }
+            self.start_read(cx, work, first_block, block_count, layers.to_vec());
+            return true;
+        }
+        let same = a.writes.values().filter(|w| w.object == op.object).count();
+        if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
+            return false;
+        }
+        if cx.full && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+            self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
+            return true;
+        }
+        self.start_write(cx, work, first_block, block_count);
+        true
+    }
+
+    fn start_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        work: &ClientWork,
+        first_block: u32,
+        block_count: u32,
+        below: Vec<LayerId>,
+    ) {
+        let op = work.op.clone();
+        let object = op.object;
+        let Phase::Active(a) = &mut self.phase else { return };
+        a.reads.insert(work.token, Read { op, arrived: work.arrived });
+        let token = self.token(cx, What::Read { token: work.token });
+        cx.out.push(Effect::Read { token, pg: self.id, object, below, first_block, block_count });
+    }
+
+    pub fn read_done(&mut self, cx: &mut Cx<'_>, what: What, result: Result<Content, StoreError>) {
+        let What::Read { token } = what else { return };
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(Read { op, arrived }) = a.reads.remove(&token) else { return };
+        // Rule P6: the lease was good when the bytes were read.
+        if !cx.has_lease() {
+            return self.retry(cx, token, RetryWhy::NotActive);
+        }
+        match result {
+            Ok(content) => {
+                self.counters.reads += 1;
+                self.counters.read_bytes += content.data.len() as u64;
+                let reply = OpReply::Data { extents: content.extents };
+                cx.out.push(Effect::Reply { token, reply, data: content.data });
+            }
+            Err(StoreError::Unreadable { object, block, why }) => {
+                tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
+                if self.lose_own_copy(cx, object) {
+                    self.waiting.push_front(ClientWork { token, op, data: Bytes::new(), arrived });
+                    self.resume(cx);
+                } else {
+                    self.reply(cx, token, OpReply::Failed(OpError::Io));
+                }
+            }
+            Err(_) => self.reply(cx, token, OpReply::Failed(OpError::Io)),
+        }
+    }
+
+    fn start_write(&mut self, cx: &mut Cx<'_>, work: &ClientWork, first_block: u32, block_count: u32) {
+        let object = work.op.object;
+        let prev = self.index.objects.get(&object).map_or(Version::ZERO, |h| h.version);
+        let Some(version) = prev.successor(self.record.interval) else {
+            return self.fail(cx, format!("object {object} has no versions left in this interval"));
+        };
+        let data = work.data.clone();
+        let (body, op) = match &work.op.kind {
+            OpKind::Write { extents } => {
+                let content = Content { extents: extents.clone(), data: data.clone() };
+                (
+                    SubWriteKind::Write { extents: extents.clone() },
+                    TxnOp::Write { object, prev, version, content },
+                )
+            }
+            OpKind::Zero { discard, .. } => {
+                let discard = *discard;
+                (
+                    SubWriteKind::Zero { first_block, block_count, discard },
+                    TxnOp::Zero { object, prev, version, first_block, block_count, discard },
+                )
+            }
+            OpKind::Read { .. } => return,
+        };
+        self.index.objects.insert(object, Held { version, deleted: false });
+        let others = self.others(cx);
+        let Phase::Active(a) = &mut self.phase else { return };
+        let tid = a.next_tid();
+        let write = Write {
+            token: Some(work.token),
+            op_of: (object.volume, work.op.client, work.op.session, work.op.generation),
+            object,
+            version,
+            prev,
+            first_block,
+            block_count,
+            body: body.clone(),
+            data: data.clone(),
+            own: false,
+            waiting: others.iter().copied().collect(),
+            refused: BTreeMap::new(),
+            started: cx.now,
+            sent: cx.now,
+        };
+        a.writes.insert(tid, write);
+        self.submit(cx, What::Write { tid }, vec![op]);
+        for o in others {
+            let body = PeerBody::SubWrite { tid, object, version, prev, write: body.clone() };
+            self.send(cx, o, body, data.clone());
+        }
+    }
+
+    pub(super) fn own_write_done(&mut self, cx: &mut Cx<'_>, tid: u64, result: Result<(), StoreError>) {
+        if let Err(e) = result {
+            // Others may have it: only a new interval can decide.
+            self.fail(cx, format!("the store refused a write ({:?}): {e}", sub_result(&e)));
+            return;
+        }
+        if let Phase::Active(a) = &mut self.phase {
+            if let Some(w) = a.writes.get_mut(&tid) {
+                w.own = true;
+            }
+        }
+        self.finish_write(cx, tid);
+    }
+
+    pub(super) fn sub_write_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: SubResult) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(w) = a.writes.get_mut(&tid) else { return };
+        match result {
+            SubResult::Ok => {
+                w.waiting.remove(&from);
+                self.finish_write(cx, tid);
+            }
+            // Sent again by the timer.
+            SubResult::BadChecksum => {}
+            refused => {
+                tracing::warn!(pg = %self.id, member = %from, ?refused, "a member refused a write");
+                w.refused.insert(from, refused);
+            }
+        }
+    }
+
+    /// Invariant 1: every acting member has it durable.
+    fn finish_write(&mut self, cx: &mut Cx<'_>, tid: u64) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        let done = a.writes.get(&tid).is_some_and(|w| w.own && w.waiting.is_empty());
+        if !done {
+            return;
+        }
+        let Some(w) = a.writes.remove(&tid) else { return };
+        self.counters.writes += 1;
+        self.counters.write_bytes += w.data.len() as u64;
+        if let Some(token) = w.token {
+            // Without the lease this may be a deposed primary: another one may have decided already.
+            if cx.has_lease() {
+                self.reply(cx, token, OpReply::Done { version: w.version });
+            } else {
+                self.retry(cx, token, RetryWhy::NotActive);
+            }
+        }
+        self.resume(cx);
+    }
+
+    pub(super) fn resend_writes(&mut self, cx: &mut Cx<'_>) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        let mut again = Vec::new();
+        for (tid, w) in a.writes.iter_mut().filter(|(_, w)| cx.now >= w.sent + RESEND_MS) {
+            w.sent = cx.now;
+            for o in w.waiting.iter().filter(|o| !w.refused.contains_key(o)) {
+                let body = PeerBody::SubWrite {
+                    tid: *tid,
+                    object: w.object,
+                    version: w.version,
+                    prev: w.prev,
+                    write: w.body.clone(),
+                };
+                again.push((*o, body, w.data.clone()));
+            }
+        }
+        for (o, body, data) in again {
+            self.send(cx, o, body, data);
+        }
+    }
+
+    /// What has waited for long goes back to the client: its map may be old, or this OSD alone.
+    pub(super) fn expire_waiting(&mut self, cx: &mut Cx<'_>) {
+        let now = cx.now;
+        let (old, rest): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|w| now >= w.arrived + WAIT_MS);
+        self.waiting = rest;
+        for w in old {
+            self.retry(cx, w.token, RetryWhy::NotActive);
+        }
+    }
+
+    pub fn client_gone(&mut self, token: ClientToken) {
+        self.waiting.retain(|w| w.token != token);
+        if let Phase::Active(a) = &mut self.phase {
+            a.reads.remove(&token);
+            for w in a.writes.values_mut().filter(|w| w.token == Some(token)) {
+                w.token = None;
+            }
+        }
+    }
+
+    /// Rule C3: a started write of a holder that is fenced by now.
+    pub fn has_fenced_writes(&self, map: &ClusterMap) -> bool {
+        let Phase::Active(a) = &self.phase else { return false };
+        a.writes.values().any(|w| {
+            let (volume, client, session, generation) = w.op_of;
+            !map.attachments.get(&volume).is_some_and(|h| is_holder(h, client, session, generation))
+        })
+    }
+
+    /// Rules P7 and P8: who owes what to this primary, and for how long.
+    pub(super) fn late_members(&self, now: Millis) -> BTreeMap<OsdId, Millis> {
+        let mut late: BTreeMap<OsdId, Millis> = BTreeMap::new();
+        let Phase::Active(a) = &self.phase else { return late };
+        for w in a.writes.values() {
+            for o in &w.waiting {
+                // A refusal is final: no need to wait any longer.
+                let age = match w.refused.contains_key(o) {
+                    true => SUBOP_STUCK.as_millis() as Millis,
+                    false => now.saturating_sub(w.started),
+                };
+                let entry = late.entry(*o).or_default();
+                *entry = (*entry).max(age);
+            }
+        }
+        late
+    }
+}
+
+fn is_holder(a: &Attachment, client: ClientId, session: Session, generation: Generation) -> bool {
+    a.client == client && a.session == session && a.generation == generation
+}

@@ -1,0 +1,350 @@
+//! Peering and activation at the primary (rules P1, P3, P6; invariants 2 and 3).
+
+use super::*;
+use gabion_proto::limits::LIST_ENTRIES_MAX;
+
+/// Unanswered questions are asked again after this long.
+const ASK_AGAIN_MS: Millis = 300;
+
+/// What a member told.
+#[derive(Debug, Default)]
+pub struct Told {
+    activated: Epoch,
+    /// Its list, as far as it has come in.
+    entries: BTreeMap<ObjectId, ObjectEntry>,
+    complete: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Peering {
+    /// The own promise is durable.
+    pub promised: bool,
+    told: BTreeMap<OsdId, Told>,
+    asked: Option<Millis>,
+    waiting_for: String,
+}
+
+#[derive(Debug)]
+pub struct Activating {
+    /// What each acting member must obtain, pages not yet acknowledged first.
+    missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
+    /// Next page to be acknowledged; absent once the last one was.
+    pages: BTreeMap<OsdId, u32>,
+    /// The own activation is durable.
+    pub own: bool,
+    reported: bool,
+    sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
+    uncertain: BTreeSet<ObjectId>,
+    sent: Option<Millis>,
+}
+
+impl Peering {
+    pub fn waiting_for(&self) -> &str {
+        &self.waiting_for
+    }
+
+    /// Acting members that have not answered everything.
+    pub fn silent_members(&self, record: &PgRecord) -> Vec<OsdId> {
+        let own = record.primary;
+        record
+            .members()
+            .filter(|o| Some(*o) != own && !self.told.get(o).is_some_and(|t| t.complete))
+            .collect()
+    }
+}
+
+impl Activating {
+    /// Members that have not made the activation durable yet.
+    pub fn waiting_for(&self) -> Vec<OsdId> {
+        self.pages.keys().copied().collect()
+    }
+}
+
+impl Pg {
+    pub(super) fn start_peering(&mut self, cx: &mut Cx<'_>) {
+        let Some(min_size) = self.pool_min_size(cx) else {
+            self.phase = Phase::Broken("erasure coding is not built yet".into());
+            return;
+        };
+        if self.record.members().count() < min_size {
+            self.phase = Phase::Undersized;
+            return;
+        }
+        self.phase = Phase::Peering(Peering::default());
+        self.meta.promised = self.meta.promised.max(self.record.interval);
+        self.submit(cx, What::Promised, vec![TxnOp::SetMeta(self.meta)]);
+        self.peer_on(cx);
+    }
+
+    pub(super) fn info(&mut self, cx: &mut Cx<'_>, from: OsdId, activated: Epoch) {
+        if !self.record.all_known().contains(&from) {
+            return;
+        }
+        match &mut self.phase {
+            Phase::Peering(p) => {
+                // Only the first answer asks on: answers to repeated questions must not multiply.
+                if p.told.contains_key(&from) {
+                    return;
+                }
+                p.told.insert(from, Told { activated, ..Told::default() });
+                self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
+            }
+            Phase::Active(_) => self.late_source_speaks(cx, from),
+            _ => {}
+        }
+    }
+
+    pub(super) fn list_page(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        after: Option<ObjectId>,
+        entries: Vec<ObjectEntry>,
+        last: bool,
+    ) {
+        match &mut self.phase {
+            Phase::Peering(p) => {
+                let Some(told) = p.told.get_mut(&from).filter(|t| !t.complete) else { return };
+                let reached = told.entries.keys().next_back().copied();
+                if after != reached || (!last && entries.is_empty()) {
+                    return;
+                }
+                told.entries
+                    .extend(entries.into_iter().filter(|e| Some(e.object) > reached).map(|e| (e.object, e)));
+                told.complete = last;
+                let next = told.entries.keys().next_back().copied();
+                if last {
+                    self.peer_on(cx);
+                } else {
+                    self.send(cx, from, PeerBody::ListRequest { after: next }, Bytes::new());
+                }
+            }
+            Phase::Active(_) => self.late_source_lists(cx, from, entries, last),
+            _ => {}
+        }
+    }
+
+    /// Asks what is not known, or goes on when enough is.
+    pub(super) fn peer_on(&mut self, cx: &mut Cx<'_>) {
+        let (id, known) = (cx.id, self.record.all_known());
+        let Phase::Peering(p) = &mut self.phase else { return };
+        if !p.promised {
+            p.waiting_for = "its own disk".into();
+            return;
+        }
+        let up: BTreeSet<OsdId> =
+            known.into_iter().filter(|o| *o != id && cx.map.up_osd(*o).is_some()).collect();
+        // What a process said that is gone since counts no more: it did not promise for its successor,
+        // but a new incarnation of an acting member is a new interval anyway, and a past member's promise is durable.
+        let silent: Vec<OsdId> = up.iter().filter(|o| !p.told.contains_key(o)).copied().collect();
+        let unlisted: Vec<(OsdId, Option<ObjectId>)> = p
+            .told
+            .iter()
+            .filter(|(o, t)| !t.complete && up.contains(o))
+            .map(|(o, t)| (*o, t.entries.keys().next_back().copied()))
+            .collect();
+        let ask = p.asked.is_none_or(|t| cx.now >= t + ASK_AGAIN_MS);
+        if ask {
+            p.asked = Some(cx.now);
+        }
+        let missing_acting: Vec<OsdId> = self
+            .record
+            .members()
+            .filter(|o| *o != id && !p.told.get(o).is_some_and(|t| t.complete))
+            .collect();
+        let own = self.meta.activated;
+        let told = &p.told;
+        // Invariant 3: of each past interval, one that was active in it.
+        let covers = |o: &OsdId, interval: Epoch| match *o == id {
+            true => own >= interval,
+            false => told.get(o).is_some_and(|t| t.complete && t.activated >= interval),
+        };
+        let uncovered = self
+            .record
+            .past
+            .iter()
+            .find(|past| !past.acting.iter().any(|o| covers(o, past.interval)))
+            .map(|past| (past.interval, past.acting.clone()));
+        // Rule P6: an earlier primary that is up may still serve reads under its lease.
+        let leased = self
+            .record
+            .past
+            .iter()
+            .filter_map(|past| past.primary)
+            .find(|o| *o != id && up.contains(o) && !told.contains_key(o));
+        p.waiting_for = if !missing_acting.is_empty() {
+            format!("answers of {missing_acting:?}")
+        } else if let Some((interval, acting)) = &uncovered {
+            format!("a member of interval {interval}: one of {acting:?}")
+        } else if let Some(o) = leased {
+            format!("{o}, an earlier primary whose lease may still run")
+        } else {
+            String::new()
+        };
+        // Everybody who answered must also have listed, so that no source and no authority is overlooked.
+        let listing = !unlisted.is_empty();
+        if p.waiting_for.is_empty() && !listing {
+            self.choose_history(cx);
+            return;
+        }
+        if ask {
+            for o in silent {
+                self.send(cx, o, PeerBody::Query, Bytes::new());
+            }
+            for (o, after) in unlisted {
+                self.send(cx, o, PeerBody::ListRequest { after }, Bytes::new());
+            }
+        }
+    }
+
+    /// The members with the highest activated interval are the authority (rule P3).
+    fn choose_history(&mut self, cx: &mut Cx<'_>) {
+        let Phase::Peering(p) = &mut self.phase else { return };
+        let mut told = std::mem::take(&mut p.told);
+        // Who went away before the end of its list may know of more than it said: neither authority nor source.
+        told.retain(|_, t| t.complete);
+        let own = Told { activated: self.meta.activated, entries: self.entries(), complete: true };
+        told.insert(cx.id, own);
+        let highest = told.values().map(|t| t.activated).max().unwrap_or_default();
+        let mut wanted: BTreeMap<ObjectId, Needed> = BTreeMap::new();
+        for t in told.values().filter(|t| t.activated == highest) {
+            for (o, e) in &t.entries {
+                let needed = Needed { version: e.version, deleted: e.deleted };
+                // A version of zero is the wish to have nothing.
+                if e.version == Version::ZERO || is_removed(cx.map, o) {
+                    continue;
+                }
+                let w = wanted.entry(*o).or_insert(needed);
+                if needed.version > w.version {
+                    *w = needed;
+                }
+            }
+        }
+        let has = |t: &Told, o: &ObjectId, n: &Needed| {
+            t.entries.get(o).is_some_and(|e| !e.missing && e.version == n.version && e.deleted == n.deleted)
+        };
+        let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
+        let mut uncertain = BTreeSet::new();
+        for member in self.record.members() {
+            let Some(t) = told.get(&member) else { return };
+            let lacks = missing.entry(member).or_default();
+            for (o, n) in &wanted {
+                if has(t, o, n) || (n.deleted && !t.entries.contains_key(o)) {
+                    continue;
+                }
+                lacks.insert(*o, *n);
+                let disagreed = t.activated == highest && !t.entries.get(o).is_some_and(|e| e.missing);
+                if disagreed {
+                    uncertain.insert(*o);
+                }
+            }
+            for (o, e) in &t.entries {
+                let unknown = !wanted.contains_key(o) && !is_removed(cx.map, o);
+                let held = !e.missing || self.index.objects.contains_key(o) || member != cx.id;
+                if unknown && held {
+                    lacks.insert(*o, Needed { version: Version::ZERO, deleted: true });
+                }
+            }
+        }
+        let mut sources: BTreeMap<ObjectId, BTreeSet<OsdId>> = BTreeMap::new();
+        for o in missing.values().flat_map(|m| m.keys()) {
+            let Some(n) = wanted.get(o) else { continue };
+            let holders = told.iter().filter(|(_, t)| has(t, o, n)).map(|(id, _)| *id).collect();
+            sources.insert(*o, holders);
+        }
+        let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
+        let own_missing = missing.get(&cx.id).cloned().unwrap_or_default();
+        // From here on the index is what the objects should be.
+        self.index.objects = wanted
+            .iter()
+            .filter(|(o, _)| !own_missing.contains_key(o))
+            .map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted }))
+            .collect();
+        self.phase = Phase::Activating(Activating {
+            missing,
+            pages,
+            own: false,
+            reported: false,
+            sources,
+            uncertain,
+            sent: None,
+        });
+        self.submit_activation(cx, own_missing.into_iter());
+        self.activate_on(cx);
+    }
+
+    pub(super) fn activate_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, page: u32) {
+        let Phase::Activating(a) = &mut self.phase else { return };
+        if a.pages.get(&from) != Some(&page) {
+            return;
+        }
+        let entries = a.missing.get(&from).map_or(0, BTreeMap::len);
+        if (page as usize + 1) * LIST_ENTRIES_MAX >= entries {
+            a.pages.remove(&from);
+        } else {
+            a.pages.insert(from, page + 1);
+        }
+        let more = a.pages.contains_key(&from);
+        if more {
+            a.sent = None;
+        }
+        self.activate_on(cx);
+    }
+
+    /// Sends pages; when everybody has made the activation durable, tells the monitors.
+    pub(super) fn activate_on(&mut self, cx: &mut Cx<'_>) {
+        let Phase::Activating(a) = &mut self.phase else { return };
+        if a.pages.is_empty() && a.own {
+            if !a.reported {
+                a.reported = true;
+                let request = MonitorRequest::Activated { pg: self.id, interval: self.record.interval };
+                self.report(cx, What::ReportActivated, request);
+            }
+            return;
+        }
+        if a.sent.is_some_and(|t| cx.now < t + ASK_AGAIN_MS) {
+            return;
+        }
+        a.sent = Some(cx.now);
+        let bodies: Vec<(OsdId, PeerBody)> = a
+            .pages
+            .iter()
+            .map(|(o, page)| {
+                let entries = a.missing.get(o);
+                let start = *page as usize * LIST_ENTRIES_MAX;
+                let total = entries.map_or(0, BTreeMap::len);
+                let missing = entries
+                    .into_iter()
+                    .flatten()
+                    .skip(start)
+                    .take(LIST_ENTRIES_MAX)
+                    .map(|(o, n)| ObjectEntry {
+                        object: *o,
+                        version: n.version,
+                        missing: true,
+                        deleted: n.deleted,
+                    })
+                    .collect();
+                let last = start + LIST_ENTRIES_MAX >= total;
+                (*o, PeerBody::Activate { page: *page, missing, last })
+            })
+            .collect();
+        for (o, body) in bodies {
+            self.send(cx, o, body, Bytes::new());
+        }
+    }
+
+    /// The activation is durable everywhere, the monitors included: serve.
+    pub(super) fn go_active(&mut self, cx: &mut Cx<'_>) {
+        let Phase::Activating(a) = &mut self.phase else { return };
+        let active = ops::Active::new(
+            std::mem::take(&mut a.missing),
+            std::mem::take(&mut a.sources),
+            std::mem::take(&mut a.uncertain),
+        );
+        self.phase = Phase::Active(Box::new(active));
+        self.since = cx.now;
+        self.recover(cx);
+        self.resume(cx);
+    }
+}

@@ -1,0 +1,458 @@
+//! Recovery at the primary: what members miss is brought to them, object by object (rule P4).
+//!
+//! An object that misses on the primary is pulled from somebody who has exactly the needed version; what others
+//! miss is then pushed. Writes wait while any acting member misses the object; reads wait while the
+//! primary does, or while the object is *uncertain* (the authority disagreed about it). Wanted objects go first.
+
+use super::member::{replace_ops, sub_result};
+use super::*;
+use crate::store::ObjectState;
+use gabion_proto::blocks::Content;
+
+/// Objects under way at once in one group.
+const AT_ONCE: usize = 4;
+/// A step that is not answered is repeated after this long.
+const AGAIN_MS: Millis = 2_000;
+
+#[derive(Debug)]
+enum Stage {
+    Pulling { from: OsdId },
+    Replacing,
+    Reading,
+    Pushing { waiting: BTreeSet<OsdId> },
+}
+
+#[derive(Debug)]
+struct Work {
+    stage: Stage,
+    since: Millis,
+    tid: u64,
+}
+
+#[derive(Debug)]
+pub struct Recovery {
+    /// What each acting member lacks.
+    missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
+    /// Who has the needed version of what somebody lacks.
+    sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
+    /// Sources that could not read it.
+    bad: BTreeSet<(ObjectId, OsdId)>,
+    uncertain: BTreeSet<ObjectId>,
+    demanded: BTreeSet<ObjectId>,
+    work: BTreeMap<ObjectId, Work>,
+    asked_strays: Millis,
+}
+
+impl Recovery {
+    pub fn new(
+        missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
+        sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
+        uncertain: BTreeSet<ObjectId>,
+    ) -> Recovery {
+        Recovery {
+            missing,
+            sources,
+            bad: BTreeSet::new(),
+            uncertain,
+            demanded: BTreeSet::new(),
+            work: BTreeMap::new(),
+            asked_strays: 0,
+        }
+    }
+
+    /// Whether an operation on the object must wait.
+    pub fn blocks(&self, own: OsdId, object: &ObjectId, is_read: bool) -> bool {
+        let lacks = |o: OsdId| self.missing.get(&o).is_some_and(|m| m.contains_key(object));
+        if is_read && !self.uncertain.contains(object) {
+            return lacks(own);
+        }
+        self.missing.values().any(|m| m.contains_key(object))
+    }
+
+    pub fn demand(&mut self, object: ObjectId) {
+        self.demanded.insert(object);
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.missing.values().all(BTreeMap::is_empty)
+    }
+
+    pub fn degraded(&self) -> u64 {
+        self.missing.values().map(|m| m.len() as u64).sum()
+    }
+
+    /// The needed version is with nobody who can be reached.
+    fn is_unfound(&self, own: OsdId, object: &ObjectId) -> bool {
+        let needed = self.missing.get(&own).and_then(|m| m.get(object));
+        needed.is_some_and(|n| !n.deleted)
+            && !self.sources.get(object).is_some_and(|s| s.iter().any(|o| !self.bad.contains(&(*object, *o))))
+    }
+
+    pub fn unfound(&self, own: OsdId) -> u64 {
+        let Some(m) = self.missing.get(&own) else { return 0 };
+        m.keys().filter(|o| self.is_unfound(own, o)).count() as u64
+    }
+
+    fn settle(&mut self, member: OsdId, object: &ObjectId) {
+        if let Some(m) = self.missing.get_mut(&member) {
+            m.remove(object);
+        }
+        if !self.missing.values().any(|m| m.contains_key(object)) {
+            self.uncertain.remove(object);
+            self.demanded.remove(object);
+            self.sources.remove(object);
+            self.bad.retain(|(o, _)| o != object);
+        }
+    }
+
+    /// The next object to start: in demand first, then the one that most members lack.
+    fn next(&self, own: OsdId) -> Option<ObjectId> {
+        let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
+        let free = |o: &&ObjectId| !self.work.contains_key(o) && !self.is_unfound(own, o) && lacking(o) > 0;
+        if let Some(o) = self.demanded.iter().find(free) {
+            return Some(*o);
+        }
+        // A window, so that a long list is not searched for each object.
+        const WINDOW: usize = 32;
+        self.missing
+            .values()
+            .flat_map(|m| m.keys().filter(free).take(WINDOW))
+            .max_by_key(|o| (lacking(o), std::cmp::Reverse(**o)))
+            .copied()
+    }
+}
+
+impl Pg {
+    fn recovery(&mut self) -> Option<&mut Recovery> {
+        match &mut self.phase {
+            Phase::Active(a) => Some(&mut a.recovery),
+            _ => None,
+        }
+    }
+
+    /// Starts what there is room for; reports clean when nothing is left.
+    pub(super) fn recover(&mut self, cx: &mut Cx<'_>) {
+        self.forget_removed(cx);
+        let Phase::Active(a) = &mut self.phase else { return };
+        if a.recovery.is_done() {
+            if !a.clean_reported {
+                a.clean_reported = true;
+                let request = MonitorRequest::Clean { pg: self.id, interval: self.record.interval };
+                self.report(cx, What::ReportClean, request);
+            }
+            return;
+        }
+        let stale: Vec<ObjectId> = a
+            .recovery
+            .work
+            .iter()
+            .filter(|(_, w)| {
+                cx.now >= w.since + AGAIN_MS && !matches!(w.stage, Stage::Replacing | Stage::Reading)
+            })
+            .map(|(o, _)| *o)
+            .collect();
+        for o in stale {
+            a.recovery.work.remove(&o);
+        }
+        loop {
+            let Some(r) = self.recovery() else { return };
+            // Wanted objects may overtake even when all places are taken.
+            let room = if r.demanded.is_empty() { AT_ONCE } else { 2 * AT_ONCE };
+            if r.work.len() >= room {
+                break;
+            }
+            let Some(object) = r.next(cx.id) else { break };
+            if !self.start_recovery(cx, object) {
+                break;
+            }
+        }
+        self.ask_strays(cx);
+    }
+
+    fn start_recovery(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
+        let Phase::Active(a) = &mut self.phase else { return false };
+        // A repair while writes are in flight: they end first.
+        if a.has_writes(&object) {
+            return false;
+        }
+        let tid = a.next_tid();
+        let r = &mut a.recovery;
+        let own = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
+        let stage = match own {
+            Some(n) if n.deleted => Stage::Replacing,
+            Some(_) => {
+                let source = r.sources.get(&object).and_then(|s| {
+                    s.iter().find(|o| !r.bad.contains(&(object, **o)) && cx.map.up_osd(**o).is_some())
+                });
+                match source {
+                    Some(from) => Stage::Pulling { from: *from },
+                    None => {
+                        r.sources.remove(&object);
+                        return true;
+                    }
+                }
+            }
+            None => {
+                let needed = r.missing.values().find_map(|m| m.get(&object)).copied();
+                match needed {
+                    Some(n) if n.deleted => Stage::Pushing { waiting: BTreeSet::new() },
+                    Some(_) => Stage::Reading,
+                    None => return true,
+                }
+            }
+        };
+        let pull = match stage {
+            Stage::Pulling { from } => own.map(|n| (from, n.version)),
+            _ => None,
+        };
+        let (replacing, reading) = (matches!(stage, Stage::Replacing), matches!(stage, Stage::Reading));
+        r.work.insert(object, Work { stage, since: cx.now, tid });
+        if let Some((from, version)) = pull {
+            self.send(cx, from, PeerBody::Pull { tid, object, version }, Bytes::new());
+        } else if let (true, Some(n)) = (replacing, own) {
+            let ops = replace_ops(object, n.version, true, Content::default());
+            self.submit(cx, What::Recovered { object }, ops);
+        } else if reading {
+            let token = self.token(cx, What::PushRead { object });
+            cx.out.push(Effect::ReadObject { token, pg: self.id, object });
+        } else {
+            self.push_to_all(cx, object, true, Content::default());
+        }
+        true
+    }
+
+    pub(super) fn pulled(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        object: ObjectId,
+        version: Version,
+        image: Result<ObjectImage, SubResult>,
+        data: Bytes,
+    ) {
+        let Some(r) = self.recovery() else { return };
+        let Some(needed) = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied() else { return };
+        let expected =
+            r.work.get(&object).is_some_and(|w| matches!(w.stage, Stage::Pulling { from: f } if f == from));
+        if !expected || needed.version != version {
+            return;
+        }
+        let content = match image {
+            Ok(image) if image.deleted == needed.deleted => Some(Content { extents: image.extents, data }),
+            _ => None,
+        };
+        match content.filter(|c| c.validate(true).is_ok()) {
+            Some(content) => {
+                if let Some(w) = r.work.get_mut(&object) {
+                    w.stage = Stage::Replacing;
+                }
+                self.recovered_bytes += content.data.len() as u64;
+                self.counters.recovered_bytes += content.data.len() as u64;
+                let ops = replace_ops(object, version, needed.deleted, content);
+                self.submit(cx, What::Recovered { object }, ops);
+            }
+            None => {
+                r.bad.insert((object, from));
+                r.work.remove(&object);
+                tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
+                self.recover(cx);
+            }
+        }
+    }
+
+    pub(super) fn own_recovered(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        result: Result<(), StoreError>,
+    ) {
+        let Some(r) = self.recovery() else { return };
+        r.work.remove(&object);
+        match result {
+            Ok(()) => {
+                let needed = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
+                r.settle(cx.id, &object);
+                self.index.missing.remove(&object);
+                if let Some(n) = needed {
+                    self.index.hold(object, n);
+                }
+                self.count_recovered();
+                self.resume(cx);
+                self.recover(cx);
+            }
+            // No room, most likely: tried again by the timer.
+            Err(e) => tracing::warn!(pg = %self.id, %object, error = %e, "cannot store a recovered object"),
+        }
+    }
+
+    fn count_recovered(&mut self) {
+        self.recovered_objects += 1;
+        self.counters.recovered_objects += 1;
+    }
+
+    pub fn object_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        what: What,
+        result: Result<(ObjectState, Content), StoreError>,
+    ) {
+        match what {
+            What::ServePull { to, tid, object, version } => {
+                self.pull_read(cx, (to, tid, object, version), result)
+            }
+            What::PushRead { object } => match result {
+                Ok((state, content)) => {
+                    let held = self.index.objects.get(&object).copied();
+                    if held == Some(Held { version: state.version, deleted: state.deleted }) {
+                        self.push_to_all(cx, object, state.deleted, content);
+                    } else if let Some(r) = self.recovery() {
+                        r.work.remove(&object);
+                    }
+                }
+                Err(e) => {
+                    tracing::warn!(pg = %self.id, osd = %cx.id, %object, error = %e, result = ?sub_result(&e), "own copy is bad");
+                    if let Some(r) = self.recovery() {
+                        r.work.remove(&object);
+                    }
+                    self.lose_own_copy(cx, object);
+                }
+            },
+            _ => {}
+        }
+    }
+
+    /// Pushes to every other member that lacks the object.
+    fn push_to_all(&mut self, cx: &mut Cx<'_>, object: ObjectId, deleted: bool, content: Content) {
+        let own = cx.id;
+        let Some(r) = self.recovery() else { return };
+        let lacking: Vec<(OsdId, Version)> = r
+            .missing
+            .iter()
+            .filter(|(o, _)| **o != own)
+            .filter_map(|(o, m)| m.get(&object).map(|n| (*o, n.version)))
+            .collect();
+        let waiting = lacking.iter().map(|(o, _)| *o).collect();
+        let Some(w) = r.work.get_mut(&object) else { return };
+        w.stage = Stage::Pushing { waiting };
+        w.since = cx.now;
+        let tid = w.tid;
+        for (o, version) in lacking {
+            let image = ObjectImage { deleted, extents: content.extents.clone() };
+            self.send(cx, o, PeerBody::Push { tid, object, version, image }, content.data.clone());
+        }
+        let bytes = content.data.len() as u64;
+        self.recovered_bytes += bytes;
+        self.counters.recovered_bytes += bytes;
+    }
+
+    pub(super) fn push_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: SubResult) {
+        let Some(r) = self.recovery() else { return };
+        let Some((object, w)) = r.work.iter_mut().find(|(_, w)| w.tid == tid) else { return };
+        let object = *object;
+        let Stage::Pushing { waiting } = &mut w.stage else { return };
+        if !waiting.remove(&from) {
+            return;
+        }
+        let last = waiting.is_empty();
+        if last {
+            r.work.remove(&object);
+        }
+        if result == SubResult::Ok {
+            r.settle(from, &object);
+            self.count_recovered();
+        } else {
+            tracing::warn!(pg = %self.id, member = %from, %object, ?result, "a member did not take a recovered object");
+        }
+        if last {
+            self.resume(cx);
+            self.recover(cx);
+        }
+    }
+
+    /// The own copy cannot be read: it is missing from now on, durably, and comes back from another member.
+    /// False when nobody else has it.
+    pub(super) fn lose_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
+        let Some(held) = self.index.objects.get(&object).copied() else { return false };
+        let others = self.others(cx);
+        let own = cx.id;
+        let Phase::Active(a) = &mut self.phase else { return false };
+        let r = &mut a.recovery;
+        let holders: BTreeSet<OsdId> = others
+            .into_iter()
+            .filter(|o| !r.missing.get(o).is_some_and(|m| m.contains_key(&object)))
+            .filter(|o| !r.bad.contains(&(object, *o)))
+            .collect();
+        if holders.is_empty() {
+            return false;
+        }
+        let needed = Needed { version: held.version, deleted: held.deleted };
+        r.missing.entry(own).or_default().insert(object, needed);
+        r.sources.insert(object, holders);
+        r.demand(object);
+        a.clean_reported = false;
+        self.index.missing.insert(object, needed);
+        self.submit(cx, What::Housekeeping, vec![TxnOp::AddMissing { object, needed }]);
+        self.recover(cx);
+        true
+    }
+
+    /// Objects of removed volumes are nobody's any more.
+    fn forget_removed(&mut self, cx: &mut Cx<'_>) {
+        if cx.map.removed_volumes.is_empty() {
+            return;
+        }
+        let Some(r) = self.recovery() else { return };
+        let gone: BTreeSet<ObjectId> =
+            r.missing.values().flat_map(|m| m.keys()).filter(|o| is_removed(cx.map, o)).copied().collect();
+        for o in gone {
+            for m in r.missing.values_mut() {
+                m.remove(&o);
+            }
+            r.work.remove(&o);
+            r.demanded.remove(&o);
+            r.uncertain.remove(&o);
+        }
+    }
+
+    /// While something is unfound, members of earlier intervals are asked again: one may have come back.
+    fn ask_strays(&mut self, cx: &mut Cx<'_>) {
+        let (own, known) = (cx.id, self.record.all_known());
+        let acting: BTreeSet<OsdId> = self.record.members().collect();
+        let Some(r) = self.recovery() else { return };
+        if cx.now < r.asked_strays + AGAIN_MS || r.unfound(own) == 0 {
+            return;
+        }
+        r.asked_strays = cx.now;
+        // What could not be read may be readable again after a restart there.
+        r.bad.clear();
+        for o in known.difference(&acting) {
+            self.send(cx, *o, PeerBody::Query, Bytes::new());
+        }
+    }
+
+    pub(super) fn late_source_speaks(&mut self, cx: &mut Cx<'_>, from: OsdId) {
+        self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
+    }
+
+    pub(super) fn late_source_lists(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        entries: Vec<ObjectEntry>,
+        last: bool,
+    ) {
+        let own = cx.id;
+        let next = entries.last().map(|e| e.object).filter(|_| !last);
+        let Some(r) = self.recovery() else { return };
+        for e in entries.iter().filter(|e| !e.missing) {
+            let wanted = r.missing.get(&own).and_then(|m| m.get(&e.object));
+            if wanted.is_some_and(|n| n.version == e.version && n.deleted == e.deleted) {
+                r.sources.entry(e.object).or_default().insert(from);
+            }
+        }
+        if let Some(after) = next {
+            self.send(cx, from, PeerBody::ListRequest { after: Some(after) }, Bytes::new());
+        }
+        self.recover(cx);
+    }
+}

@@ -1,0 +1,90 @@
+//! What the group tells the monitors.
+
+use super::*;
+use gabion_proto::limits::SUBOP_STUCK;
+use gabion_proto::pb;
+
+impl Pg {
+    /// From its primary only.
+    pub fn status(&self, own: OsdId, map: &ClusterMap) -> Option<pb::PgStatus> {
+        let record = map.pgs.get(&self.id)?;
+        if record.interval != self.record.interval || record.primary != Some(own) {
+            return None;
+        }
+        let pool = map.pools.get(&self.id.pool)?;
+        let width = pool.redundancy.width();
+        let mut status = pb::PgStatus {
+            pool: self.id.pool.0,
+            index: self.id.index,
+            interval: self.record.interval.0,
+            objects: self.index.objects.len() as u64,
+            recovered_objects: self.recovered_objects,
+            recovered_bytes: self.recovered_bytes,
+            ..Default::default()
+        };
+        let (state, waiting_for) = match &self.phase {
+            Phase::Loading => (pb::PgState::Peering, "its own disk".to_owned()),
+            Phase::Member(_) => return None,
+            Phase::Undersized => {
+                let have = self.record.members().count();
+                (pb::PgState::UndersizedInactive, format!("{} members, {have} are up", pool.min_size))
+            }
+            Phase::Peering(p) if p.waiting_for().starts_with("a member of interval") => {
+                (pb::PgState::Incomplete, p.waiting_for().to_owned())
+            }
+            Phase::Peering(p) => (pb::PgState::Peering, p.waiting_for().to_owned()),
+            Phase::Activating(a) => {
+                (pb::PgState::Peering, format!("the activation by {:?}", a.waiting_for()))
+            }
+            Phase::Broken(why) => (pb::PgState::Down, why.clone()),
+            Phase::Active(a) => {
+                status.degraded_objects = a.recovery.degraded();
+                status.degraded_bytes = status.degraded_objects * u64::from(pool.object_bytes);
+                status.unfound_objects = a.recovery.unfound(own);
+                let state = if !a.recovery.is_done() {
+                    pb::PgState::ActiveRecovering
+                } else if self.record.members().count() < width {
+                    pb::PgState::ActiveDegraded
+                } else {
+                    pb::PgState::ActiveClean
+                };
+                let unfound = status.unfound_objects;
+                let text = if unfound > 0 {
+                    format!("a holder of {unfound} unfound objects")
+                } else {
+                    String::new()
+                };
+                (state, text)
+            }
+        };
+        status.state = state.into();
+        status.waiting_for = waiting_for;
+        Some(status)
+    }
+
+    /// Members that owe this primary something for long enough to be reported.
+    pub fn stuck(&self, now: Millis, map: &ClusterMap) -> Vec<pb::StuckPeer> {
+        let mut late = self.late_members(now);
+        // Peering and activation wait for every acting member, too.
+        let age = now.saturating_sub(self.since);
+        match &self.phase {
+            Phase::Peering(p) => late.extend(p.silent_members(&self.record).into_iter().map(|o| (o, age))),
+            Phase::Activating(a) => late.extend(a.waiting_for().into_iter().map(|o| (o, age))),
+            _ => {}
+        }
+        late.into_iter()
+            .filter(|(_, age)| u128::from(*age) >= SUBOP_STUCK.as_millis())
+            .filter_map(|(o, age_ms)| {
+                let incarnation = map.up_osd(o)?.incarnation;
+                Some(pb::StuckPeer {
+                    pool: self.id.pool.0,
+                    pg: self.id.index,
+                    interval: self.record.interval.0,
+                    peer: o.0,
+                    peer_incarnation: incarnation.0,
+                    age_ms,
+                })
+            })
+            .collect()
+    }
+}
