@@ -87,7 +87,7 @@ impl FailureDetector {
     /// is sent. The OSD counts the lease from when it asked, which was earlier, so what is
     /// remembered here ends later than what the OSD believes.
     pub fn renew(&mut self, now_ms: u64, state: &MonitorState, osd: OsdId, incarnation: Incarnation) -> bool {
-        if !state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation) {
+        if state.map.up_osd(osd).is_none_or(|o| o.incarnation != incarnation) {
             return false;
         }
         let ends_ms = now_ms + self.timing.lease_ms;

@@ -137,7 +137,8 @@ impl pb::host_service_server::HostService for Monitor {
             match self.propose(command).await {
                 // Overtaken by an operator; the next report is judged anew.
                 Err(e) if e.code() == tonic::Code::Aborted || e.code() == tonic::Code::NotFound => {}
-                other => drop(other?),
+                Err(e) => return Err(e),
+                Ok(_) => {}
             }
         }
         Ok(Response::new(Empty {}))

@@ -37,7 +37,7 @@ async fn events(monitor: Monitor, last: usize, follow: bool, tx: Sender<pb::Even
     let mut states = monitor.0.consensus.watch();
     let state = states.borrow_and_update().clone();
     let skip = state.events.len().saturating_sub(last);
-    let mut shown = state.events.iter().nth(skip).map_or(0, |e| e.number.saturating_sub(1));
+    let mut shown = state.events.get(skip).map_or(0, |e| e.number.saturating_sub(1));
     loop {
         let state = states.borrow_and_update().clone();
         for e in state.events.iter().filter(|e| e.number > shown) {

@@ -46,7 +46,7 @@ impl MonitorState {
         }
         let weight = match weight {
             0 => {
-                let units = u128::from(capacity_bytes) * WEIGHT_UNIT >> 40;
+                let units = (u128::from(capacity_bytes) * WEIGHT_UNIT) >> 40;
                 units.clamp(1, u128::from(WEIGHT_MAX)) as u32
             }
             given => given,

@@ -89,7 +89,7 @@ impl MonitorState {
         if peer == osd || !record.acting.contains(&peer) {
             return Err(Refusal::aborted(format!("{peer} is not a peer of {osd} in group {pg}")));
         }
-        if !self.map.up_osd(peer).is_some_and(|o| o.incarnation == peer_incarnation) {
+        if self.map.up_osd(peer).is_none_or(|o| o.incarnation != peer_incarnation) {
             return Err(Refusal::aborted(format!("{peer} is not up as {peer_incarnation}")));
         }
         self.suspects.entry(pg).or_default().insert((peer, peer_incarnation));
