@@ -1,1 +1,4 @@
+//! What the tests of whole clusters share.
 
+pub mod cluster;
+pub mod workload;

@@ -1,0 +1,161 @@
+//! A development cluster of real daemons in a temporary directory, driven through the `gabion`
+//! command only, as an operator would.
+//!
+//! The binaries are those beside the test in `target/<profile>/`. Dropping the cluster stops it.
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const POLL: Duration = Duration::from_millis(200);
+
+pub struct Cluster {
+    gabion: PathBuf,
+    dir: TempDir,
+}
+
+/// The daemons of a cluster and the command itself.
+const BINARIES: [&str; 4] = ["gabion", "gabion-monitor", "gabion-osd", "gabion-gateway"];
+
+impl Cluster {
+    /// Starts 1 monitor and `osds` OSDs, each on a host of its own.
+    pub fn start(osds: u32) -> Result<Cluster> {
+        // .../target/PROFILE/deps/TEST
+        let test = std::env::current_exe()?;
+        let bin = test.ancestors().nth(2).context("the test is not in a target directory")?;
+        for name in BINARIES {
+            let path = bin.join(name);
+            ensure!(path.exists(), "{} is missing: run `cargo build --bins` first", path.display());
+        }
+        let cluster =
+            Cluster { gabion: bin.join("gabion"), dir: tempfile::Builder::new().prefix("gab").tempdir()? };
+        let n = osds.to_string();
+        cluster.run(&[
+            "dev",
+            "up",
+            "--dir",
+            cluster.path(),
+            "--osds",
+            &n,
+            "--hosts",
+            &n,
+            "--osd-size",
+            "512M",
+        ])?;
+        Ok(cluster)
+    }
+
+    /// A pool with three copies and a volume in it, exported; answers its NBD URI.
+    pub fn volume(&self, name: &str, size: &str) -> Result<String> {
+        self.run(&["pool", "create", "p", "--replicas", "3", "--pgs", "16"])?;
+        self.run(&["volume", "create", name, "--size", size, "--pool", "p"])?;
+        let export = self.json(&["export", "add", name, "--nbd"])?;
+        Ok(export["uri"].as_str().context("export add answered no uri")?.to_owned())
+    }
+
+    /// Runs `gabion` and answers what it printed.
+    pub fn run(&self, args: &[&str]) -> Result<String> {
+        let out = Command::new(&self.gabion)
+            .args(args)
+            .env("GABION_CONFIG", self.dir.path().join("client.toml"))
+            .env_remove("GABION_MONITORS")
+            .stdin(Stdio::null())
+            .output()?;
+        if !out.status.success() {
+            bail!("gabion {}: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
+        }
+        Ok(String::from_utf8(out.stdout)?)
+    }
+
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let text = self.run(&[&["-o", "json"], args].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("gabion {} is not JSON", args.join(" ")))
+    }
+
+    /// The daemons as `gabion dev status` lists them.
+    pub fn daemons(&self) -> Result<Vec<Value>> {
+        let mut status = self.json(&["dev", "status", "--dir", self.path()])?;
+        match status["daemons"].take() {
+            Value::Array(daemons) => Ok(daemons),
+            other => bail!("dev status lists no daemons: {other}"),
+        }
+    }
+
+    /// SIGKILL; `stay_down` until [`Cluster::revive`].
+    pub fn kill(&self, daemon: &str, stay_down: bool) -> Result<()> {
+        let mut args = vec!["dev", "kill", daemon, "--dir", self.path()];
+        if stay_down {
+            args.push("--stay-down");
+        }
+        self.run(&args).map(drop)
+    }
+
+    pub fn revive(&self, daemon: &str) -> Result<()> {
+        self.run(&["dev", "start", daemon, "--dir", self.path()]).map(drop)
+    }
+
+    /// The names of the daemons of one kind, as `osd.1`.
+    pub fn names(&self, kind: &str) -> Result<Vec<String>> {
+        let daemons = self.daemons()?;
+        let of_kind = daemons.iter().filter(|d| d["kind"] == kind);
+        of_kind.map(|d| Ok(format!("{kind}.{}", d["id"].as_str().context("a daemon without id")?))).collect()
+    }
+
+    /// Waits until every group is active and clean and every OSD is up.
+    pub fn wait_clean(&self, within: Duration) -> Result<()> {
+        self.wait_for("every group active+clean", within, |status| {
+            let states = status["pgs_by_state"].as_object()?;
+            let clean = states.len() == 1 && states.contains_key("active+clean");
+            Some(clean && status["osds_up"] == status["osds"])
+        })
+    }
+
+    /// Waits until `condition` holds of the answer of `gabion status`.
+    pub fn wait_for(
+        &self,
+        what: &str,
+        within: Duration,
+        condition: impl Fn(&Value) -> Option<bool>,
+    ) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let status = self.json(&["status"]);
+            if status.as_ref().is_ok_and(|s| condition(s) == Some(true)) {
+                return Ok(());
+            }
+            if started.elapsed() > within {
+                bail!("{what}: not so after {} s; status: {status:?}", within.as_secs());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn path(&self) -> &str {
+        // Temporary directories that are made here have ASCII names below TMPDIR.
+        self.dir.path().to_str().unwrap_or_default()
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let logs = std::fs::read_dir(self.dir.path().join("log")).into_iter().flatten().flatten();
+            for log in logs {
+                let text = std::fs::read_to_string(log.path()).unwrap_or_default();
+                let lines: Vec<_> = text.lines().collect();
+                let tail = lines[lines.len().saturating_sub(15)..].join("\n");
+                println!("== {}\n{tail}", log.file_name().display());
+            }
+        }
+        if let Err(e) = self.run(&["dev", "down", "--dir", self.path()]) {
+            println!("the cluster in {} is not stopped: {e:#}", self.dir.path().display());
+        }
+    }
+}
