@@ -15,6 +15,7 @@ use process::Process;
 use qmp::{Event, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -242,6 +243,12 @@ impl Guest for QemuGuest {
         let port = self.record.ports.iter().position(Option::is_none).ok_or_else(|| {
             EngineError::Refused("no free slot for another disk until the guest restarts".into())
         })?;
+        // QEMU stands still, guest and all, until the peer of a new vhost-user device answers.
+        let is_socket = std::fs::metadata(&disk.socket).is_ok_and(|m| m.file_type().is_socket());
+        if !is_socket {
+            let socket = disk.socket.display();
+            return Err(EngineError::Refused(format!("nobody serves {} at {socket}", disk.volume)));
+        }
         let character = format!("char{port}");
         let address = json!({ "type": "unix", "data": { "path": disk.socket } });
         let backend =
