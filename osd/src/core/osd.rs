@@ -215,7 +215,9 @@ impl OsdCore {
         }
         let Some(record) = self.map.pgs.get(&msg.pg) else { return };
         if msg.interval != record.interval {
-            if msg.interval < record.interval {
+            // A refusal is never answered, or two of them would go on for ever.
+            let refusal = matches!(msg.body, gabion_proto::msg::PeerBody::Refused { .. });
+            if msg.interval < record.interval && !refusal {
                 let refused = gabion_proto::msg::PeerBody::Refused { promised: record.interval };
                 let (from, pg, interval) = (msg.from, msg.pg, msg.interval);
                 self.pgs.entry(pg).or_insert_with(|| Pg::empty(pg));

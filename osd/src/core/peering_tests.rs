@@ -159,7 +159,10 @@ fn half_a_list_is_no_authority() {
     assert!(!pages.is_empty(), "goes on without osd.3");
     assert!(pages.iter().all(Vec::is_empty), "osd.2 is told to give up good objects: {pages:?}");
     let (_, own) = txn(&effects);
-    assert!(!own.iter().any(|op| matches!(op, TxnOp::AddMissing { .. })), "gives up its own objects: {own:?}");
+    assert!(
+        !own.iter().any(|op| matches!(op, TxnOp::AddMissing { .. })),
+        "gives up its own objects: {own:?}"
+    );
 }
 
 /// Rules P3 and P4: an activation that the store refused was never made, and a later promise must not claim it.
