@@ -227,3 +227,14 @@ fn pending_versions_commit_and_roll_back() {
     assert_eq!(store.read(PG, object(0), &[], 0, 8), Ok(Content::data(1, fill(5, 2))));
     assert_eq!(store.object(PG, object(0)).expect("state").and_then(|s| s.pending), None);
 }
+
+#[test]
+fn a_disk_that_holds_something_else_is_not_formatted() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut foreign = vec![0u8; 8 << 20];
+    foreign[1080..1082].copy_from_slice(&[0x53, 0xef]); // ext4
+    let block = dir.path().join("block");
+    std::fs::write(&block, &foreign).expect("writes");
+    assert!(matches!(format(dir.path(), 8 << 20, IDENTITY), Err(StoreError::Invalid(_))));
+    assert!(std::fs::read(&block).expect("reads") == foreign, "the disk was changed");
+}
