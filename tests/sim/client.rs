@@ -79,7 +79,8 @@ impl Client {
             ops: BTreeMap::new(),
             next_request: 1,
             connections: BTreeMap::new(),
-            next_connection: 1,
+            // Unique over all clients.
+            next_connection: (index as u64) << 32,
             life: 0,
             ready: false,
             draining: false,
@@ -275,6 +276,16 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
         return;
     }
     w.clients[i].ops.remove(&request);
+    w.log(|| {
+        let numbers = match &op.kind {
+            Kind::Write { numbers, zero } => format!("write {numbers:?} zero={zero}"),
+            Kind::Read { floors } => format!("read, floors {floors:?}"),
+        };
+        format!("client {i} blocks {}+{} {numbers} by {:?}: {reply:?}", op.first, op.count, op.sent_to)
+            .chars()
+            .take(200)
+            .collect()
+    });
     let volume = w.clients[i].volume;
     let id = |n: usize| BlockId { volume, block: op.first + n as u64 };
     match (reply, &op.kind) {

@@ -175,6 +175,8 @@ pub struct World {
     cut: BTreeSet<(usize, usize)>,
     faults_on: bool,
     pub finding: Option<String>,
+    /// When the last operation on each connection arrives.
+    arrivals: BTreeMap<u64, u64>,
     pub pool: PoolId,
 }
 
@@ -240,6 +242,7 @@ impl World {
             cut: BTreeSet::new(),
             faults_on: true,
             finding: None,
+            arrivals: BTreeMap::new(),
             pool,
             plan,
         };
@@ -298,8 +301,14 @@ impl World {
             }
             let Some(Reverse((t, id))) = self.heap.pop() else { break };
             self.now = self.now.max(t);
-            if let Some(ev) = self.events.remove(&id) {
-                self.handle(ev);
+            let Some(ev) = self.events.remove(&id) else { continue };
+            match self.paused_for(&ev) {
+                // With its old number, so that what was sent in order arrives in order.
+                Some(wait) => {
+                    self.events.insert(id, ev);
+                    self.heap.push(Reverse((self.now + wait, id)));
+                }
+                None => self.handle(ev),
             }
         }
         self.now = self.now.max(end);
@@ -309,24 +318,22 @@ impl World {
         (run == ANY_RUN || self.nodes[node].run == run) && self.nodes[node].core.is_some()
     }
 
-    fn handle(&mut self, ev: Ev) {
-        // A paused node sees its events when it wakes up.
-        let target = match &ev {
+    /// A paused node sees its events when it wakes up.
+    fn paused_for(&self, ev: &Ev) -> Option<u64> {
+        let node = match ev {
             Ev::Tick { node, .. }
             | Ev::Heartbeat { node, .. }
             | Ev::Lease { node, .. }
             | Ev::Core { node, .. }
             | Ev::StoreRun { node, .. }
             | Ev::Map { node, .. }
-            | Ev::Op { node, .. } => Some(*node),
-            _ => None,
+            | Ev::Op { node, .. } => *node,
+            _ => return None,
         };
-        if let Some(wait) =
-            target.and_then(|n| self.nodes[n].paused_until.checked_sub(self.now)).filter(|w| *w > 0)
-        {
-            self.at(wait, ev);
-            return;
-        }
+        self.nodes[node].paused_until.checked_sub(self.now).filter(|w| *w > 0)
+    }
+
+    fn handle(&mut self, ev: Ev) {
         match ev {
             Ev::Tick { node, run } if self.live(node, run) => {
                 self.step(node, Event::Tick);
@@ -543,6 +550,7 @@ impl World {
             return;
         }
         let (osd, incarnation) = (self.nodes[node].id, self.nodes[node].incarnation);
+        self.log(|| format!("osd.{node} reports {request:?}"));
         let result = match request {
             MonitorRequest::Activated { pg, interval } => {
                 self.state.apply(self.now, Command::PgActivated { osd, incarnation, pg, interval })
@@ -618,7 +626,13 @@ impl World {
             let store = &mut self.nodes[node].store;
             let event = match effect {
                 Effect::Store { token, txn } => {
+                    let text = self.trace.then(|| {
+                        txn.ops.iter().map(|o| format!("{o:?}").chars().take(150).collect::<String>() + " | ").collect::<String>()
+                    });
                     let result = store.commit(vec![txn]).pop().unwrap_or(Ok(()));
+                    if let Some(text) = text {
+                        println!("{:>9} osd.{node} store {text} -> {result:?}", self.now);
+                    }
                     Event::Committed { token, result }
                 }
                 Effect::Read { token, pg, object, below, first_block, block_count } => Event::ReadDone {
@@ -643,7 +657,7 @@ impl World {
         }
     }
 
-    /// A client sends on its connection to an OSD; false when that cannot be reached.
+    /// A client sends on its connection to an OSD.
     pub fn send_op(
         &mut self,
         client: usize,
@@ -654,7 +668,10 @@ impl World {
         data: Bytes,
     ) {
         let Some(node) = self.nodes.iter().position(|n| n.id == to) else { return };
-        let delay = self.delay();
+        // A connection keeps its order, as TCP does.
+        let arrives = (self.now + self.delay()).max(self.arrivals.get(&connection).copied().unwrap_or(0));
+        self.arrivals.insert(connection, arrives);
+        let delay = arrives - self.now;
         self.at(delay, Ev::Op { node, client, connection, request, op, data });
     }
 
