@@ -4,4 +4,5 @@
 //! monitors), `store` keeps.
 
 pub mod core;
+pub mod server;
 pub mod store;

@@ -1,0 +1,107 @@
+//! `gabion-osd`: the storage daemon of one disk, and the offline tools for it.
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand};
+use gabion_osd::{server, store};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+mod format;
+
+#[derive(Parser)]
+#[command(name = "gabion-osd", version, about = "Gabion storage daemon: one per disk")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves the disk until SIGTERM.
+    Run {
+        /// Directory with `block` and `index/`, made by `format`.
+        #[arg(long)]
+        data_dir: PathBuf,
+        /// Monitors, as ip:port.
+        #[arg(long, value_delimiter = ',', required = true)]
+        monitors: Vec<String>,
+        /// Data-path address; port 0 picks one.
+        #[arg(long)]
+        listen: SocketAddr,
+        /// UDP address for gossip.
+        #[arg(long)]
+        gossip: Option<SocketAddr>,
+        /// Failure domain: the host's name.
+        #[arg(long)]
+        host: String,
+        #[arg(long, default_value = "default")]
+        rack: String,
+    },
+    /// Prepares a disk and registers it with the monitors. Does nothing when that was done before.
+    Format {
+        #[arg(long)]
+        data_dir: PathBuf,
+        /// Size of the preallocated file, with K M G T (powers of 1024).
+        #[arg(long)]
+        size: String,
+        #[arg(long, value_delimiter = ',', required = true)]
+        monitors: Vec<String>,
+        #[arg(long)]
+        host: String,
+        #[arg(long, default_value = "default")]
+        rack: String,
+        /// Share of data; 65536 is one unit, 0 derives it from the size.
+        #[arg(long, default_value_t = 0)]
+        weight: u32,
+    },
+    /// Checks a stopped OSD; exit status 1 when something is wrong.
+    Fsck {
+        /// Also reads every block and checks it against its checksum.
+        #[arg(long)]
+        deep: bool,
+        data_dir: PathBuf,
+    },
+    /// Shows what a stopped OSD's disk is.
+    Info { data_dir: PathBuf },
+}
+
+fn main() -> ExitCode {
+    gabion_common::telemetry::init("osd");
+    match run(Args::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            tracing::error!("{e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match command {
+        Command::Run { data_dir, monitors, listen, gossip, host, rack } => {
+            let config = server::Config { data_dir, monitors, host, rack };
+            runtime.block_on(server::start(config, listen, gossip))?;
+        }
+        Command::Format { data_dir, size, monitors, host, rack, weight } => {
+            let size_bytes = format::parse_size(&size)?;
+            let id =
+                runtime.block_on(format::format(&data_dir, size_bytes, &monitors, host, rack, weight))?;
+            println!("{id} is ready in {}", data_dir.display());
+        }
+        Command::Fsck { deep, data_dir } => {
+            let report = store::fsck(&data_dir, deep)
+                .with_context(|| format!("cannot check {}", data_dir.display()))?;
+            println!("{report}");
+            if !report.is_clean() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Info { data_dir } => match store::info(&data_dir) {
+            Ok(info) => println!("{info}"),
+            Err(e) => bail!("{}: {e}", data_dir.display()),
+        },
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,404 @@
+//! The task that owns the core.
+
+use super::clients::{self, Origin};
+use super::monitors::Monitors;
+use super::peers::Peers;
+use crate::core::*;
+use crate::store::thread::{StoreHandle, StoreThread};
+use crate::store::{self, Identity, Store as _, StoreError, Usage};
+use bytes::Bytes;
+use gabion_common::clock::boottime_ms;
+use gabion_proto::ids::*;
+use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
+use gabion_proto::map::ClusterMap;
+use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
+use gabion_proto::pb::{BootRequest, HeartbeatReply, HeartbeatRequest, OsdStats};
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info, warn};
+
+/// Inputs that may wait for the core.
+const INPUTS_MAX: usize = 4096;
+/// Requests that the store may owe answers to; more wait in order in the shell.
+const STORE_REQUESTS_MAX: usize = 4096;
+/// The core hears of time this often.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A validated configuration.
+pub struct Config {
+    pub data_dir: PathBuf,
+    pub monitors: Vec<String>,
+    pub host: String,
+    pub rack: String,
+}
+
+/// Why the daemon ends.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{0}")]
+    Config(String),
+    #[error("cannot open the store: {0}")]
+    Store(#[from] StoreError),
+    #[error("the monitors refused this OSD: {0}")]
+    BootRefused(String),
+    #[error("the store stopped for good: {0}")]
+    Fatal(String),
+    #[error("{context}: {source}")]
+    Io { context: &'static str, source: std::io::Error },
+    #[error("{0}")]
+    Other(String),
+}
+
+/// What reaches the owning task.
+pub enum Input {
+    Client { origin: Origin, op: ClientOp, data: Bytes },
+    ClientConnected { client: ClientId, connection: u64 },
+    ConnectionClosed { connection: u64 },
+    Peer { msg: PeerMsg, data: Bytes },
+}
+
+/// Answers to effects, tagged with the run that asked: a later run ignores them.
+struct Answer {
+    run: u64,
+    from_store: bool,
+    event: Event,
+}
+
+enum End {
+    /// Not up any more: boot again.
+    Deposed,
+    Stop,
+}
+
+/// Serves until `stop` turns true, the store fails for good or the monitors refuse this OSD.
+pub async fn serve(
+    config: Config,
+    listener: TcpListener,
+    mut stop: watch::Receiver<bool>,
+) -> Result<(), ServerError> {
+    let mut store = store::open(&config.data_dir)?;
+    let identity = store.identity();
+    let pgs = store.pgs()?;
+    let monitors = Monitors::new(&config.monitors)?;
+    let addr =
+        listener.local_addr().map_err(|source| ServerError::Io { context: "listening socket", source })?;
+    let usage = store.usage();
+    let (fatal_tx, fatal) = watch::channel(None::<String>);
+    let handle = StoreThread::spawn(store, STORE_REQUESTS_MAX + 16, move |why| {
+        fatal_tx.send_replace(Some(why));
+    });
+    info!(osd = %identity.osd, cluster = %identity.cluster, %addr, pgs = pgs.len(), "store is open");
+
+    let current = Arc::new(AtomicU64::new(0));
+    let (input_tx, inputs) = mpsc::channel(INPUTS_MAX);
+    tokio::spawn(clients::accept(listener, identity.cluster, identity.osd, current.clone(), input_tx));
+    let (answer_tx, answers) = mpsc::channel(STORE_REQUESTS_MAX + INPUTS_MAX);
+    let map = gabion_common::map_watch::spawn(config.monitors.clone());
+
+    let boot = BootRequest {
+        id: identity.osd.0,
+        cluster: identity.cluster.0.to_vec(),
+        disk: identity.disk.0.to_vec(),
+        addr: addr.to_string(),
+        host: config.host.clone(),
+        rack: config.rack.clone(),
+        capacity_bytes: usage.capacity_bytes,
+    };
+    let mut shell = Shell {
+        identity,
+        monitors,
+        store: handle,
+        usage,
+        map,
+        inputs,
+        answers,
+        answer_tx,
+        fatal,
+        connections: HashMap::new(),
+        run: 0,
+        outstanding: 0,
+        backlog: VecDeque::new(),
+    };
+    let mut start = pgs;
+    loop {
+        let (incarnation, epoch) = tokio::select! {
+            r = shell.monitors.boot(boot.clone()) => r?,
+            _ = stop.wait_for(|s| *s) => return Ok(()),
+        };
+        info!(osd = %identity.osd, %incarnation, %epoch, "up");
+        current.store(incarnation.0, Ordering::Relaxed);
+        match shell.run(incarnation, start, &mut stop).await? {
+            End::Stop => {
+                shell.monitors.goodbye(identity.osd, incarnation).await;
+                shell.drain().await;
+                return Ok(());
+            }
+            End::Deposed => {
+                warn!(osd = %identity.osd, %incarnation, "not up any more, booting again");
+                shell.drain().await;
+                start = shell.reload().await?;
+            }
+        }
+    }
+}
+
+struct Shell {
+    identity: Identity,
+    monitors: Monitors,
+    store: StoreHandle,
+    usage: Usage,
+    map: watch::Receiver<Arc<ClusterMap>>,
+    inputs: mpsc::Receiver<Input>,
+    answers: mpsc::Receiver<Answer>,
+    answer_tx: mpsc::Sender<Answer>,
+    fatal: watch::Receiver<Option<String>>,
+    /// The newest connection of each client: operations of older ones are dropped (rule C1).
+    connections: HashMap<ClientId, u64>,
+    /// Counts runs of the core.
+    run: u64,
+    /// Requests that the store owes answers to.
+    outstanding: usize,
+    /// Store effects that wait for their turn, in order.
+    backlog: VecDeque<Effect>,
+}
+
+/// What belongs to one run of the core.
+struct Run {
+    core: OsdCore,
+    incarnation: Incarnation,
+    peers: Peers,
+    origins: HashMap<ClientToken, Origin>,
+    next_token: u64,
+    effects: Vec<Effect>,
+}
+
+impl Shell {
+    async fn run(
+        &mut self,
+        incarnation: Incarnation,
+        start: StartState,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<End, ServerError> {
+        self.run += 1;
+        let id = self.identity.osd;
+        let mut run = Run {
+            core: OsdCore::new(id, incarnation, start, boottime_ms()),
+            incarnation,
+            peers: Peers::new(self.identity.cluster, id, incarnation),
+            origins: HashMap::new(),
+            next_token: 0,
+            effects: Vec::new(),
+        };
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut beat = tokio::time::interval(HEARTBEAT);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let (beat_tx, mut beats) = mpsc::channel::<(u64, Result<HeartbeatReply, tonic::Status>)>(16);
+        let mut beating = 0;
+        self.map.mark_changed();
+        loop {
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(|s| *s) => return Ok(End::Stop),
+                _ = self.fatal.changed() => {
+                    let why = self.fatal.borrow().clone().unwrap_or_default();
+                    error!(osd = %id, %why, "the store stopped for good; replace the disk");
+                    // The monitors learn it at once instead of from the lease.
+                    self.monitors.goodbye(id, incarnation).await;
+                    return Err(ServerError::Fatal(why));
+                }
+                Some((sent_ms, result)) = beats.recv() => {
+                    beating -= 1;
+                    match result {
+                        Ok(r) => {
+                            // Counted from when the request was sent (rule P6).
+                            let lease = r.lease_ms.min(LEASE.as_millis() as u64);
+                            self.step(&mut run, Event::Lease { until: sent_ms + lease, epoch: Epoch(r.epoch) });
+                        }
+                        Err(s) if s.code() == tonic::Code::Aborted => return Ok(End::Deposed),
+                        Err(s) => warn!(osd = %id, error = s.message(), "heartbeat not answered"),
+                    }
+                }
+                Some(answer) = self.answers.recv() => {
+                    self.outstanding -= usize::from(answer.from_store);
+                    if answer.run == self.run {
+                        self.step(&mut run, answer.event);
+                    }
+                    self.pump_backlog();
+                }
+                Ok(()) = self.map.changed() => {
+                    let map = self.map.borrow_and_update().clone();
+                    self.step(&mut run, Event::Map(map));
+                }
+                _ = beat.tick(), if beating < 4 => {
+                    beating += 1;
+                    self.beat(&run, beat_tx.clone());
+                    let free = self.usage.capacity_bytes.saturating_sub(self.usage.used_bytes);
+                    let full = free < self.usage.capacity_bytes / 100 * FULL_FREE_PERCENT;
+                    self.step(&mut run, Event::Full(full));
+                }
+                _ = tick.tick() => self.step(&mut run, Event::Tick),
+                Some(input) = self.inputs.recv(), if self.backlog.len() < STORE_REQUESTS_MAX => self.input(&mut run, input),
+            }
+        }
+    }
+
+    fn input(&mut self, run: &mut Run, input: Input) {
+        match input {
+            Input::ClientConnected { client, connection } => {
+                if let Some(old) = self.connections.insert(client, connection) {
+                    self.forget_connection(run, old);
+                }
+            }
+            Input::Client { origin, .. }
+                if self.connections.get(&origin.client) != Some(&origin.connection) =>
+            {
+                tracing::debug!(client = %origin.client, "operation of a superseded connection dropped");
+            }
+            Input::Client { origin, op, data } => {
+                let token = ClientToken(run.next_token);
+                run.next_token += 1;
+                run.origins.insert(token, origin);
+                self.step(run, Event::Client { token, op, data });
+            }
+            Input::ConnectionClosed { connection } => {
+                self.connections.retain(|_, c| *c != connection);
+                self.forget_connection(run, connection);
+            }
+            Input::Peer { msg, data } => self.step(run, Event::Peer { msg, data }),
+        }
+    }
+
+    /// Nobody waits for the answers to this connection's operations any more: those that have not
+    /// started are dropped.
+    fn forget_connection(&mut self, run: &mut Run, connection: u64) {
+        let gone: Vec<_> =
+            run.origins.iter().filter(|(_, o)| o.connection == connection).map(|(t, _)| *t).collect();
+        for token in gone {
+            run.origins.remove(&token);
+            self.step(run, Event::ClientGone { token });
+        }
+    }
+
+    fn step(&mut self, run: &mut Run, event: Event) {
+        let mut effects = std::mem::take(&mut run.effects);
+        run.core.step(boottime_ms(), event, &mut effects);
+        for effect in effects.drain(..) {
+            self.execute(run, effect);
+        }
+        run.effects = effects;
+    }
+
+    fn execute(&mut self, run: &mut Run, effect: Effect) {
+        match effect {
+            Effect::Send { msg, data } => {
+                let map = self.map.borrow().clone();
+                run.peers.send(&map, msg, data);
+            }
+            Effect::Reply { token, reply, data } => {
+                if let Some(origin) = run.origins.remove(&token) {
+                    if let OpReply::Failed(error) = &reply {
+                        tracing::debug!(osd = %self.identity.osd, op = token.0, %error, "operation refused");
+                    }
+                    origin.answer(Message::OpReply(reply), data);
+                }
+            }
+            Effect::Monitor { token, request } => {
+                let (monitors, tx, number) = (self.monitors.clone(), self.answer_tx.clone(), self.run);
+                let (osd, incarnation) = (self.identity.osd, run.incarnation);
+                tokio::spawn(async move {
+                    let result = monitors.report(osd, incarnation, request).await;
+                    let event = Event::Monitor { token, result };
+                    let _ = tx.send(Answer { run: number, from_store: false, event }).await;
+                });
+            }
+            // The watch follows the monitors' newest map by itself.
+            Effect::WantMap { .. } => {}
+            store_effect => {
+                self.backlog.push_back(store_effect);
+                self.pump_backlog();
+            }
+        }
+    }
+
+    /// Hands waiting store effects to the store, in order, as far as its answers will fit.
+    fn pump_backlog(&mut self) {
+        while self.outstanding < STORE_REQUESTS_MAX {
+            let Some(effect) = self.backlog.pop_front() else { return };
+            self.outstanding += 1;
+            let (tx, run) = (self.answer_tx.clone(), self.run);
+            // Room for every outstanding store answer is reserved by the bound above; reports to the
+            // monitors are few and give way.
+            let answer = move |event| {
+                let _ = tx.blocking_send(Answer { run, from_store: true, event });
+            };
+            match effect {
+                Effect::Store { token, txn } => {
+                    self.store.commit(txn, move |result| answer(Event::Committed { token, result }));
+                }
+                Effect::Read { token, pg, object, below, first_block, block_count } => {
+                    self.store.read(pg, object, below, first_block, block_count, move |result| {
+                        answer(Event::ReadDone { token, result });
+                    });
+                }
+                Effect::ReadObject { token, pg, object } => {
+                    self.store
+                        .read_object(pg, object, move |result| answer(Event::ObjectRead { token, result }));
+                }
+                Effect::List { token, pg } => {
+                    self.store.list(pg, move |result| answer(Event::Listed { token, result }));
+                }
+                other => unreachable!("not a store effect: {other:?}"),
+            }
+        }
+    }
+
+    fn beat(&mut self, run: &Run, tx: mpsc::Sender<(u64, Result<HeartbeatReply, tonic::Status>)>) {
+        self.usage = self.store.usage();
+        let stats = run.core.stats();
+        let request = HeartbeatRequest {
+            id: self.identity.osd.0,
+            incarnation: run.incarnation.0,
+            acked_epoch: run.core.acked_epoch().0,
+            stats: Some(OsdStats {
+                capacity_bytes: self.usage.capacity_bytes,
+                used_bytes: self.usage.used_bytes,
+                objects: self.usage.objects,
+                checksum_errors: self.usage.checksum_errors,
+                ..stats
+            }),
+            stuck: run.core.stuck_peers(),
+            pgs: run.core.pg_statuses(),
+        };
+        let monitors = self.monitors.clone();
+        tokio::spawn(async move {
+            let sent_ms = boottime_ms();
+            let result = monitors.heartbeat(request).await;
+            let _ = tx.send((sent_ms, result)).await;
+        });
+    }
+
+    /// Waits until the store has answered everything.
+    async fn drain(&mut self) {
+        self.backlog.clear();
+        while self.outstanding > 0 {
+            let Some(answer) = self.answers.recv().await else { return };
+            self.outstanding -= usize::from(answer.from_store);
+        }
+    }
+
+    /// The groups as the store has them now, for the next run.
+    async fn reload(&mut self) -> Result<StartState, ServerError> {
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        self.store.pgs(move |result| {
+            let _ = tx.send(result);
+        });
+        let pgs = rx.await.map_err(|_| ServerError::Other("the store's thread is gone".into()))?;
+        Ok(pgs?)
+    }
+}
