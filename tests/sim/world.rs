@@ -627,7 +627,10 @@ impl World {
             let event = match effect {
                 Effect::Store { token, txn } => {
                     let text = self.trace.then(|| {
-                        txn.ops.iter().map(|o| format!("{o:?}").chars().take(150).collect::<String>() + " | ").collect::<String>()
+                        txn.ops
+                            .iter()
+                            .map(|o| format!("{o:?}").chars().take(150).collect::<String>() + " | ")
+                            .collect::<String>()
                     });
                     let result = store.commit(vec![txn]).pop().unwrap_or(Ok(()));
                     if let Some(text) = text {
