@@ -352,10 +352,10 @@ impl Pg {
             self.fail(cx, format!("the store refused a write ({:?}): {e}", sub_result(&e)));
             return;
         }
-        if let Phase::Active(a) = &mut self.phase {
-            if let Some(w) = a.writes.get_mut(&tid) {
-                w.own = true;
-            }
+        if let Phase::Active(a) = &mut self.phase
+            && let Some(w) = a.writes.get_mut(&tid)
+        {
+            w.own = true;
         }
         self.finish_write(cx, tid);
     }
