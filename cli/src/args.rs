@@ -14,7 +14,7 @@ use std::path::PathBuf;
     propagate_version = true
 )]
 pub struct Cli {
-    /// Monitors, as ip:port[,ip:port]; else the config file names them.
+    /// Monitors, as `ip:port` or `ip:port,ip:port`; else the config file names them.
     #[arg(long, global = true, env = "GABION_MONITORS", value_delimiter = ',', value_name = "ADDR")]
     pub monitors: Vec<String>,
     /// How answers are printed.

@@ -10,6 +10,7 @@ use gabion_monitor::decide::{self, FailureDetector, Timing};
 use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_osd::core::*;
 use gabion_osd::store::*;
+use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use gabion_proto::map::{ClusterMap, FailureDomain, Redundancy};
 use gabion_proto::msg::{ClientOp, OpReply};
@@ -357,11 +358,9 @@ impl World {
             Ev::ToMonitor { node, run, token, request } => self.report(node, run, token, request),
             Ev::StoreRun { node, run } if self.live(node, run) => self.store_run(node, run),
             Ev::Boot { node, run } => self.boot(node, run),
-            Ev::Map { node, run, map } if self.live(node, run) => {
-                if map.epoch > self.nodes[node].epoch {
-                    self.nodes[node].epoch = map.epoch;
-                    self.step(node, Event::Map(map));
-                }
+            Ev::Map { node, run, map } if self.live(node, run) && map.epoch > self.nodes[node].epoch => {
+                self.nodes[node].epoch = map.epoch;
+                self.step(node, Event::Map(map));
             }
             Ev::Client { client, event } => crate::client::handle(self, client, event),
             Ev::Op { node, client, connection, request, op, data } => {
@@ -797,8 +796,7 @@ impl World {
     pub fn compare_replicas(&mut self) -> Result<(), String> {
         let pgs = self.state.map.pgs.clone();
         for (pg, record) in pgs {
-            let mut reference: Option<(OsdId, Vec<(ObjectId, ObjectState, gabion_proto::blocks::Content)>)> =
-                None;
+            let mut reference: Option<(OsdId, Vec<Whole>)> = None;
             for member in record.members() {
                 let Some(n) = self.nodes.iter_mut().find(|n| n.id == member) else { continue };
                 let missing = n.store.list_missing(pg, None, 10).unwrap_or_default();
@@ -835,6 +833,9 @@ impl World {
         out
     }
 }
+
+/// One object as a store has it.
+type Whole = (ObjectId, ObjectState, Content);
 
 /// What a reply means to a client.
 pub fn is_final(reply: &OpReply) -> bool {

@@ -17,6 +17,14 @@ pub struct Cluster {
     dir: TempDir,
 }
 
+/// Where an exported volume is served.
+pub struct Exported {
+    /// Over TCP.
+    pub uri: String,
+    /// The same over a Unix socket: its path outlives a restart of the gateway.
+    pub socket: PathBuf,
+}
+
 /// The daemons of a cluster and the command itself.
 const BINARIES: [&str; 4] = ["gabion", "gabion-monitor", "gabion-osd", "gabion-gateway"];
 
@@ -48,12 +56,18 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// A pool with three copies and a volume in it, exported; answers its NBD URI.
-    pub fn volume(&self, name: &str, size: &str) -> Result<String> {
+    /// A pool with three copies and a volume in it, exported by NBD.
+    pub fn volume(&self, name: &str, size: &str) -> Result<Exported> {
         self.run(&["pool", "create", "p", "--replicas", "3", "--pgs", "16"])?;
         self.run(&["volume", "create", name, "--size", size, "--pool", "p"])?;
         let export = self.json(&["export", "add", name, "--nbd"])?;
-        Ok(export["uri"].as_str().context("export add answered no uri")?.to_owned())
+        let field = |name: &str| {
+            export[name]
+                .as_str()
+                .map(str::to_owned)
+                .with_context(|| format!("export add answered no {name}: {export}"))
+        };
+        Ok(Exported { uri: field("uri")?, socket: field("socket")?.into() })
     }
 
     /// Runs `gabion` and answers what it printed.
@@ -91,6 +105,20 @@ impl Cluster {
             args.push("--stay-down");
         }
         self.run(&args).map(drop)
+    }
+
+    /// SIGKILL to every daemon at once; the supervisor starts them again.
+    pub fn kill_all(&self) -> Result<()> {
+        let pids: Vec<i32> = self
+            .daemons()?
+            .iter()
+            .filter_map(|d| d["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()))
+            .collect();
+        for pid in pids {
+            // SAFETY: a signal to a process of this cluster, which its supervisor has not reaped before.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        Ok(())
     }
 
     pub fn revive(&self, daemon: &str) -> Result<()> {

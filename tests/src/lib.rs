@@ -1,4 +1,5 @@
 //! What the tests of whole clusters share.
 
 pub mod cluster;
+pub mod mirror;
 pub mod workload;

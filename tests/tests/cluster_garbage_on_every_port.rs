@@ -7,7 +7,6 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 #[test]
-#[ignore = "needs a gabion-osd that serves; run with --run-ignored all"]
 fn garbage_on_every_port() -> Result<()> {
     let cluster = Cluster::start(3)?;
     let before = cluster.daemons()?;

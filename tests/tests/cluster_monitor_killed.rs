@@ -6,18 +6,17 @@ use gabion_tests::workload::Fio;
 use std::time::Duration;
 
 #[test]
-#[ignore = "needs a gabion-osd that serves; run with --run-ignored all"]
 fn monitor_killed_under_verified_writes() -> Result<()> {
     let cluster = Cluster::start(3)?;
-    let uri = cluster.volume("v", "32M")?;
-    let mut fio = Fio::verified_write(&uri, "32M", 1000)?;
+    let volume = cluster.volume("v", "32M")?;
+    let mut fio = Fio::verified_write(&volume.uri, "32M", 1000)?;
     let busy = |s: &serde_json::Value| Some(s["client_io"]["writes_per_s"].as_f64()? > 0.0);
     cluster.wait_for("writes arrive", Duration::from_secs(20), busy)?;
     cluster.kill("monitor.1", false)?;
     ensure!(fio.is_running()?, "fio ended before the monitor was killed");
     fio.finish()?;
     cluster.wait_clean(Duration::from_secs(60))?;
-    let volume = cluster.json(&["volume", "show", "v"])?;
-    ensure!(volume["size_bytes"] == 32 << 20, "the volume is not what it was: {volume}");
+    let shown = cluster.json(&["volume", "show", "v"])?;
+    ensure!(shown["size_bytes"] == 32 << 20, "the volume is not what it was: {shown}");
     Ok(())
 }

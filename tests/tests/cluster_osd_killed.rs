@@ -6,11 +6,10 @@ use gabion_tests::workload::Fio;
 use std::time::Duration;
 
 #[test]
-#[ignore = "needs a gabion-osd that serves; run with --run-ignored all"]
 fn osd_killed_under_verified_writes() -> Result<()> {
     let cluster = Cluster::start(4)?;
-    let uri = cluster.volume("v", "32M")?;
-    let mut fio = Fio::verified_write(&uri, "32M", 1000)?;
+    let volume = cluster.volume("v", "32M")?;
+    let mut fio = Fio::verified_write(&volume.uri, "32M", 1000)?;
     let busy = |s: &serde_json::Value| Some(s["client_io"]["writes_per_s"].as_f64()? > 0.0);
     cluster.wait_for("writes arrive", Duration::from_secs(20), busy)?;
     cluster.kill(&cluster.names("osd")?[0], false)?;

@@ -7,11 +7,10 @@ use gabion_tests::workload::Fio;
 use std::time::Duration;
 
 #[test]
-#[ignore = "needs a gabion-osd that serves; run with --run-ignored all"]
 fn writes_wait_for_a_second_copy() -> Result<()> {
     let cluster = Cluster::start(3)?;
-    let uri = cluster.volume("v", "16M")?;
-    let mut fio = Fio::verified_write(&uri, "16M", 200)?;
+    let volume = cluster.volume("v", "16M")?;
+    let mut fio = Fio::verified_write(&volume.uri, "16M", 200)?;
     let busy = |s: &serde_json::Value| Some(s["client_io"]["writes_per_s"].as_f64()? > 0.0);
     cluster.wait_for("writes arrive", Duration::from_secs(20), busy)?;
     let osds = cluster.names("osd")?;
