@@ -29,8 +29,12 @@ pub struct Exported {
 const BINARIES: [&str; 4] = ["gabion", "gabion-monitor", "gabion-osd", "gabion-gateway"];
 
 impl Cluster {
-    /// Starts 1 monitor and `osds` OSDs, each on a host of its own.
+    /// Starts 1 monitor and `osds` OSDs of 512 MiB, each on a host of its own.
     pub fn start(osds: u32) -> Result<Cluster> {
+        Cluster::start_sized(osds, "512M")
+    }
+
+    pub fn start_sized(osds: u32, osd_size: &str) -> Result<Cluster> {
         // .../target/PROFILE/deps/TEST
         let test = std::env::current_exe()?;
         let bin = test.ancestors().nth(2).context("the test is not in a target directory")?;
@@ -51,7 +55,7 @@ impl Cluster {
             "--hosts",
             &n,
             "--osd-size",
-            "512M",
+            osd_size,
         ])?;
         Ok(cluster)
     }
