@@ -302,6 +302,8 @@ pub enum VolumeVerb {
     Show { name: String },
     /// Removes a volume and its data
     Rm { name: String },
+    /// Takes a volume away from the host that has it attached, dead or alive; remove its exports first
+    Detach { name: String },
     /// Copies an image into a volume, which is made when it does not exist
     Import {
         /// A file, or - for a raw image on standard input.

@@ -62,6 +62,8 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 pub const LEASE_GRACE: Duration = Duration::from_millis(500);
 /// How long a replica may sit on a sub-operation before the primary reports it (rule P8).
 pub const SUBOP_STUCK: Duration = Duration::from_secs(10);
+/// A disk that owes answers and gives none for this long stops its OSD (rule S9).
+pub const DISK_SILENT_MAX: Duration = Duration::from_secs(30);
 /// Down for this long means out (settable; this is the default).
 pub const DOWN_OUT_DEFAULT: Duration = Duration::from_secs(600);
 

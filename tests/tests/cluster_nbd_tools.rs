@@ -19,7 +19,14 @@ fn tools_agree_on_a_volume() -> Result<()> {
     let (image, back, qcow) = (path("image.raw"), path("back.raw"), path("image.qcow2"));
 
     let info = run("nbdinfo", &[&uri])?;
-    for want in ["newstyle-fixed", "67108864", "can_multi_conn: true", "can_fua: true", "can_trim: true", "can_zero: true"] {
+    for want in [
+        "newstyle-fixed",
+        "67108864",
+        "can_multi_conn: true",
+        "can_fua: true",
+        "can_trim: true",
+        "can_zero: true",
+    ] {
         ensure!(info.contains(want), "no {want:?} in {info}");
     }
     // Data, a hole and odd edges.
@@ -36,11 +43,19 @@ fn tools_agree_on_a_volume() -> Result<()> {
         let args: Vec<&str> = commands.iter().flat_map(|c| ["-c", c]).collect();
         run("qemu-io", &[&["-f", "raw", "-d", "unmap"], args.as_slice(), &[uri.as_str()]].concat())
     };
-    io(&["write -P 0x5a 12345 70001", "write -f -P 0xa5 40M 1M", "flush", "discard 8M 4M", "write -z -u 30M 2M"])?;
-    let said = io(&["read -P 0x5a 12345 70001", "read -P 0xa5 40M 1M", "read -P 0 8M 4M", "read -P 0 30M 2M"])?;
+    io(&[
+        "write -P 0x5a 12345 70001",
+        "write -f -P 0xa5 40M 1M",
+        "flush",
+        "discard 8M 4M",
+        "write -z -u 30M 2M",
+    ])?;
+    let said =
+        io(&["read -P 0x5a 12345 70001", "read -P 0xa5 40M 1M", "read -P 0 8M 4M", "read -P 0 30M 2M"])?;
     ensure!(!said.contains("verification failed"), "{said}");
 
-    let fio = ["--name=v", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-64k", "--iodepth=16", "--size=16M"];
+    let fio =
+        ["--name=v", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-64k", "--iodepth=16", "--size=16M"];
     let verify = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"];
     run("fio", &[fio.as_slice(), verify.as_slice(), &[&format!("--uri={uri}")]].concat())?;
     Ok(())

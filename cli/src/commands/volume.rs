@@ -35,6 +35,14 @@ pub async fn run(cx: &Context, verb: VolumeVerb) -> Result<()> {
             rpc!(monitors, format!("volume {name}"), admin.remove_volume, request)?;
             cx.out.done(&format!("volume {name} removed"), removed(name))
         }
+        VolumeVerb::Detach { name } => {
+            cx.confirm(&format!(
+                "volume {name}: the host that has it attached loses it at once, with what it has not been answered"
+            ))?;
+            let request = NameRequest { name: name.clone() };
+            let volume = rpc!(monitors, format!("volume {name}"), admin.fence_volume, request)?;
+            cx.out.done(&format!("volume {name} is attached nowhere"), volume_json(&volume))
+        }
         VolumeVerb::Import { file, name, pool, size, format } => {
             transfer::import(cx, &monitors, transfer::Import { file, name, pool, size, format }).await
         }

@@ -16,6 +16,8 @@ pub const OPTION_SKIP_BYTES_MAX: u32 = 1 << 20;
 pub const NAME_BYTES_MAX: usize = 4096;
 /// The whole handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the requests of a client that left may still run on its connection.
+pub const LEFT_BEHIND: Duration = Duration::from_secs(30);
 /// How long the last answers of a closing export may take to leave.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// Connections of all exports of one listener.

@@ -44,7 +44,11 @@ where
         r = &mut writer => return flatten(r),
         () = export.closing.cancelled() => Ok(()),
     };
-    while running.join_next().await.is_some() {}
+    // Writes that have begun run to their end in the volume, whoever waits for them.
+    let ended = async { while running.join_next().await.is_some() {} };
+    if tokio::time::timeout(LEFT_BEHIND, ended).await.is_err() {
+        running.shutdown().await;
+    }
     drop(replies);
     // A client that does not take its answers must not keep a closing export.
     let patience = async {

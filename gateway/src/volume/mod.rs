@@ -34,10 +34,13 @@ use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 
 /// Pieces of one request that are in flight together.
 const PIECES_IN_FLIGHT: usize = 16;
 const BLOCK: u64 = BLOCK_BYTES as u64;
+/// Bytes of writes that one volume holds while they run; more wait with whoever brings them.
+const WRITE_BYTES_MAX: usize = 256 << 20;
 const OP_BLOCKS_MAX: u32 = OP_DATA_BYTES_MAX / BLOCK_BYTES;
 
 /// What identifies and shapes a volume.
@@ -62,6 +65,8 @@ struct Inner {
     backend: Box<dyn Backend>,
     lock: Arc<RangeLock>,
     blocks_per_object: u32,
+    /// Shares of [`WRITE_BYTES_MAX`], in blocks.
+    room: Arc<Semaphore>,
 }
 
 impl Volume {
@@ -73,7 +78,8 @@ impl Volume {
             "as is the object's"
         );
         let blocks_per_object = shape.object_bytes / BLOCK_BYTES;
-        let inner = Inner { backend, lock: Arc::default(), blocks_per_object };
+        let room = Arc::new(Semaphore::new(WRITE_BYTES_MAX / BLOCK_BYTES as usize));
+        let inner = Inner { backend, lock: Arc::default(), blocks_per_object, room };
         Arc::new(Volume { shape, inner: Arc::new(inner), runtime: Handle::current() })
     }
 
@@ -127,9 +133,13 @@ impl Volume {
         }
         let inner = self.inner.clone();
         let blocks = blocks_touched(offset, data.len() as u64);
+        let size = blocks.end - blocks.start;
+        let size =
+            u32::try_from(size).unwrap_or(u32::MAX).min((WRITE_BYTES_MAX / BLOCK_BYTES as usize) as u32);
+        let room = inner.room.clone().acquire_many_owned(size).await.expect("never closed");
         let turn = inner.lock.acquire(blocks.clone());
         self.to_the_end(async move {
-            let _held = turn.await;
+            let _held = (turn.await, room);
             inner.write_locked(offset, data, blocks).await
         })
         .await

@@ -169,6 +169,16 @@ impl pb::admin_service_server::AdminService for Monitor {
         Ok(Response::new(Empty {}))
     }
 
+    async fn fence_volume(&self, request: Request<pb::NameRequest>) -> Answer<pb::VolumeInfo> {
+        let name = request.into_inner().name;
+        let Reply::Fenced { epoch } = self.propose(Command::FenceVolume { volume: name.clone() }).await?
+        else {
+            return Err(Status::internal("unexpected answer"));
+        };
+        self.in_force(epoch).await?;
+        self.get_volume(Request::new(pb::NameRequest { name })).await
+    }
+
     async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::ExportInfo> {
         let r = request.into_inner();
         let kind = match pb::ExportKind::try_from(r.kind) {

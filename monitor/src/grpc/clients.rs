@@ -14,7 +14,7 @@ const FENCE_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl Monitor {
     /// Waits until every OSD has `epoch` in force or is down (its lease has run out).
-    async fn in_force(&self, epoch: Epoch) -> Result<(), Status> {
+    pub(super) async fn in_force(&self, epoch: Epoch) -> Result<(), Status> {
         let mut reports = self.0.osd_reports.subscribe();
         let mut states = self.0.consensus.watch();
         let deadline = tokio::time::Instant::now() + FENCE_TIMEOUT;
@@ -53,6 +53,7 @@ impl pb::client_service_server::ClientService for Monitor {
         request: Request<pb::AttachVolumeRequest>,
     ) -> Answer<pb::AttachVolumeReply> {
         let r = request.into_inner();
+        let name = r.volume.clone();
         let command = Command::AttachVolume {
             volume: r.volume,
             client: ClientId(r.client),
@@ -62,7 +63,14 @@ impl pb::client_service_server::ClientService for Monitor {
         let Reply::Attached { volume, generation, epoch } = self.propose(command).await? else {
             return Err(Status::internal("unexpected answer"));
         };
-        self.in_force(epoch).await?;
+        if let Err(late) = self.in_force(epoch).await {
+            // Nobody was told of it, and who asked may not ask again: it must not stay.
+            let client = ClientId(r.client);
+            if let Err(e) = self.propose(Command::DetachVolume { volume: name, client, generation }).await {
+                tracing::warn!(%volume, %generation, error = e.message(), "an attachment that came too late stays");
+            }
+            return Err(late);
+        }
         let state = self.state();
         // Somebody may have taken it over while this one waited.
         let held = state.map.attachments.get(&volume);

@@ -26,7 +26,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::transport::server::{Server, TcpIncoming};
@@ -34,6 +34,8 @@ use volatile::Volatile;
 
 /// How often the failure detector looks.
 const TICK: Duration = Duration::from_millis(200);
+/// Heartbeats whose reports of stuck peers are dealt with at the same time.
+const STUCK_TURNS: usize = 16;
 /// Messages of one stream that wait for a slow reader.
 const STREAM_DEPTH: usize = 16;
 
@@ -47,6 +49,8 @@ struct Inner {
     volatile: Mutex<Volatile>,
     /// Counts reports of OSDs: who waits for acknowledgements looks again.
     osd_reports: watch::Sender<u64>,
+    /// Heartbeats whose reports of stuck peers are being dealt with.
+    stuck_turns: Arc<Semaphore>,
     /// Counts reports of hosts that changed something.
     host_reports: watch::Sender<u64>,
     /// Numbers of host specifications.
@@ -96,6 +100,7 @@ impl Monitor {
             detector: Mutex::new(FailureDetector::new(timing)),
             volatile: Mutex::default(),
             osd_reports: watch::Sender::new(0),
+            stuck_turns: Arc::new(Semaphore::new(STUCK_TURNS)),
             host_reports: watch::Sender::new(0),
             // Grows over restarts too, as long as the clock does.
             revision: AtomicU64::new(revision),
@@ -139,8 +144,8 @@ impl Monitor {
     /// Lets the detector act on an event, and has its decisions agreed on.
     async fn detect(&self, event: Event) {
         let commands = {
-            let state = self.state();
-            self.0.detector.lock().step(boottime_ms(), &state, event)
+            let mut detector = self.0.detector.lock();
+            detector.step(boottime_ms(), &self.state(), event)
         };
         for command in commands {
             let shown = format!("{command:?}");

@@ -47,24 +47,39 @@ impl pb::osd_service_server::OsdService for Monitor {
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatReply> {
         let mut r = request.into_inner();
         let (osd, incarnation) = (OsdId(r.id), Incarnation(r.incarnation));
-        let state = self.state();
-        if !self.0.detector.lock().renew(boottime_ms(), &state, osd, incarnation) {
-            return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
-        }
+        let state = {
+            // The state is read under the lock: an older one may call up who was marked down since.
+            let mut detector = self.0.detector.lock();
+            let state = self.state();
+            if !detector.renew(boottime_ms(), &state, osd, incarnation) {
+                return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
+            }
+            state
+        };
         let stuck = std::mem::take(&mut r.stuck);
         self.0.volatile.lock().heartbeat(&state, osd, r);
         self.0.osd_reports.send_modify(|n| *n += 1);
-        for s in stuck.into_iter().take(STUCK_MAX) {
-            self.detect(Event::Stuck {
-                osd,
-                incarnation,
-                pg: PgId { pool: PoolId(s.pool), index: s.pg },
-                interval: Epoch(s.interval),
-                peer: OsdId(s.peer),
-                peer_incarnation: Incarnation(s.peer_incarnation),
-                age_ms: s.age_ms,
-            })
-            .await;
+        // The lease does not wait for agreement on what was reported. While the reports of an earlier
+        // heartbeat are dealt with, these are dropped: the next one brings them again.
+        if !stuck.is_empty()
+            && let Ok(turn) = self.0.stuck_turns.clone().try_acquire_owned()
+        {
+            let monitor = self.clone();
+            tokio::spawn(async move {
+                for s in stuck.into_iter().take(STUCK_MAX) {
+                    let event = Event::Stuck {
+                        osd,
+                        incarnation,
+                        pg: PgId { pool: PoolId(s.pool), index: s.pg },
+                        interval: Epoch(s.interval),
+                        peer: OsdId(s.peer),
+                        peer_incarnation: Incarnation(s.peer_incarnation),
+                        age_ms: s.age_ms,
+                    };
+                    monitor.detect(event).await;
+                }
+                drop(turn);
+            });
         }
         Ok(Response::new(pb::HeartbeatReply { lease_ms: LEASE.as_millis() as u64, epoch: state.map.epoch.0 }))
     }

@@ -152,6 +152,10 @@ pub enum Command {
         client: ClientId,
         generation: Generation,
     },
+    /// Takes a volume away from whoever holds it.
+    FenceVolume {
+        volume: String,
+    },
 
     AddExport {
         volume: String,
@@ -216,6 +220,7 @@ pub enum Reply {
     Volume(VolumeId),
     Session { client: ClientId, session: Session },
     Attached { volume: VolumeId, generation: Generation, epoch: Epoch },
+    Fenced { epoch: Epoch },
     Export(u64),
 }
 

@@ -186,6 +186,7 @@ impl MonitorState {
             Command::DetachVolume { volume, client, generation } => {
                 self.detach_volume(&volume, client, generation)
             }
+            Command::FenceVolume { volume } => self.fence_volume(&volume),
             Command::AddExport { volume, kind, read_only, host } => {
                 self.add_export(&volume, kind, read_only, host)
             }

@@ -262,7 +262,16 @@ fn generations_and_sessions_never_repeat() {
     state.apply(0, detach(b, g2)).unwrap();
     let g3 = generation(attach(&mut state, a, a2, false));
     assert!(g1 < g2 && g2 < g3);
-    state.apply(0, detach(a, g3)).unwrap();
+    let epoch = state.map.epoch;
+    let fenced = state.apply(0, Command::FenceVolume { volume: "v".into() }).unwrap();
+    assert!(
+        matches!(fenced, Reply::Fenced { epoch: e } if e > epoch),
+        "the OSDs must hear of it: {fenced:?}"
+    );
+    let g4 = generation(attach(&mut state, a, a2, false));
+    assert!(g4 > g3, "a fenced attachment does not come back");
+    assert!(state.apply(0, detach(a, g3)).is_err());
+    state.apply(0, detach(a, g4)).unwrap();
     state.apply(0, Command::RemoveVolume { name: "v".into() }).unwrap();
     assert_eq!(state.map.removed_volumes.len(), 1);
 }

@@ -161,4 +161,25 @@ impl MonitorState {
         });
         Ok(Reply::Done)
     }
+
+    /// Takes a volume away from whoever holds it: for a host that is dead or lost. The next attachment has
+    /// a new generation, and the old holder's operations are refused from the new map on.
+    pub(super) fn fence_volume(&mut self, name: &str) -> CommandResult {
+        let id = self.volume_named(name)?;
+        let Some(held) = self.map.attachments.get(&id).cloned() else {
+            return Err(Refusal::precondition(format!("volume {name} is not attached")));
+        };
+        if let Some((export, e)) = self.exports.iter().find(|(_, e)| e.volume == id) {
+            return Err(Refusal::precondition(format!(
+                "volume {name} is exported on host {}: remove export {export} first",
+                e.host
+            )));
+        }
+        let host = self.host_of(held.client).to_owned();
+        self.bump(|map| {
+            map.attachments.remove(&id);
+        });
+        self.event(EventSeverity::Warn, format!("volume {name} was taken away from host {host}"));
+        Ok(Reply::Fenced { epoch: self.map.epoch })
+    }
 }

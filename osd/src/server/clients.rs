@@ -5,15 +5,17 @@
 //!
 //! *A late twin* (rule C1): a client that loses its connection sends the unanswered operations again on
 //! a new one. What the old connection still holds unread must not be executed after that, so a client's newer
-//! connection supersedes its older ones: the owning task drops whatever an older one brings. Connections
-//! are numbered in the order of their acceptance, and a client dials again only after it gave up the old one.
+//! connection supersedes its older ones: the owning task drops whatever an older one brings and closes it.
+//! Connections are numbered in the order of their acceptance, and a client dials again only after it gave up the
+//! old one; so a connection that says hello after a newer one did is the old one. Observers share the client
+//! number 0, only read, and supersede nobody.
 
 use super::run::Input;
 use gabion_common::net::{self, FrameReader, FrameWriter, Framed, NetError};
 use gabion_proto::frame::Frame;
 use gabion_proto::ids::*;
-use gabion_proto::limits::{CONN_BYTES_MAX, CONN_OPS_MAX};
-use gabion_proto::msg::{Hello, Message, Role};
+use gabion_proto::limits::{BLOCK_BYTES, CONN_BYTES_MAX, CONN_OPS_MAX, OP_DATA_BYTES_MAX};
+use gabion_proto::msg::{ClientOp, Hello, Message, OpKind, Role};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +23,8 @@ use std::time::Duration;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, debug, info_span, warn};
 
 /// Connections that may be open at once.
@@ -111,10 +115,18 @@ async fn serve(
         Role::Osd { .. } => from_peer(reader, inputs).await,
         Role::Client { id } => {
             // Registered before its first operation is read, in the same queue.
-            if inputs.send(Input::ClientConnected { client: id, connection }).await.is_err() {
+            let superseded = CancellationToken::new();
+            let input = Input::ClientConnected { client: id, connection, superseded: superseded.clone() };
+            if inputs.send(input).await.is_err() {
                 return Ok(());
             }
-            from_client(reader, writer, (id, connection), inputs).await
+            tokio::select! {
+                result = from_client(reader, writer, (id, connection), inputs) => result,
+                () = superseded.cancelled() => {
+                    debug!(client = %id, connection, "superseded by a newer connection");
+                    Ok(())
+                }
+            }
         }
     }
 }
@@ -131,6 +143,16 @@ async fn from_peer(mut reader: Reader, inputs: &mpsc::Sender<Input>) -> Result<(
     Ok(())
 }
 
+/// Bytes that an operation or its answer holds in memory, whichever is more. An operation that asks for
+/// more than the limit is refused and answers none.
+fn weight(op: &ClientOp, data_bytes: usize) -> u32 {
+    let answer_bytes = match op.kind {
+        OpKind::Read { block_count, .. } => block_count.saturating_mul(BLOCK_BYTES).min(OP_DATA_BYTES_MAX),
+        OpKind::Write { .. } | OpKind::Zero { .. } => 0,
+    };
+    u32::try_from(data_bytes).unwrap_or(u32::MAX).max(answer_bytes).max(1)
+}
+
 async fn from_client(
     mut reader: Reader,
     writer: Writer,
@@ -140,34 +162,29 @@ async fn from_client(
     let ops = Arc::new(Semaphore::new(CONN_OPS_MAX));
     let bytes = Arc::new(Semaphore::new(CONN_BYTES_MAX));
     let (answers, queue) = mpsc::channel(CONN_OPS_MAX);
-    let mut writing = tokio::spawn(write_answers(writer, queue));
-    let result = async {
-        loop {
-            let frame = tokio::select! {
-                f = reader.next() => match f? { Some(f) => f, None => return Ok(()) },
-                _ = &mut writing => return Ok(()),
-            };
-            let Message::Op(op) = frame.message else {
-                return Err(NetError::Refused("a client sent something else than an operation".into()));
-            };
-            let op_permit = ops.clone().acquire_owned().await.expect("never closed");
-            let weight = u32::try_from(frame.data.len().max(1)).unwrap_or(u32::MAX);
-            let byte_permit = bytes.clone().acquire_many_owned(weight).await.expect("never closed");
-            let origin = Origin {
-                client,
-                connection,
-                request: frame.request,
-                answers: answers.clone(),
-                permits: (op_permit, byte_permit),
-            };
-            if inputs.send(Input::Client { origin, op, data: frame.data }).await.is_err() {
-                return Ok(());
-            }
+    let mut writing = AbortOnDropHandle::new(tokio::spawn(write_answers(writer, queue)));
+    loop {
+        let frame = tokio::select! {
+            f = reader.next() => match f? { Some(f) => f, None => return Ok(()) },
+            _ = &mut writing => return Ok(()),
+        };
+        let Message::Op(op) = frame.message else {
+            return Err(NetError::Refused("a client sent something else than an operation".into()));
+        };
+        let op_permit = ops.clone().acquire_owned().await.expect("never closed");
+        let weight = weight(&op, frame.data.len());
+        let byte_permit = bytes.clone().acquire_many_owned(weight).await.expect("never closed");
+        let origin = Origin {
+            client,
+            connection,
+            request: frame.request,
+            answers: answers.clone(),
+            permits: (op_permit, byte_permit),
+        };
+        if inputs.send(Input::Client { origin, op, data: frame.data }).await.is_err() {
+            return Ok(());
         }
     }
-    .await;
-    writing.abort();
-    result
 }
 
 async fn write_answers(mut writer: Writer, mut queue: mpsc::Receiver<(Frame, Permits)>) {

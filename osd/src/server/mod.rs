@@ -17,6 +17,7 @@
 //! incarnation. A store that stopped for good ends the process (invariant 9).
 
 mod clients;
+mod connections;
 mod monitors;
 mod peers;
 mod run;

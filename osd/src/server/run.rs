@@ -1,6 +1,7 @@
 //! The task that owns the core.
 
 use super::clients::{self, Origin};
+use super::connections::Connections;
 use super::monitors::Monitors;
 use super::peers::Peers;
 use crate::core::*;
@@ -9,7 +10,7 @@ use crate::store::{self, Identity, Store as _, StoreError, Usage};
 use bytes::Bytes;
 use gabion_common::clock::boottime_ms;
 use gabion_proto::ids::*;
-use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
+use gabion_proto::limits::{DISK_SILENT_MAX, FULL_FREE_PERCENT, HEARTBEAT, LEASE};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
 use gabion_proto::pb::{BootRequest, HeartbeatReply, HeartbeatRequest, OsdStats};
@@ -20,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 /// Inputs that may wait for the core.
@@ -56,10 +58,24 @@ pub enum ServerError {
 
 /// What reaches the owning task.
 pub enum Input {
-    Client { origin: Origin, op: ClientOp, data: Bytes },
-    ClientConnected { client: ClientId, connection: u64 },
-    ConnectionClosed { connection: u64 },
-    Peer { msg: PeerMsg, data: Bytes },
+    Client {
+        origin: Origin,
+        op: ClientOp,
+        data: Bytes,
+    },
+    /// `superseded` closes the connection.
+    ClientConnected {
+        client: ClientId,
+        connection: u64,
+        superseded: CancellationToken,
+    },
+    ConnectionClosed {
+        connection: u64,
+    },
+    Peer {
+        msg: PeerMsg,
+        data: Bytes,
+    },
 }
 
 /// Answers to effects, tagged with the run that asked: a later run ignores them.
@@ -119,7 +135,7 @@ pub async fn serve(
         answers,
         answer_tx,
         fatal,
-        connections: HashMap::new(),
+        connections: Connections::default(),
         run: 0,
         outstanding: 0,
         backlog: VecDeque::new(),
@@ -157,8 +173,7 @@ struct Shell {
     answers: mpsc::Receiver<Answer>,
     answer_tx: mpsc::Sender<Answer>,
     fatal: watch::Receiver<Option<String>>,
-    /// The newest connection of each client: operations of older ones are dropped (rule C1).
-    connections: HashMap<ClientId, u64>,
+    connections: Connections,
     /// Counts runs of the core.
     run: u64,
     /// Requests that the store owes answers to.
@@ -200,6 +215,7 @@ impl Shell {
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let (beat_tx, mut beats) = mpsc::channel::<(u64, Result<HeartbeatReply, tonic::Status>)>(16);
         let mut beating = 0;
+        let mut silent_ticks = 0;
         self.map.mark_changed();
         loop {
             tokio::select! {
@@ -224,8 +240,16 @@ impl Shell {
                         Err(s) => warn!(osd = %id, error = s.message(), "heartbeat not answered"),
                     }
                 }
+                _ = beat.tick(), if beating < 4 => {
+                    beating += 1;
+                    self.beat(&run, beat_tx.clone());
+                    let free = self.usage.capacity_bytes.saturating_sub(self.usage.used_bytes);
+                    let full = free < self.usage.capacity_bytes / 100 * FULL_FREE_PERCENT;
+                    self.step(&mut run, Event::Full(full));
+                }
                 Some(answer) = self.answers.recv() => {
                     self.outstanding -= usize::from(answer.from_store);
+                    silent_ticks = 0;
                     if answer.run == self.run {
                         self.step(&mut run, answer.event);
                     }
@@ -235,14 +259,17 @@ impl Shell {
                     let map = self.map.borrow_and_update().clone();
                     self.step(&mut run, Event::Map(map));
                 }
-                _ = beat.tick(), if beating < 4 => {
-                    beating += 1;
-                    self.beat(&run, beat_tx.clone());
-                    let free = self.usage.capacity_bytes.saturating_sub(self.usage.used_bytes);
-                    let full = free < self.usage.capacity_bytes / 100 * FULL_FREE_PERCENT;
-                    self.step(&mut run, Event::Full(full));
+                _ = tick.tick() => {
+                    // Counted in ticks, not by the clock: what stops this process stops the disk's thread too.
+                    silent_ticks = if self.outstanding > 0 { silent_ticks + 1 } else { 0 };
+                    if silent_ticks >= DISK_SILENT_MAX.as_millis() / TICK.as_millis() {
+                        let why = format!("the disk has not answered for {} s", DISK_SILENT_MAX.as_secs());
+                        error!(osd = %id, %why, "the OSD stops itself; look at the disk");
+                        self.monitors.goodbye(id, incarnation).await;
+                        return Err(ServerError::Fatal(why));
+                    }
+                    self.step(&mut run, Event::Tick);
                 }
-                _ = tick.tick() => self.step(&mut run, Event::Tick),
                 Some(input) = self.inputs.recv(), if self.backlog.len() < STORE_REQUESTS_MAX => self.input(&mut run, input),
             }
         }
@@ -250,14 +277,12 @@ impl Shell {
 
     fn input(&mut self, run: &mut Run, input: Input) {
         match input {
-            Input::ClientConnected { client, connection } => {
-                if let Some(old) = self.connections.insert(client, connection) {
+            Input::ClientConnected { client, connection, superseded } => {
+                if let Some(old) = self.connections.connected(client, connection, superseded) {
                     self.forget_connection(run, old);
                 }
             }
-            Input::Client { origin, .. }
-                if self.connections.get(&origin.client) != Some(&origin.connection) =>
-            {
+            Input::Client { origin, .. } if !self.connections.counts(origin.client, origin.connection) => {
                 tracing::debug!(client = %origin.client, "operation of a superseded connection dropped");
             }
             Input::Client { origin, op, data } => {
@@ -267,7 +292,7 @@ impl Shell {
                 self.step(run, Event::Client { token, op, data });
             }
             Input::ConnectionClosed { connection } => {
-                self.connections.retain(|_, c| *c != connection);
+                self.connections.closed(connection);
                 self.forget_connection(run, connection);
             }
             Input::Peer { msg, data } => self.step(run, Event::Peer { msg, data }),
