@@ -386,6 +386,7 @@ impl From<&ClusterMap> for pb::ClusterMap {
             pgs: whole_out(&m.pgs),
             attachments: whole_out(&m.attachments),
             removed_volumes: m.removed_volumes.iter().map(|v| v.0).collect(),
+            removed_pools: m.removed_pools.iter().map(|p| p.0).collect(),
         }
     }
 }
@@ -401,6 +402,7 @@ impl TryFrom<pb::ClusterMap> for ClusterMap {
             pgs: whole_in("pgs", m.pgs, PGS_MAX)?,
             attachments: whole_in("attachments", m.attachments, VOLUMES_MAX)?,
             removed_volumes: removed_in(m.removed_volumes),
+            removed_pools: m.removed_pools.into_iter().map(PoolId).collect(),
         };
         for (id, record) in &map.pgs {
             check_pg(&map, *id, record).map_err(|e| e.within(&format!("pgs[{id}]")))?;
@@ -441,6 +443,7 @@ impl From<&MapIncrement> for pb::MapIncrement {
             pgs: changes_out(&m.pgs),
             attachments: changes_out(&m.attachments),
             removed_volumes: m.removed_volumes.iter().map(|v| v.0).collect(),
+            removed_pools: m.removed_pools.iter().map(|p| p.0).collect(),
         }
     }
 }
@@ -457,6 +460,7 @@ impl TryFrom<pb::MapIncrement> for MapIncrement {
             pgs: changes_in("pgs", m.pgs, PGS_MAX)?,
             attachments: changes_in("attachments", m.attachments, VOLUMES_MAX)?,
             removed_volumes: removed_in(m.removed_volumes),
+            removed_pools: m.removed_pools.into_iter().map(PoolId).collect(),
         };
         for (id, record) in &out.pgs {
             let interval = record.as_ref().map_or(Epoch(0), |r| r.interval);

@@ -22,6 +22,9 @@ pub struct ClusterMap {
     /// Volumes that were removed: their objects are deleted wherever they are met, and ids are
     /// never used again, so this set is the tombstone (invariant 7).
     pub removed_volumes: BTreeSet<VolumeId>,
+    /// Pools that were removed, likewise. An OSD deletes a group only for this reason, or because the group is
+    /// clean elsewhere: that a map does not mention a group may have other ones.
+    pub removed_pools: BTreeSet<PoolId>,
 }
 
 /// One OSD as the monitors see it.
@@ -165,6 +168,7 @@ pub struct MapIncrement {
     pub pgs: BTreeMap<PgId, Option<PgRecord>>,
     pub attachments: BTreeMap<VolumeId, Option<Attachment>>,
     pub removed_volumes: BTreeSet<VolumeId>,
+    pub removed_pools: BTreeSet<PoolId>,
 }
 
 /// Why an increment could not be applied.
@@ -210,6 +214,7 @@ impl MapIncrement {
             pgs: diff_tree(&old.pgs, &new.pgs),
             attachments: diff_tree(&old.attachments, &new.attachments),
             removed_volumes: new.removed_volumes.difference(&old.removed_volumes).copied().collect(),
+            removed_pools: new.removed_pools.difference(&old.removed_pools).copied().collect(),
         }
     }
 
@@ -223,6 +228,7 @@ impl MapIncrement {
         apply_tree(&mut map.pgs, &self.pgs);
         apply_tree(&mut map.attachments, &self.attachments);
         map.removed_volumes.extend(self.removed_volumes.iter().copied());
+        map.removed_pools.extend(self.removed_pools.iter().copied());
         map.epoch = self.to;
         Ok(())
     }

@@ -454,7 +454,8 @@ impl World {
                 let now = self.now;
                 let n = &mut self.nodes[node];
                 let pgs = n.store.pgs().unwrap_or_default();
-                n.core = Some(OsdCore::new(n.id, incarnation, pgs, now));
+                let boot = Boot { cluster: CLUSTER, id: n.id, incarnation, epoch };
+                n.core = Some(OsdCore::new(boot, pgs, now));
                 n.incarnation = incarnation;
                 n.epoch = Epoch(0);
                 n.queue.clear();

@@ -82,6 +82,7 @@ impl MonitorState {
         }
         self.change_groups(true, |map| {
             map.pools.remove(&id);
+            map.removed_pools.insert(id);
             map.pgs.retain(|pg, _| pg.pool != id);
         });
         self.event(EventSeverity::Ok, format!("pool {name} was removed"));

@@ -10,8 +10,10 @@ mod osd;
 #[cfg(test)]
 mod peering_tests;
 mod pg;
+#[cfg(test)]
+mod scenarios;
 
-pub use osd::OsdCore;
+pub use osd::{Boot, OsdCore};
 
 use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
 use bytes::Bytes;

@@ -11,8 +11,19 @@ use std::collections::BTreeMap;
 /// Client operations that may be here at once; more are told to come back.
 const CLIENT_OPS_MAX: usize = 16 * CONN_OPS_MAX;
 
+/// What the monitors said when this run of the process booted.
+#[derive(Clone, Copy, Debug)]
+pub struct Boot {
+    pub cluster: ClusterId,
+    pub id: OsdId,
+    pub incarnation: Incarnation,
+    /// The map in which this run is up. An older one says nothing of what this OSD should hold.
+    pub epoch: Epoch,
+}
+
 /// See the module docs of [`crate::core`].
 pub struct OsdCore {
+    boot: Boot,
     id: OsdId,
     incarnation: Incarnation,
     map: Arc<ClusterMap>,
@@ -28,11 +39,12 @@ pub struct OsdCore {
 
 impl OsdCore {
     /// A core for one run of the process; `start` is what the store holds.
-    pub fn new(id: OsdId, incarnation: Incarnation, start: StartState, now: Millis) -> OsdCore {
+    pub fn new(boot: Boot, start: StartState, now: Millis) -> OsdCore {
         let pgs = start.into_iter().map(|(pg, meta)| (pg, Pg::stored(pg, meta))).collect();
         OsdCore {
-            id,
-            incarnation,
+            boot,
+            id: boot.id,
+            incarnation: boot.incarnation,
             map: Arc::default(),
             lease_until: 0,
             full: false,
@@ -167,7 +179,11 @@ impl OsdCore {
     }
 
     fn new_map(&mut self, map: Arc<ClusterMap>, out: &mut Vec<Effect>) {
-        if map.epoch <= self.map.epoch {
+        if map.epoch <= self.map.epoch || map.epoch < self.boot.epoch {
+            return;
+        }
+        if map.cluster != self.boot.cluster {
+            tracing::error!(osd = %self.id, foreign = %map.cluster, own = %self.boot.cluster, "map of another cluster ignored");
             return;
         }
         self.map = map.clone();

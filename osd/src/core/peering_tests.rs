@@ -68,7 +68,9 @@ struct Driver {
 impl Driver {
     fn new() -> Driver {
         let meta = PgMeta { promised: Epoch(5), activated: Epoch(5) };
-        Driver { core: OsdCore::new(OsdId(1), Incarnation(1), vec![(PG, meta)], 0), epoch: 0, interval: 0 }
+        let (cluster, epoch) = (ClusterId::default(), Epoch(0));
+        let boot = Boot { cluster, id: OsdId(1), incarnation: Incarnation(1), epoch };
+        Driver { core: OsdCore::new(boot, vec![(PG, meta)], 0), epoch: 0, interval: 0 }
     }
 
     fn step(&mut self, event: Event) -> Vec<Effect> {

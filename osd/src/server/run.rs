@@ -148,7 +148,8 @@ pub async fn serve(
         };
         info!(osd = %identity.osd, %incarnation, %epoch, "up");
         current.store(incarnation.0, Ordering::Relaxed);
-        match shell.run(incarnation, start, &mut stop).await? {
+        let booted = Boot { cluster: identity.cluster, id: identity.osd, incarnation, epoch };
+        match shell.run(booted, start, &mut stop).await? {
             End::Stop => {
                 shell.monitors.goodbye(identity.osd, incarnation).await;
                 shell.drain().await;
@@ -195,14 +196,14 @@ struct Run {
 impl Shell {
     async fn run(
         &mut self,
-        incarnation: Incarnation,
+        boot: Boot,
         start: StartState,
         stop: &mut watch::Receiver<bool>,
     ) -> Result<End, ServerError> {
         self.run += 1;
-        let id = self.identity.osd;
+        let Boot { id, incarnation, .. } = boot;
         let mut run = Run {
-            core: OsdCore::new(id, incarnation, start, boottime_ms()),
+            core: OsdCore::new(boot, start, boottime_ms()),
             incarnation,
             peers: Peers::new(self.identity.cluster, id, incarnation),
             origins: HashMap::new(),

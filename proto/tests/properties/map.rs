@@ -15,6 +15,7 @@ fn two_maps(a: u64, b: u64, epoch: u64, step: u64) -> (ClusterMap, ClusterMap) {
         }
     }
     new.removed_volumes.extend(&old.removed_volumes);
+    new.removed_pools.extend(&old.removed_pools);
     (old, new)
 }
 

@@ -141,6 +141,7 @@ pub fn map(seed: u64, epoch: u64) -> ClusterMap {
         map.attachments.insert(VolumeId(n.below(20)), attachment);
     }
     map.removed_volumes = (0..n.below(6)).map(|_| VolumeId(n.below(100))).collect();
+    map.removed_pools = (0..n.below(6)).map(|_| PoolId(100 + n.below(100) as u32)).collect();
     map
 }
 

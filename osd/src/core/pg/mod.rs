@@ -207,13 +207,7 @@ impl Pg {
     /// taken over.
     pub fn new_map(&mut self, cx: &mut Cx<'_>, current: bool) {
         let Some(record) = cx.map.pgs.get(&self.id) else {
-            // The pool is gone, and with it the group.
-            self.abandon(cx);
-            if std::mem::take(&mut self.stored) {
-                self.round += 1;
-                self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
-                *self = Pg { round: self.round, ..Pg::empty(self.id) };
-            }
+            self.leave_map(cx, current);
             return;
         };
         if record.interval == self.record.interval && self.begun {
@@ -238,6 +232,25 @@ impl Pg {
         }
         // Otherwise this run is not the one that the map calls up; begin when it is.
         self.begun = current;
+    }
+
+    /// The map does not mention the group. Only the tombstone of its pool lets it be deleted (invariant 7).
+    fn leave_map(&mut self, cx: &mut Cx<'_>, current: bool) {
+        self.abandon(cx);
+        let remove = self.stored && current && cx.map.removed_pools.contains(&self.id.pool);
+        self.round += 1;
+        if remove {
+            tracing::info!(pg = %self.id, osd = %cx.id, "pool removed, group deleted");
+            self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
+        }
+        let kept = Pg {
+            round: self.round,
+            stored: self.stored && !remove,
+            counters: std::mem::take(&mut self.counters),
+            ..Pg::empty(self.id)
+        };
+        let meta = if remove { PgMeta::default() } else { self.meta };
+        *self = Pg { meta, ..kept };
     }
 
     /// Ends the interval: whoever waits is told to come again.

@@ -1,0 +1,84 @@
+//! Maps that say nothing of a group are no reason to delete it.
+
+use super::*;
+
+fn removes(rig: &Rig) -> bool {
+    rig.ops().any(|op| matches!(op, TxnOp::RemovePg))
+}
+
+fn without_the_pool(rig: &mut Rig, epoch: u64) {
+    rig.map.epoch = Epoch(epoch);
+    rig.map.pgs.clear();
+    rig.map.pools.clear();
+}
+
+#[test]
+fn a_map_of_another_cluster_deletes_nothing() {
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    without_the_pool(&mut rig, 3);
+    rig.map.cluster = ClusterId([8; 16]);
+    rig.map.removed_pools.insert(PoolId(1));
+    rig.publish();
+    assert!(!removes(&rig));
+    // Nor does it stand in the way of the right one.
+    rig.map.cluster = CLUSTER;
+    rig.map.epoch = Epoch(2);
+    rig.publish();
+    assert_eq!(rig.core.acked_epoch(), Epoch(2));
+}
+
+#[test]
+fn a_map_from_before_the_boot_deletes_nothing() {
+    let mut rig = Rig::booted(&[(0, version(5, 1))], Epoch(9));
+    without_the_pool(&mut rig, 8);
+    rig.map.removed_pools.insert(PoolId(1));
+    rig.publish();
+    assert!(!removes(&rig));
+}
+
+#[test]
+fn a_map_that_calls_another_run_up_deletes_nothing() {
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    without_the_pool(&mut rig, 3);
+    rig.map.removed_pools.insert(PoolId(1));
+    rig.map.osds.get_mut(&OsdId(1)).unwrap().incarnation = Incarnation(2);
+    rig.publish();
+    assert!(!removes(&rig));
+}
+
+/// Monitors that were set up again from an old backup do not know of younger pools.
+#[test]
+fn only_the_tombstone_of_its_pool_deletes_a_group() {
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    without_the_pool(&mut rig, 3);
+    rig.publish();
+    assert!(!removes(&rig));
+    rig.map.epoch = Epoch(4);
+    rig.map.removed_pools.insert(PoolId(1));
+    rig.publish();
+    assert!(removes(&rig));
+    // Once.
+    rig.commits.clear();
+    rig.map.epoch = Epoch(5);
+    rig.publish();
+    assert!(!removes(&rig));
+}
+
+#[test]
+fn a_group_that_comes_back_is_listed_again() {
+    let mut rig = Rig::active(&[(0, version(5, 1))], &[1, 2]);
+    without_the_pool(&mut rig, 11);
+    let pools = Rig::new(&[]).map.pools;
+    rig.publish();
+    let read = rig.read(0, 0);
+    assert!(matches!(rig.reply(read), Some(OpReply::Retry { .. })), "not served meanwhile");
+    rig.map.pools = pools;
+    rig.sent.clear();
+    rig.interval(12, &[1, 2], vec![past(10, &[1, 2])]);
+    rig.tells(2, 10, &[has(0, version(5, 1))]);
+    rig.activates(2);
+    let read = rig.read(0, 0);
+    assert_eq!(rig.reads.len(), 1);
+    rig.answer_read(Ok(Content::default()));
+    assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
+}
