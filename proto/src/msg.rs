@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 1;
+pub const PROTOCOL_VERSION: u8 = 2;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,6 +136,26 @@ pub struct ObjectEntry {
     pub missing: bool,
     /// The object is deleted as of `version` (a tombstone).
     pub deleted: bool,
+    /// Of a missing one: the authority disagreed about `version`, so nobody ever acknowledged or read it, and this
+    /// is the lowest version that somebody of the authority held instead.
+    pub uncertain: Option<Version>,
+    /// Of a missing one: the version that is still held, and whether it is a tombstone.
+    pub held: Option<(Version, bool)>,
+}
+
+impl ObjectEntry {
+    /// An object that is here at `version`.
+    pub fn here(object: ObjectId, version: Version, deleted: bool) -> ObjectEntry {
+        ObjectEntry { object, version, missing: false, deleted, uncertain: None, held: None }
+    }
+
+    /// The copy that can be fetched there. One that is missing at the very version that is held could not be read.
+    pub fn copy(&self) -> Option<(Version, bool)> {
+        match self.missing {
+            false => Some((self.version, self.deleted)),
+            true => self.held.filter(|(v, _)| *v != self.version),
+        }
+    }
 }
 
 /// What members of a group say to each other. The flow is in the module docs of `gabion-osd`'s `pg`.

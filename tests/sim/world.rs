@@ -179,6 +179,8 @@ pub struct World {
     /// When the last operation on each connection arrives.
     arrivals: BTreeMap<u64, u64>,
     pub pool: PoolId,
+    /// A disk was lost since all groups were clean.
+    lost_one: bool,
 }
 
 impl World {
@@ -245,6 +247,7 @@ impl World {
             finding: None,
             arrivals: BTreeMap::new(),
             pool,
+            lost_one: false,
             plan,
         };
         for node in 0..world.nodes.len() {
@@ -752,10 +755,11 @@ impl World {
                     self.crash(n);
                 }
             }
-            94..=96 if alive > self.plan.replicas as usize && self.all_clean() => {
+            94..=96 if alive > self.plan.replicas as usize && self.may_lose_one() => {
                 self.log(|| format!("osd.{node} is lost for good"));
                 self.stop(node);
                 self.nodes[node].lost = true;
+                self.lost_one = true;
             }
             _ => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
@@ -774,6 +778,14 @@ impl World {
         let wait =
             if self.rng.chance(300) { self.rng.range(5_000, 30_000) } else { self.rng.range(50, 3_000) };
         self.at(wait, Ev::Restart { node });
+    }
+
+    /// Three copies survive the loss of any one disk at any time; two do once everything is clean.
+    fn may_lose_one(&mut self) -> bool {
+        if self.all_clean() {
+            self.lost_one = false;
+        }
+        self.all_clean() || (self.plan.replicas >= 3 && !self.lost_one)
     }
 
     pub fn all_clean(&self) -> bool {

@@ -119,7 +119,7 @@ impl Driver {
     }
 
     fn list(&mut self, from: u32) -> Vec<Effect> {
-        let entry = ObjectEntry { object: OBJECT, version: version(), missing: false, deleted: false };
+        let entry = ObjectEntry::here(OBJECT, version(), false);
         self.hear(from, PeerBody::List { after: None, entries: vec![entry], last: true })
     }
 }

@@ -69,6 +69,27 @@ pub struct ObjectState {
 pub struct Needed {
     pub version: Version,
     pub deleted: bool,
+    /// The authority disagreed: `version` was never acknowledged or read, and this is the lowest one that somebody
+    /// of the authority held instead. When `version` is lost, the object goes back (see [`Needed::may_go_back_to`]).
+    pub uncertain: Option<Version>,
+}
+
+impl Needed {
+    /// A state about which there is no doubt.
+    pub fn certain(version: Version, deleted: bool) -> Needed {
+        Needed { version, deleted, uncertain: None }
+    }
+
+    /// Whether a copy at `version` is an older state of this object's one history. A member may also hold
+    /// a version that the history left behind; those between the lowest and the needed one are of another interval.
+    pub fn may_go_back_to(&self, version: Version) -> bool {
+        self.uncertain.is_some_and(|lowest| {
+            version == lowest
+                || (lowest < version
+                    && version < self.version
+                    && version.interval() == self.version.interval())
+        })
+    }
 }
 
 /// One change within a transaction.

@@ -218,7 +218,14 @@ pub fn frame(seed: u64) -> Frame {
             peer(n, body)
         }
         5 => {
-            let entry = ObjectEntry { object, version, missing: n.flag(), deleted: n.flag() };
+            let entry = ObjectEntry {
+                object,
+                version,
+                missing: n.flag(),
+                deleted: n.flag(),
+                uncertain: n.flag().then(|| Version::from_raw(n.any())),
+                held: n.flag().then(|| (Version::from_raw(n.any()), n.flag())),
+            };
             let entries = vec![entry; n.below(50) as usize];
             let body = PeerBody::List { after: Some(object), entries, last: n.flag() };
             peer(n, body)

@@ -92,11 +92,14 @@ impl Pg {
 
     /// What this member has or should have, in order.
     pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
-        let held = self.index.objects.iter().map(|(o, h)| {
-            (*o, ObjectEntry { object: *o, version: h.version, missing: false, deleted: h.deleted })
-        });
+        let held = self.index.objects.iter().map(|(o, h)| (*o, ObjectEntry::here(*o, h.version, h.deleted)));
         let missing = self.index.missing.iter().map(|(o, n)| {
-            (*o, ObjectEntry { object: *o, version: n.version, missing: true, deleted: n.deleted })
+            let held = self.index.objects.get(o).map(|h| (h.version, h.deleted));
+            let uncertain = n.uncertain;
+            (
+                *o,
+                ObjectEntry { missing: true, uncertain, held, ..ObjectEntry::here(*o, n.version, n.deleted) },
+            )
         });
         // A missing entry says more than what is still held.
         held.chain(missing).collect()
@@ -149,7 +152,10 @@ impl Pg {
         let pages = std::mem::take(&mut m.pages);
         self.submit_activation(
             cx,
-            pages.iter().map(|e| (e.object, Needed { version: e.version, deleted: e.deleted })),
+            pages.iter().map(|e| {
+                let needed = Needed { version: e.version, deleted: e.deleted, uncertain: e.uncertain };
+                (e.object, needed)
+            }),
         );
     }
 
@@ -352,8 +358,8 @@ impl Pg {
         if self.member().is_none() {
             return;
         }
-        let missing = self.index.missing.contains_key(&object);
-        if missing || self.version_of(&object) != version {
+        // Also what is older than what this member should have: the object may have to go back to it.
+        if self.version_of(&object) != version {
             let body = PeerBody::PullReply { tid, object, version, image: Err(SubResult::VersionMismatch) };
             self.send(cx, from, body, Bytes::new());
             return;

@@ -24,6 +24,7 @@
 //! - *One history* (P1-P3). Messages belong to one interval and one run of both processes. Only members with
 //!   the highest activated interval say what an object's version should be; other copies are compared for inequality. A member
 //!   covers a past interval only if it was activated in it (or later): a disk that lost its memory does not count.
+//!   What the authority disagrees about is rolled forward, or back when all copies of it are lost (see `history`).
 //! - *A whole missing map* (P4). A member's missing map and `activated` change in one transaction, so
 //!   a member that claims an interval always knows what it lacks in it.
 //! - *Version order* (P2). Each write names its predecessor. A replica holds what comes early and refuses nothing silently; the
@@ -34,6 +35,7 @@
 //! - *Reads* (P5, P6) need the lease, wait for overlapping writes in flight, and for objects about which the authority disagreed
 //!   until every acting member has the same version.
 
+mod history;
 mod member;
 mod ops;
 mod peering;

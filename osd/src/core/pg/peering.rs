@@ -9,10 +9,17 @@ const ASK_AGAIN_MS: Millis = 300;
 /// What a member told.
 #[derive(Debug, Default)]
 pub struct Told {
-    activated: Epoch,
+    pub activated: Epoch,
     /// Its list, as far as it has come in.
-    entries: BTreeMap<ObjectId, ObjectEntry>,
+    pub entries: BTreeMap<ObjectId, ObjectEntry>,
     complete: bool,
+}
+
+impl Told {
+    /// Whether the object can be fetched there as it should be.
+    pub fn has(&self, object: &ObjectId, n: &Needed) -> bool {
+        self.entries.get(object).and_then(ObjectEntry::copy) == Some((n.version, n.deleted))
+    }
 }
 
 #[derive(Debug, Default)]
@@ -206,35 +213,18 @@ impl Pg {
         let own = Told { activated: self.meta.activated, entries: self.entries(), complete: true };
         told.insert(cx.id, own);
         let highest = told.values().map(|t| t.activated).max().unwrap_or_default();
-        let mut wanted: BTreeMap<ObjectId, Needed> = BTreeMap::new();
-        for t in told.values().filter(|t| t.activated == highest) {
-            for (o, e) in &t.entries {
-                let needed = Needed { version: e.version, deleted: e.deleted };
-                // A version of zero is the wish to have nothing.
-                if e.version == Version::ZERO || is_removed(cx.map, o) {
-                    continue;
-                }
-                let w = wanted.entry(*o).or_insert(needed);
-                if needed.version > w.version {
-                    *w = needed;
-                }
-            }
-        }
-        let has = |t: &Told, o: &ObjectId, n: &Needed| {
-            t.entries.get(o).is_some_and(|e| !e.missing && e.version == n.version && e.deleted == n.deleted)
-        };
+        let wanted = history::wanted(&told, highest, |o| is_removed(cx.map, o));
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
         let mut uncertain = BTreeSet::new();
         for member in self.record.members() {
             let Some(t) = told.get(&member) else { return };
             let lacks = missing.entry(member).or_default();
             for (o, n) in &wanted {
-                if has(t, o, n) || (n.deleted && !t.entries.contains_key(o)) {
+                if t.has(o, n) || (n.deleted && !t.entries.contains_key(o)) {
                     continue;
                 }
                 lacks.insert(*o, *n);
-                let disagreed = t.activated == highest && !t.entries.get(o).is_some_and(|e| e.missing);
-                if disagreed {
+                if n.uncertain.is_some() {
                     uncertain.insert(*o);
                 }
             }
@@ -242,14 +232,14 @@ impl Pg {
                 let unknown = !wanted.contains_key(o) && !is_removed(cx.map, o);
                 let held = !e.missing || self.index.objects.contains_key(o) || member != cx.id;
                 if unknown && held {
-                    lacks.insert(*o, Needed { version: Version::ZERO, deleted: true });
+                    lacks.insert(*o, Needed::certain(Version::ZERO, true));
                 }
             }
         }
         let mut sources: BTreeMap<ObjectId, BTreeSet<OsdId>> = BTreeMap::new();
         for o in missing.values().flat_map(|m| m.keys()) {
             let Some(n) = wanted.get(o) else { continue };
-            let holders = told.iter().filter(|(_, t)| has(t, o, n)).map(|(id, _)| *id).collect();
+            let holders = told.iter().filter(|(_, t)| t.has(o, n)).map(|(id, _)| *id).collect();
             sources.insert(*o, holders);
         }
         let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
@@ -319,10 +309,9 @@ impl Pg {
                     .skip(start)
                     .take(LIST_ENTRIES_MAX)
                     .map(|(o, n)| ObjectEntry {
-                        object: *o,
-                        version: n.version,
                         missing: true,
-                        deleted: n.deleted,
+                        uncertain: n.uncertain,
+                        ..ObjectEntry::here(*o, n.version, n.deleted)
                     })
                     .collect();
                 let last = start + LIST_ENTRIES_MAX >= total;

@@ -105,11 +105,15 @@ impl Recovery {
         }
     }
 
-    /// The next object to start: in demand first, then the one that most members lack.
+    /// The next object to start: in demand first, then uncertain ones, then the one that most members lack.
     fn next(&self, own: OsdId) -> Option<ObjectId> {
         let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
         let free = |o: &&ObjectId| !self.work.contains_key(o) && !self.is_unfound(own, o) && lacking(o) > 0;
         if let Some(o) = self.demanded.iter().find(free) {
+            return Some(*o);
+        }
+        // Nobody may read or write these, and if the only copy is lost the write goes with it.
+        if let Some(o) = self.uncertain.iter().find(free) {
             return Some(*o);
         }
         // A window, so that a long list is not searched for each object.
@@ -385,7 +389,9 @@ impl Pg {
         if holders.is_empty() {
             return false;
         }
-        let needed = Needed { version: held.version, deleted: held.deleted };
+        // What was uncertain stays so.
+        let uncertain = r.missing.values().find_map(|m| m.get(&object)).and_then(|n| n.uncertain);
+        let needed = Needed { uncertain, ..Needed::certain(held.version, held.deleted) };
         r.missing.entry(own).or_default().insert(object, needed);
         r.sources.insert(object, holders);
         r.demand(object);
@@ -444,9 +450,9 @@ impl Pg {
         let own = cx.id;
         let next = entries.last().map(|e| e.object).filter(|_| !last);
         let Some(r) = self.recovery() else { return };
-        for e in entries.iter().filter(|e| !e.missing) {
+        for e in &entries {
             let wanted = r.missing.get(&own).and_then(|m| m.get(&e.object));
-            if wanted.is_some_and(|n| n.version == e.version && n.deleted == e.deleted) {
+            if wanted.is_some_and(|n| e.copy() == Some((n.version, n.deleted))) {
                 r.sources.entry(e.object).or_default().insert(from);
             }
         }

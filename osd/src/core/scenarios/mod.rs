@@ -4,11 +4,12 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod maps;
+mod uncertain;
 
 use super::*;
 use crate::store::TxnOp;
 use gabion_proto::map::*;
-use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody};
+use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, SubResult};
 use std::collections::VecDeque;
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };
@@ -26,7 +27,7 @@ pub fn version(interval: u64, counter: u32) -> Version {
 
 /// What a member says that it holds.
 pub fn has(index: u32, version: Version) -> ObjectEntry {
-    ObjectEntry { object: object(index), version, missing: false, deleted: false }
+    ObjectEntry::here(object(index), version, false)
 }
 
 pub fn osd(n: u32) -> OsdInfo {
