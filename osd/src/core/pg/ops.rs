@@ -281,6 +281,8 @@ impl Pg {
                 let reply = OpReply::Data { extents: content.extents };
                 cx.out.push(Effect::Reply { token, reply, data: content.data });
             }
+            // This OSD is about to stop; others have the bytes.
+            Err(StoreError::Fatal(_)) => self.retry(cx, token, RetryWhy::NotActive),
             Err(StoreError::Unreadable { object, block, why }) => {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
                 if self.lose_own_copy(cx, object) {

@@ -4,12 +4,13 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod maps;
+mod stops;
 mod uncertain;
 
 use super::*;
 use crate::store::TxnOp;
 use gabion_proto::map::*;
-use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, SubResult};
+use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult};
 use std::collections::VecDeque;
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };
