@@ -18,8 +18,7 @@ mod layout;
 mod open;
 mod read;
 mod rocks;
-#[cfg(test)]
-mod sim;
+pub mod sim;
 mod slots;
 mod stage;
 #[cfg(test)]

@@ -1,7 +1,13 @@
-//! A disk and an index in memory that lose in a crash what real ones may lose.
+//! A disk and an index in memory that lose in a crash what real ones may lose: the real store runs on them in
+//! tests and in the simulator. Deterministic: the seed decides what a crash keeps.
+//!
+//! `SimDisk::new(size, seed)`, [`SimDisk::format`] once, [`SimDisk::open`]; to crash, drop the store, call
+//! [`SimDisk::crash`] and open again. Dropping alone is the end of the process: nothing is lost.
 
+use super::chunk_store::{ChunkStore, format_parts};
 use super::device::Device;
 use super::kv::{Batch, Kv, Pair};
+use super::{Identity, StoreError};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -24,8 +30,15 @@ struct State {
 /// The machine: what survives when the store on it is dropped.
 #[derive(Clone)]
 pub struct SimDisk(Arc<Mutex<State>>);
+
+/// The bytes of a [`SimDisk`].
 pub struct SimDevice(SimDisk);
+
+/// The index on a [`SimDisk`].
 pub struct SimKv(SimDisk);
+
+/// The real store on a [`SimDisk`].
+pub type SimStore = ChunkStore<SimDevice, SimKv>;
 
 fn apply(index: &mut BTreeMap<Vec<u8>, Vec<u8>>, batch: &Batch) {
     for (key, value) in batch {
@@ -37,6 +50,7 @@ fn apply(index: &mut BTreeMap<Vec<u8>, Vec<u8>>, batch: &Batch) {
 }
 
 impl SimDisk {
+    /// `size` in bytes. The seed decides what crashes keep.
     pub fn new(size: usize, seed: u64) -> SimDisk {
         SimDisk(Arc::new(Mutex::new(State {
             disk: vec![0; size],
@@ -52,6 +66,19 @@ impl SimDisk {
         (SimDevice(self.clone()), SimKv(self.clone()))
     }
 
+    /// Makes an empty store on it.
+    pub fn format(&self, identity: Identity) -> Result<(), StoreError> {
+        let (mut device, mut kv) = self.parts();
+        format_parts(&mut device, &mut kv, identity)
+    }
+
+    /// Opens the store on it; the one before must be gone.
+    pub fn open(&self) -> Result<SimStore, StoreError> {
+        let (device, kv) = self.parts();
+        ChunkStore::open(device, kv)
+    }
+
+    /// Lets so many writes and flushes succeed, then all fail until the next crash; `None` never.
     pub fn set_fuse(&self, fuse: Option<u64>) {
         self.0.lock().fuse = fuse;
     }

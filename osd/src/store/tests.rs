@@ -1,7 +1,6 @@
 //! The store's contract: against a model, on a real directory and through crashes at every step.
 
-use super::chunk_store::format_parts;
-use super::sim::{SimDevice, SimDisk, SimKv};
+use super::sim::{SimDisk, SimStore};
 use super::*;
 use bytes::Bytes;
 use gabion_proto::limits::*;
@@ -29,14 +28,12 @@ fn write(o: u32, prev: u64, first: u32, blocks: u32, byte: u8) -> TxnOp {
     let content = Content::data(first, fill(byte, blocks));
     TxnOp::Write { object: object(o), prev: v(prev), version: v(prev + 1), content }
 }
-fn sim(disk: &SimDisk) -> ChunkStore<SimDevice, SimKv> {
-    let (device, kv) = disk.parts();
-    ChunkStore::open(device, kv).expect("opens")
+fn sim(disk: &SimDisk) -> SimStore {
+    disk.open().expect("opens")
 }
 fn new_sim(chunks: usize, seed: u64) -> SimDisk {
     let disk = SimDisk::new((chunks + 1) * CHUNK_BYTES as usize, seed);
-    let (mut device, mut kv) = disk.parts();
-    format_parts(&mut device, &mut kv, IDENTITY).expect("formats");
+    disk.format(IDENTITY).expect("formats");
     disk
 }
 
