@@ -1,36 +1,106 @@
-//! [`ChunkStore`]: chunks in slots of a device, everything else in the index.
+//! [`ChunkStore`]: the journal, chunks in slots of a device, and the index behind both.
 //!
-//! Invariants: a slot is named by at most one durable chunk record; the device is written in place only
-//! where the overlay still holds the data (write-back) or where no durable record points (fresh slots), so a
-//! torn write never damages anything that is visible; after a fatal error every call answers `Fatal`.
+//! Invariants: a slot is named by at most one durable chunk record; the device is written in place only where the
+//! journal still holds the data (write-back) or where no durable record points (fresh slots), so a torn write never
+//! damages anything that is visible; what reads return is durable; after a fatal error every call answers `Fatal`.
+//!
+//! ```text
+//! transactions -> queue -> group: record in the journal, fresh slots -> durable, in order -> answered; `index.dirty`
+//!                                                                                              |
+//!        journal trimmed, slots released <- index.kv <- flush <- slots written <- `index.frozen`
+//! ```
+//!
+//! Nothing here waits except the calls of [`Store`] that say so: [`ChunkStore::pump`] takes what the device and the
+//! index have finished and starts what can be started.
 
-use super::device::Device;
+use super::checkpoint::Checkpoint;
+use super::device::{Completion, Device, Request, Traffic};
+use super::group::{CommitState, Group, Queued};
+use super::journal::Ring;
 use super::kv::Kv;
-use super::layout::{self, ChunkRecord, ObjectRecord, Superblock, kind};
+use super::layout::{self, Geometry, Key, ObjectRecord, Superblock, kind};
+use super::read::ReadJob;
 use super::slots::Slots;
-use super::stage::scan_pages;
-use super::{Identity, ListEntry, Needed, ObjectState, PgMeta, Store, StoreError, Txn, Usage};
+use super::view::Index;
+use super::wake::Waker;
+use super::{
+    ConcurrentStore, Done, Identity, ListEntry, Needed, ObjectState, PgMeta, Store, StoreError, Txn, Usage,
+    Work,
+};
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
-use std::collections::BTreeMap;
+use std::collections::{HashMap, VecDeque};
 
-/// Above this commit writes back itself.
-pub const OVERLAY_BYTES_MAX: u64 = 64 << 20;
+/// What a device request was for. The number of the group, read or step is part of its tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Group = 1,
+    GroupFlush = 2,
+    Read = 3,
+    WriteBack = 4,
+    Checkpoint = 5,
+}
+
+const PURPOSE_SHIFT: u32 = 60;
 
 /// See the module docs.
 pub struct ChunkStore<D: Device, K: Kv> {
     pub(super) device: D,
-    pub(super) kv: K,
-    pub(super) identity: Identity,
+    pub(super) index: Index<K>,
+    pub(super) superblock: Superblock,
+    pub(super) geometry: Geometry,
     pub(super) slots: Slots,
-    /// Chunk keys that have blocks in the overlay, and how many.
-    pub(super) dirty: BTreeMap<Vec<u8>, u32>,
-    pub(super) overlay_blocks: u64,
+    pub(super) ring: Ring,
+    /// Data blocks of one transaction that may go to the journal.
+    pub(super) txn_blocks_max: u32,
     pub(super) objects: u64,
     pub(super) checksum_errors: u64,
     pub(super) dead: Option<String>,
+    pub(super) queue: VecDeque<Queued>,
+    /// Transactions so far, and how many of them were answered: always the first ones.
+    pub(super) enqueued: u64,
+    pub(super) answered: u64,
+    pub(super) commits: HashMap<u64, CommitState>,
+    /// Records in flight, in order.
+    pub(super) groups: VecDeque<Group>,
+    /// The last record that is durable with everything that it names.
+    pub(super) durable: u64,
+    /// A durable record or superblock says that everything up to here was (rule S1).
+    pub(super) marked: u64,
+    /// The last durable record that named fresh slots.
+    pub(super) last_fresh: u64,
+    pub(super) reads: HashMap<u64, ReadJob>,
+    pub(super) next_read: u64,
+    /// Reads that wait until so many transactions are answered, because one of them changes what they read.
+    pub(super) deferred: VecDeque<(u64, u64, Work)>,
+    pub(super) checkpoint: Option<Checkpoint>,
+    /// A checkpoint was asked for; it starts when it can.
+    pub(super) want_checkpoint: bool,
+    pub(super) settling: Vec<u64>,
+    finished: VecDeque<(u64, Done)>,
+    next_own: u64,
+    /// Device requests without a completion.
+    in_flight: usize,
+    completions: Vec<Completion>,
+    waker: Waker,
+    pub(super) stats: Stats,
 }
+
+/// What the store did since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub traffic: Traffic,
+    /// Bytes of data that were acknowledged.
+    pub data_bytes: u64,
+    pub records: u64,
+    pub checkpoints: u64,
+    /// Bytes of batches handed to the index.
+    pub index_bytes: u64,
+}
+
+/// Tags of this store's own blocking calls.
+const OWN: u64 = 1 << 63;
 
 impl From<ObjectRecord> for ObjectState {
     fn from(r: ObjectRecord) -> ObjectState {
@@ -38,94 +108,95 @@ impl From<ObjectRecord> for ObjectState {
     }
 }
 
-/// Writes an empty store: index first, superblock last, so that an interrupted format is not a store.
-pub fn format_parts(
-    device: &mut impl Device,
-    kv: &mut impl Kv,
-    identity: Identity,
-) -> Result<(), StoreError> {
-    if layout::slot_count(device.size()) == 0 {
-        return Err(StoreError::Invalid("the disk is too small for a single chunk".into()));
-    }
-    let superblock = Superblock { generation: 1, size: device.size(), identity };
-    let entry = (vec![kind::IDENTITY], Some(layout::encode(&identity)?));
-    kv.write(vec![entry], true).map_err(StoreError::Fatal)?;
-    let fatal = |e: std::io::Error| StoreError::Fatal(format!("cannot write the superblock: {e}"));
-    let bytes = superblock.encode();
-    device.write_at(BLOCK_BYTES.into(), &bytes).map_err(fatal)?;
-    device.write_at(0, &bytes).map_err(fatal)?;
-    device.flush().map_err(fatal)
-}
-
-/// The newest intact superblock of the two.
-pub fn read_superblock(device: &mut impl Device) -> Result<Superblock, StoreError> {
-    let (mut best, mut why) = (None::<Superblock>, String::new());
-    for offset in [0, u64::from(BLOCK_BYTES)] {
-        let mut bytes = vec![0; layout::BLOCK];
-        match device
-            .read_at(offset, &mut bytes)
-            .map_err(|e| e.to_string())
-            .and_then(|()| Superblock::decode(&bytes))
-        {
-            Ok(s) if best.is_none_or(|b| b.generation < s.generation) => best = Some(s),
-            Ok(_) => {}
-            Err(e) => why = e,
-        }
-    }
-    best.ok_or(StoreError::Fatal(why))
+/// What `open` found out.
+pub(super) struct Opened<D, K: Kv> {
+    pub device: D,
+    pub index: Index<K>,
+    pub superblock: Superblock,
+    pub slots: Slots,
+    pub objects: u64,
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
-    /// Opens a formatted store and rebuilds the slot map and the list of overlay blocks.
-    pub fn open(mut device: D, kv: K) -> Result<Self, StoreError> {
-        let superblock = read_superblock(&mut device)?;
-        if device.size() < superblock.size {
-            return Err(StoreError::Fatal(format!(
-                "the disk has {} bytes, its superblock says {}",
-                device.size(),
-                superblock.size
-            )));
-        }
-        let recorded = kv.get(&[kind::IDENTITY]).map_err(StoreError::Fatal)?;
-        let recorded =
-            recorded.ok_or_else(|| StoreError::Fatal("the index is not that of a store".into()))?;
-        if layout::decode::<Identity>(&recorded)? != superblock.identity {
-            return Err(StoreError::Fatal("the index belongs to another disk".into()));
-        }
-        let mut slots = Slots::new(layout::slot_count(superblock.size));
-        let (mut dirty, mut overlay_blocks, mut objects) = (BTreeMap::new(), 0, 0);
-        scan_pages(&kv, &[kind::CHUNK], |key, value| {
-            let chunk = ChunkRecord::decode(&value)?;
-            if let Some(slot) = chunk.slot {
-                slots.mark(slot)?;
-            }
-            if chunk.overlay != 0 {
-                overlay_blocks += u64::from(chunk.overlay.count_ones());
-                dirty.insert(key, chunk.overlay.count_ones());
-            }
-            Ok(())
-        })?;
-        scan_pages(&kv, &[kind::OBJECT], |_, _| {
-            objects += 1;
-            Ok(())
-        })?;
-        let identity = superblock.identity;
-        Ok(ChunkStore {
+    pub(super) fn assemble(opened: Opened<D, K>) -> Self {
+        let Opened { device, mut index, superblock, slots, objects } = opened;
+        let geometry = superblock.geometry();
+        let waker = device.waker();
+        index.kv.set_waker(waker.clone());
+        let durable = superblock.tail.seq;
+        ChunkStore {
             device,
-            kv,
-            identity,
+            index,
+            superblock,
+            geometry,
             slots,
-            dirty,
-            overlay_blocks,
+            ring: Ring::new(geometry.journal_blocks, superblock.tail),
+            txn_blocks_max: super::group::txn_blocks_max(geometry.journal_blocks),
             objects,
             checksum_errors: 0,
             dead: None,
-        })
+            queue: VecDeque::new(),
+            enqueued: 0,
+            answered: 0,
+            commits: HashMap::new(),
+            groups: VecDeque::new(),
+            durable,
+            marked: superblock.flushed,
+            last_fresh: 0,
+            reads: HashMap::new(),
+            next_read: 0,
+            deferred: VecDeque::new(),
+            checkpoint: None,
+            want_checkpoint: false,
+            settling: Vec::new(),
+            finished: VecDeque::new(),
+            next_own: OWN,
+            in_flight: 0,
+            completions: Vec::new(),
+            waker,
+            stats: Stats::default(),
+        }
     }
 
-    /// Bytes that wait to be written back.
-    pub fn overlay_bytes(&self) -> u64 {
-        self.overlay_blocks * u64::from(BLOCK_BYTES)
+    /// What the store did since it was opened.
+    pub fn stats(&self) -> Stats {
+        Stats { traffic: self.device.traffic(), ..self.stats }
+    }
+
+    pub(super) fn submit(&mut self, purpose: Purpose, number: u64, request: Request) {
+        self.in_flight += 1;
+        self.device.submit((purpose as u64) << PURPOSE_SHIFT | number, request);
+    }
+
+    /// Remembers a fatal error for good; everything that waits is answered with it.
+    pub(super) fn die(&mut self, why: String) {
+        if self.dead.is_some() {
+            return;
+        }
+        self.dead = Some(why.clone());
+        let fatal = || StoreError::Fatal(why.clone());
+        self.queue.clear();
+        let commits: Vec<_> = self.commits.drain().collect();
+        for (tag, commit) in commits {
+            let results = commit.results.into_iter().map(|r| r.unwrap_or_else(|| Err(fatal()))).collect();
+            self.finish(tag, Done::Commit(results));
+        }
+        for (_, tag, work) in std::mem::take(&mut self.deferred) {
+            self.finish(tag, work.failed(fatal()));
+        }
+        let mut reads: Vec<_> = self.reads.values().map(|r| (r.tag, r.failed(fatal()))).collect();
+        reads.sort_by_key(|(tag, _)| *tag);
+        self.reads.clear();
+        for (tag, done) in reads {
+            self.finish(tag, done);
+        }
+        for tag in std::mem::take(&mut self.settling) {
+            self.finish(tag, Done::Settled(Err(fatal())));
+        }
+    }
+
+    pub(super) fn finish(&mut self, tag: u64, done: Done) {
+        self.finished.push_back((tag, done));
     }
 
     pub(super) fn alive(&self) -> Result<(), StoreError> {
@@ -135,51 +206,152 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Passes a result on and remembers a fatal error for good.
     pub(super) fn watch<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
         if let Err(StoreError::Fatal(why)) = &result {
-            self.dead.get_or_insert_with(|| why.clone());
+            self.die(why.clone());
         }
         result
     }
 
-    pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        self.kv.get(key).map_err(StoreError::Fatal)
+    /// Takes what has been finished and starts what can be; true when there was something.
+    pub(super) fn pump(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.device.complete(&mut completions);
+        let mut moved = !completions.is_empty();
+        for completion in completions.drain(..) {
+            self.in_flight -= 1;
+            self.completed(completion);
+        }
+        self.completions = completions;
+        if self.dead.is_some() {
+            return moved;
+        }
+        moved |= self.acknowledge();
+        let result = self.advance_checkpoint();
+        moved |= self.watch(result).unwrap_or(true);
+        let result = self.fill();
+        moved |= self.watch(result).unwrap_or(true);
+        moved |= self.start_deferred();
+        moved
     }
 
-    /// Decoded objects' records of one kind after `after`.
+    fn completed(&mut self, completion: Completion) {
+        let Completion { tag, buffer, result } = completion;
+        let number = tag & ((1 << PURPOSE_SHIFT) - 1);
+        let what = tag >> PURPOSE_SHIFT;
+        if what == Purpose::Read as u64 {
+            self.read_completed(number, buffer, result);
+            return;
+        }
+        if let Err(e) = result {
+            let what = if what == Purpose::GroupFlush as u64 { "flushing" } else { "writing to" };
+            self.die(format!("{what} the disk failed: {e}"));
+            return;
+        }
+        if what == Purpose::Group as u64 || what == Purpose::GroupFlush as u64 {
+            self.group_completed(number);
+        } else {
+            self.checkpoint_completed(what == Purpose::WriteBack as u64);
+        }
+    }
+
+    /// Something is going on that ends by itself.
+    pub(super) fn is_busy(&self) -> bool {
+        self.in_flight > 0 || self.checkpoint.is_some()
+    }
+
+    /// Waits until the device, the index or the waker has something.
+    pub(super) fn sleep(&mut self) {
+        self.waker.arm();
+        if !self.index_ready() {
+            self.device.wait();
+        }
+        self.waker.disarm();
+    }
+
+    /// Carries on until `tag` is finished.
+    fn finish_own(&mut self, tag: u64) -> Done {
+        loop {
+            let moved = self.pump();
+            if let Some(at) = self.finished.iter().position(|(t, _)| *t == tag)
+                && let Some((_, done)) = self.finished.remove(at)
+            {
+                return done;
+            }
+            if !moved {
+                assert!(self.is_busy() || self.dead.is_some(), "the store waits for nothing");
+                self.sleep();
+            }
+        }
+    }
+
+    fn own_tag(&mut self) -> u64 {
+        self.next_own += 1;
+        self.next_own
+    }
+
+    /// Until every commit before this one is durable: what follows sees everything.
+    fn drain_commits(&mut self) -> Result<(), StoreError> {
+        while self.dead.is_none() && !(self.queue.is_empty() && self.groups.is_empty()) {
+            if !self.pump() {
+                self.sleep();
+            }
+        }
+        self.alive()
+    }
+
+    /// Records of one kind after `after`, decoded.
     fn list_kind<T: serde::de::DeserializeOwned>(
-        &self,
+        &mut self,
         kind: u8,
         pg: PgId,
         after: Option<ObjectId>,
         limit: usize,
     ) -> Result<Vec<(ObjectId, T)>, StoreError> {
-        self.alive()?;
+        self.drain_commits()?;
         let from = after.map_or_else(Vec::new, |o| {
-            let mut key = layout::object_key(kind, pg, o);
+            let mut key = layout::object_key(kind, pg, o).to_vec();
             key.push(0);
             key
         });
-        let page = self.kv.scan(&layout::pg_key(kind, pg), &from, limit).map_err(StoreError::Fatal)?;
+        let page = self.index.scan(&layout::pg_key(kind, pg), &from, limit)?;
         page.into_iter()
             .map(|(key, value)| {
                 let object = layout::parse_key(&key)?.object;
                 let object =
                     object.ok_or_else(|| StoreError::Fatal("a key of the index names no object".into()))?;
-                Ok((object, layout::decode(&value)?))
+                Ok((object, layout::decode(value.record()?)?))
             })
             .collect()
+    }
+
+    fn find_object(&mut self, key: &Key) -> Result<Option<ObjectRecord>, StoreError> {
+        self.drain_commits()?;
+        let value = self.index.get(key)?;
+        value.map(|v| layout::decode(v.record()?)).transpose()
+    }
+
+    fn all_groups(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError> {
+        self.drain_commits()?;
+        let mut out = Vec::new();
+        self.index.each(&[kind::META], |key, value| {
+            out.push((layout::parse_key(&key)?.pg, layout::decode(value.record()?)?));
+            Ok(())
+        })?;
+        Ok(out)
     }
 }
 
 impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
     fn identity(&self) -> Identity {
-        self.identity
+        self.superblock.identity
     }
 
     fn commit(&mut self, group: Vec<Txn>) -> Vec<Result<(), StoreError>> {
-        let count = group.len();
-        let result = self.alive().and_then(|()| self.commit_group(group));
-        let result = self.watch(result);
-        result.unwrap_or_else(|e| vec![Err(e); count])
+        let tag = self.own_tag();
+        self.start(tag, Work::Commit(group));
+        match self.finish_own(tag) {
+            Done::Commit(results) => results,
+            _ => unreachable!("a commit ends as a commit"),
+        }
     }
 
     fn read(
@@ -190,22 +362,27 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
         first_block: u32,
         block_count: u32,
     ) -> Result<Content, StoreError> {
-        self.alive()?;
-        let result = self.resolve(pg, object, below, first_block, block_count);
-        self.watch(result)
+        let tag = self.own_tag();
+        self.start(tag, Work::Read { pg, object, below: below.to_vec(), first_block, block_count });
+        match self.finish_own(tag) {
+            Done::Read(result) => result,
+            _ => unreachable!("a read ends as a read"),
+        }
     }
 
     fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError> {
         self.alive()?;
-        let found = self.get(&layout::object_key(kind::OBJECT, pg, object));
-        let record = found.and_then(|v| v.map(|v| layout::decode::<ObjectRecord>(&v)).transpose());
-        self.watch(record).map(|r| r.map(Into::into))
+        let result = self.find_object(&layout::object_key(kind::OBJECT, pg, object));
+        self.watch(result).map(|r| r.map(Into::into))
     }
 
     fn read_object(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError> {
-        let state = self.object(pg, object)?.ok_or(StoreError::NotFound { object })?;
-        let result = self.whole_object(pg, object);
-        Ok((state, self.watch(result)?))
+        let tag = self.own_tag();
+        self.start(tag, Work::ReadObject { pg, object });
+        match self.finish_own(tag) {
+            Done::ReadObject(result) => result,
+            _ => unreachable!("a read ends as a read"),
+        }
     }
 
     fn list(
@@ -230,12 +407,8 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
 
     fn pgs(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError> {
         self.alive()?;
-        let mut out = Vec::new();
-        let result = scan_pages(&self.kv, &[kind::META], |key, value| {
-            out.push((layout::parse_key(&key)?.pg, layout::decode(&value)?));
-            Ok(())
-        });
-        self.watch(result).map(|()| out)
+        let result = self.all_groups();
+        self.watch(result)
     }
 
     fn usage(&self) -> Usage {
@@ -249,7 +422,48 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
 
     fn background(&mut self) -> Result<bool, StoreError> {
         self.alive()?;
-        let result = self.write_back();
-        self.watch(result)
+        let tag = self.own_tag();
+        self.start(tag, Work::Settle);
+        match self.finish_own(tag) {
+            Done::Settled(result) => result.map(|()| false),
+            _ => unreachable!("settling ends as settling"),
+        }
+    }
+}
+
+impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
+    fn start(&mut self, tag: u64, work: Work) {
+        if let Err(e) = self.alive() {
+            self.finish(tag, work.failed(e));
+            return;
+        }
+        match work {
+            Work::Commit(txns) => self.enqueue(tag, txns),
+            Work::Settle => {
+                self.settling.push(tag);
+                self.want_checkpoint = true;
+            }
+            read => self.start_read(tag, read),
+        }
+    }
+
+    fn progress(&mut self, done: &mut Vec<(u64, Done)>) -> bool {
+        let moved = self.pump();
+        done.extend(self.finished.drain(..));
+        moved || !done.is_empty()
+    }
+
+    fn busy(&self) -> bool {
+        self.is_busy()
+    }
+
+    fn wait(&mut self) {
+        if !self.index_ready() {
+            self.device.wait();
+        }
+    }
+
+    fn waker(&self) -> Waker {
+        self.waker.clone()
     }
 }

@@ -1,10 +1,16 @@
-//! Commits: stage every transaction of the group in memory, write fresh slots, flush, then one synced batch.
+//! What each operation of a transaction changes, staged in memory on top of everything before it.
+//!
+//! Small data goes to the journal with the record. Whole chunks, and all of a replaced object, go to fresh slots. A
+//! transaction with more small data than a record should hold copies its further chunks to fresh slots instead.
 
-use super::chunk_store::{ChunkStore, OVERLAY_BYTES_MAX};
+use super::buffer::{Blocks, BlocksMut};
+use super::chunk_store::ChunkStore;
 use super::device::Device;
 use super::kv::Kv;
-use super::layout::{self, BLOCK, CHUNK, ChunkRecord, OBJECT_BLOCKS_MAX, ObjectRecord, PendingBlock, kind};
-use super::stage::Stage;
+use super::layout::{self, BLOCK, ChunkRecord, Key, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
+use super::rules::{Rule, holds};
+use super::stage::{FreshBlocks, Stage};
+use super::view::{self, BlockBytes, ChunkOverlay, DataBlock, Value, View};
 use super::{StoreError, Txn, TxnOp};
 use bytes::Bytes;
 use gabion_proto::blocks::{Content, ExtentKind};
@@ -13,7 +19,7 @@ use gabion_proto::limits::*;
 use std::collections::BTreeMap;
 
 /// New content of one block: its CRC and bytes, or zeros.
-type NewBlock = Option<(u32, Bytes)>;
+type NewBlock = Option<DataBlock>;
 
 /// How content is put in place.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -27,194 +33,185 @@ enum Mode {
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
-    /// An error of the whole group is fatal.
-    pub(super) fn commit_group(
-        &mut self,
-        group: Vec<Txn>,
-    ) -> Result<Vec<Result<(), StoreError>>, StoreError> {
-        let mut stage = Stage::default();
-        let mut results = Vec::with_capacity(group.len());
-        for txn in group {
-            match self.stage_txn(&mut stage, txn) {
-                Ok(()) => {
-                    stage.accept();
-                    results.push(Ok(()));
-                }
-                Err(StoreError::Fatal(why)) => return Err(StoreError::Fatal(why)),
-                Err(e) => {
-                    for slot in stage.reject() {
-                        self.slots.free(slot)?;
-                    }
-                    results.push(Err(e));
-                }
-            }
-        }
-        if !stage.group.writes.is_empty() {
-            for (offset, bytes) in &stage.group.writes {
-                self.device
-                    .write_at(*offset, bytes)
-                    .map_err(|e| StoreError::Fatal(format!("writing to the disk failed: {e}")))?;
-            }
-            self.device.flush().map_err(|e| StoreError::Fatal(format!("flushing the disk failed: {e}")))?;
-        }
-        if !stage.group.keys.is_empty() {
-            self.kv.write(stage.batch(), true).map_err(StoreError::Fatal)?;
-        }
-        for &slot in &stage.group.freed {
-            self.slots.free(slot)?;
-        }
-        self.objects = self.objects.saturating_add_signed(stage.group.objects);
-        for (key, value) in stage.group.keys.into_iter().filter(|(k, _)| k[0] == kind::CHUNK) {
-            let now =
-                value.map(|v| ChunkRecord::decode(&v)).transpose()?.map_or(0, |c| c.overlay.count_ones());
-            self.set_dirty(key, now);
-        }
-        while self.overlay_bytes() > OVERLAY_BYTES_MAX {
-            // The group is durable whatever happens here; a failure stops later calls.
-            let result = self.write_back();
-            if self.watch(result).is_err() {
-                break;
-            }
-        }
-        Ok(results)
-    }
-
-    /// Records how many overlay blocks a chunk has.
-    pub(super) fn set_dirty(&mut self, key: Vec<u8>, blocks: u32) {
-        let before = if blocks == 0 { self.dirty.remove(&key) } else { self.dirty.insert(key, blocks) };
-        self.overlay_blocks = self.overlay_blocks + u64::from(blocks) - u64::from(before.unwrap_or(0));
-    }
-
-    fn stage_txn(&mut self, stage: &mut Stage, txn: Txn) -> Result<(), StoreError> {
+    /// Stages one transaction. An error leaves it half staged: reject it.
+    pub(super) fn stage_txn(&mut self, stage: &mut Stage, txn: &Txn) -> Result<(), StoreError> {
         let pg = txn.pg;
         let keep = if txn.reserve { RECOVERY_FREE_PERCENT } else { FULL_FREE_PERCENT };
-        for op in txn.ops {
-            match op {
-                TxnOp::Write { object, prev, version, content } => {
-                    self.advance(stage, pg, object, prev, version)?;
-                    self.apply(stage, pg, object, &content, keep, Mode::Over)?;
+        for op in &txn.ops {
+            self.stage_op(stage, pg, op, keep)?;
+        }
+        Ok(())
+    }
+
+    fn stage_op(&mut self, stage: &mut Stage, pg: PgId, op: &TxnOp, keep: u64) -> Result<(), StoreError> {
+        match *op {
+            TxnOp::Write { object, prev, version, ref content } => {
+                self.advance(stage, pg, object, prev, version)?;
+                self.apply(stage, pg, object, content, keep, Mode::Over)?;
+            }
+            TxnOp::Zero { object, prev, version, first_block, block_count, discard } => {
+                self.advance(stage, pg, object, prev, version)?;
+                let mode = if discard { Mode::Discard } else { Mode::Over };
+                if block_count > 0 {
+                    self.apply(stage, pg, object, &Content::zero(first_block, block_count), keep, mode)?;
                 }
-                TxnOp::Zero { object, prev, version, first_block, block_count, discard } => {
-                    self.advance(stage, pg, object, prev, version)?;
-                    let mode = if discard { Mode::Discard } else { Mode::Over };
-                    if block_count > 0 {
-                        self.apply(stage, pg, object, &Content::zero(first_block, block_count), keep, mode)?;
+            }
+            TxnOp::Delete { object, prev, version } => {
+                self.advance(stage, pg, object, prev, version)?;
+                self.drop_content(stage, pg, object)?;
+                let record = ObjectRecord { version, deleted: true, pending: None };
+                self.put_object(stage, pg, object, Some(record))?;
+            }
+            TxnOp::Replace { object, version, deleted, ref content } => {
+                if deleted && !content.extents.is_empty() {
+                    return Err(StoreError::Invalid("a tombstone has no content".into()));
+                }
+                self.drop_pending(stage, pg, object)?;
+                self.drop_content(stage, pg, object)?;
+                let record = ObjectRecord { version, deleted, pending: None };
+                self.put_object(stage, pg, object, Some(record))?;
+                self.apply(stage, pg, object, content, keep, Mode::Fresh)?;
+                stage.delete(layout::object_key(kind::MISSING, pg, object));
+            }
+            TxnOp::Prepare { object, base, version, ref content } => {
+                self.prepare(stage, pg, object, base, version, content, keep)?;
+            }
+            TxnOp::CommitPending { object, version } => {
+                self.commit_pending(stage, pg, object, version)?;
+            }
+            TxnOp::RollbackPending { object } => {
+                self.drop_pending(stage, pg, object)?;
+                if let Some(record) = self.staged_object(stage, pg, object)? {
+                    let known = record.version != Version::ZERO;
+                    if !known || record.deleted {
+                        self.drop_content(stage, pg, object)?;
                     }
+                    let record = known.then_some(ObjectRecord { pending: None, ..record });
+                    self.put_object(stage, pg, object, record)?;
                 }
-                TxnOp::Delete { object, prev, version } => {
-                    self.advance(stage, pg, object, prev, version)?;
-                    self.drop_content(stage, pg, object)?;
-                    let record = ObjectRecord { version, deleted: true, pending: None };
-                    self.put_object(stage, pg, object, Some(record))?;
-                }
-                TxnOp::Replace { object, version, deleted, content } => {
-                    if deleted && !content.extents.is_empty() {
-                        return Err(StoreError::Invalid("a tombstone has no content".into()));
-                    }
-                    self.drop_pending(stage, pg, object)?;
-                    self.drop_content(stage, pg, object)?;
-                    self.put_object(
-                        stage,
-                        pg,
-                        object,
-                        Some(ObjectRecord { version, deleted, pending: None }),
-                    )?;
-                    self.apply(stage, pg, object, &content, keep, Mode::Fresh)?;
-                    stage.delete(layout::object_key(kind::MISSING, pg, object));
-                }
-                TxnOp::Prepare { object, base, version, content } => {
-                    check(&content)?;
-                    let record = self.staged_object(stage, pg, object)?.unwrap_or_default();
-                    if record.version != base {
-                        return Err(StoreError::VersionMismatch { object, have: record.version, want: base });
-                    }
-                    self.drop_pending(stage, pg, object)?;
-                    for (block, new) in blocks(&content) {
-                        let value = match new {
-                            Some((crc, bytes)) => PendingBlock::Data { crc, bytes: bytes.to_vec() },
-                            None => PendingBlock::Zero,
-                        };
-                        stage.put(
-                            layout::numbered_key(kind::PENDING, pg, object, block),
-                            layout::encode(&value)?,
-                        );
-                    }
-                    let record = ObjectRecord { pending: Some(version), ..record };
-                    self.put_object(stage, pg, object, Some(record))?;
-                }
-                TxnOp::CommitPending { object, version } => {
-                    self.commit_pending(stage, pg, object, version, keep)?
-                }
-                TxnOp::RollbackPending { object } => {
-                    self.drop_pending(stage, pg, object)?;
-                    if let Some(record) = self.staged_object(stage, pg, object)? {
-                        let known = record.version != Version::ZERO;
-                        let record = known.then_some(ObjectRecord { pending: None, ..record });
-                        self.put_object(stage, pg, object, record)?;
-                    }
-                }
-                TxnOp::PurgeTombstone { object, version } => {
-                    let found = self.staged_object(stage, pg, object)?;
-                    if found.is_some_and(|r| r.deleted && r.version == version) {
-                        self.drop_pending(stage, pg, object)?;
-                        self.put_object(stage, pg, object, None)?;
-                    }
-                }
-                TxnOp::Purge { object } => {
+            }
+            TxnOp::PurgeTombstone { object, version } => {
+                let found = self.staged_object(stage, pg, object)?;
+                if found.is_some_and(|r| r.deleted && r.version == version) {
                     self.drop_pending(stage, pg, object)?;
                     self.drop_content(stage, pg, object)?;
                     self.put_object(stage, pg, object, None)?;
-                    stage.delete(layout::object_key(kind::MISSING, pg, object));
                 }
-                TxnOp::SetMeta(meta) => stage.put(layout::pg_key(kind::META, pg), layout::encode(&meta)?),
-                TxnOp::AddMissing { object, needed } => {
-                    stage.put(layout::object_key(kind::MISSING, pg, object), layout::encode(&needed)?);
-                }
-                TxnOp::DropMissing { object } => stage.delete(layout::object_key(kind::MISSING, pg, object)),
-                TxnOp::ClearMissing => self.drop_all(stage, &layout::pg_key(kind::MISSING, pg))?,
-                TxnOp::RemovePg => {
-                    self.drop_chunks(stage, &layout::pg_key(kind::CHUNK, pg))?;
-                    let objects = stage.scan(&self.kv, &layout::pg_key(kind::OBJECT, pg))?.len();
-                    stage.txn.objects -= objects as i64;
-                    for k in [kind::OBJECT, kind::PENDING, kind::MISSING, kind::META] {
-                        self.drop_all(stage, &layout::pg_key(k, pg))?;
-                    }
+            }
+            TxnOp::Purge { object } => {
+                self.drop_pending(stage, pg, object)?;
+                self.drop_content(stage, pg, object)?;
+                self.put_object(stage, pg, object, None)?;
+                stage.delete(layout::object_key(kind::MISSING, pg, object));
+            }
+            TxnOp::SetMeta(ref meta) => stage.put(layout::pg_key(kind::META, pg), layout::encode(meta)?),
+            TxnOp::AddMissing { object, needed } => {
+                stage.put(layout::object_key(kind::MISSING, pg, object), layout::encode(&needed)?);
+            }
+            TxnOp::DropMissing { object } => stage.delete(layout::object_key(kind::MISSING, pg, object)),
+            TxnOp::ClearMissing => self.drop_prefix(stage, layout::pg_key(kind::MISSING, pg))?,
+            TxnOp::RemovePg => {
+                self.drop_chunks(stage, &layout::pg_key(kind::CHUNK, pg))?;
+                let objects = self.staged_scan(stage, &layout::pg_key(kind::OBJECT, pg))?.len();
+                stage.txn.objects -= objects as i64;
+                self.free_pending_slots(stage, &layout::pg_key(kind::PENDING_CHUNK, pg))?;
+                for k in [
+                    kind::CHUNK,
+                    kind::OVERLAY,
+                    kind::OBJECT,
+                    kind::PENDING,
+                    kind::PENDING_CHUNK,
+                    kind::MISSING,
+                    kind::META,
+                ] {
+                    self.drop_prefix(stage, layout::pg_key(k, pg))?;
                 }
             }
         }
         Ok(())
     }
 
+    /// A key as the current transaction sees it.
+    fn staged(&mut self, stage: &Stage, key: &Key) -> Result<Option<Value>, StoreError> {
+        if let Some(value) = stage.get(key) {
+            return Ok(value.clone());
+        }
+        for group in self.groups.iter().rev() {
+            if let Some(value) = group.changes.keys.get(key) {
+                return Ok(value.clone());
+            }
+        }
+        self.index.get(key)
+    }
+
+    /// Everything in memory in front of the index, oldest first.
+    fn layers<'a>(&'a self, stage: &'a Stage) -> Vec<&'a View> {
+        [&self.index.frozen, &self.index.dirty]
+            .into_iter()
+            .chain(self.groups.iter().map(|g| &g.changes.keys))
+            .chain([&stage.group.keys, &stage.txn.keys])
+            .collect()
+    }
+
+    /// Everything with `prefix`, as the current transaction sees it.
+    fn staged_scan(&self, stage: &Stage, prefix: &[u8]) -> Result<Vec<(Key, Value)>, StoreError> {
+        let layers = self.layers(stage);
+        if prefix[0] == kind::OVERLAY {
+            let mut merged = View::new();
+            for layer in layers {
+                merged.extend(view::range(layer, prefix, prefix).map(|(k, v)| (*k, v.clone())));
+            }
+            return Ok(merged.into_iter().filter_map(|(k, v)| Some((k, v?))).collect());
+        }
+        view::scan(&self.index.kv, &layers, prefix, prefix, usize::MAX)
+    }
+
+    fn staged_overlay<'a>(&'a self, stage: &'a Stage, chunk: &Key) -> Result<ChunkOverlay<'a>, StoreError> {
+        let mut overlay = ChunkOverlay::default();
+        for layer in self.layers(stage) {
+            view::overlay_of(layer, chunk, &mut overlay)?;
+        }
+        Ok(overlay)
+    }
+
+    fn staged_chunk(&mut self, stage: &Stage, key: &Key) -> Result<ChunkRecord, StoreError> {
+        match self.staged(stage, key)? {
+            Some(value) => ChunkRecord::decode(value.record()?),
+            None => Ok(ChunkRecord::default()),
+        }
+    }
+
     fn staged_object(
-        &self,
+        &mut self,
         stage: &Stage,
         pg: PgId,
         object: ObjectId,
     ) -> Result<Option<ObjectRecord>, StoreError> {
-        let value = stage.get(&self.kv, &layout::object_key(kind::OBJECT, pg, object))?;
-        value.map(|v| layout::decode(&v)).transpose()
+        let value = self.staged(stage, &layout::object_key(kind::OBJECT, pg, object))?;
+        value.map(|v| layout::decode(v.record()?)).transpose()
     }
 
     fn put_object(
-        &self,
+        &mut self,
         stage: &mut Stage,
         pg: PgId,
         object: ObjectId,
         record: Option<ObjectRecord>,
     ) -> Result<(), StoreError> {
         let key = layout::object_key(kind::OBJECT, pg, object);
-        let before = i64::from(stage.get(&self.kv, &key)?.is_some());
+        let before = i64::from(self.staged(stage, &key)?.is_some());
         stage.txn.objects += i64::from(record.is_some()) - before;
         match record {
             Some(record) => stage.put(key, layout::encode(&record)?),
-            None => stage.delete(key),
+            None if before != 0 => stage.delete(key),
+            None => {}
         }
         Ok(())
     }
 
     /// The version rule: from exactly `prev` to `version`. A pending version loses its base.
     fn advance(
-        &self,
+        &mut self,
         stage: &mut Stage,
         pg: PgId,
         object: ObjectId,
@@ -234,13 +231,56 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         self.put_object(stage, pg, object, Some(ObjectRecord { version, deleted: false, pending: None }))
     }
 
+    /// Whole chunks of a pending version go to slots of their own, as they will be; smaller data goes to the journal.
+    /// What its commit will need of space is taken now, so that it cannot fail for want of it.
+    #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename them
+    fn prepare(
+        &mut self,
+        stage: &mut Stage,
+        pg: PgId,
+        object: ObjectId,
+        base: Version,
+        version: Version,
+        content: &Content,
+        keep: u64,
+    ) -> Result<(), StoreError> {
+        check(content)?;
+        let record = self.staged_object(stage, pg, object)?.unwrap_or_default();
+        if record.version != base {
+            return Err(StoreError::VersionMismatch { object, have: record.version, want: base });
+        }
+        self.drop_pending(stage, pg, object)?;
+        for (number, new) in by_chunk(blocks(content)) {
+            let key = layout::numbered_key(kind::CHUNK, pg, object, number);
+            let mut chunk = self.staged_chunk(stage, &key)?;
+            let data = data_count(&new);
+            if data > 0 && (data == BLOCKS_PER_CHUNK || self.is_large(stage, data)) {
+                // The base cannot change as long as this version is pending: what is copied from it stays true.
+                let merged = self.fresh_chunk(stage, &key, &chunk, &new, keep)?;
+                stage.put(key.with_kind(kind::PENDING_CHUNK), merged.encode());
+                continue;
+            }
+            if data > 0 && chunk.slot.is_none() {
+                chunk.slot = Some(self.take_slot(stage, keep)?);
+                stage.put(key, chunk.encode());
+            }
+            for (bit, new) in new {
+                let key = layout::numbered_key(kind::PENDING, pg, object, number * BLOCKS_PER_CHUNK + bit);
+                match new {
+                    Some(data) => stage.put(key, Value::Block(data)),
+                    None => stage.put(key, layout::pending_zero()),
+                }
+            }
+        }
+        self.put_object(stage, pg, object, Some(ObjectRecord { pending: Some(version), ..record }))
+    }
+
     fn commit_pending(
         &mut self,
         stage: &mut Stage,
         pg: PgId,
         object: ObjectId,
         version: Version,
-        keep: u64,
     ) -> Result<(), StoreError> {
         let record = self.staged_object(stage, pg, object)?.unwrap_or_default();
         if record.version == version {
@@ -249,22 +289,25 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         if record.pending != Some(version) {
             return Err(StoreError::VersionMismatch { object, have: record.version, want: version });
         }
-        let mut new = Vec::new();
-        for (key, value) in stage.scan(&self.kv, &layout::object_key(kind::PENDING, pg, object))? {
-            let number = layout::parse_key(&key)?.number;
-            let number = number.ok_or_else(|| StoreError::Fatal("a pending block has no number".into()))?;
-            new.push(match layout::decode(&value)? {
-                PendingBlock::Zero => (number, None),
-                PendingBlock::Data { crc, bytes } if bytes.len() == BLOCK => {
-                    (number, Some((crc, bytes.into())))
-                }
-                PendingBlock::Data { .. } => {
-                    return Err(StoreError::Fatal("a pending block has the wrong length".into()));
-                }
-            });
+        for (key, value) in self.staged_scan(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))? {
+            let chunk_key = key.with_kind(kind::CHUNK);
+            let old = self.staged_chunk(stage, &chunk_key)?;
+            stage.txn.freed.extend(old.slot);
+            self.drop_overlay(stage, &chunk_key)?;
+            stage.put(chunk_key, value);
             stage.delete(key);
         }
-        self.apply_blocks(stage, pg, object, new, keep, Mode::Over)?;
+        let mut new = Vec::new();
+        for (key, value) in self.staged_scan(stage, &layout::object_key(kind::PENDING, pg, object))? {
+            let block = match value {
+                Value::Block(block) => Some(block),
+                Value::Record(bytes) => layout::parse_pending(&bytes)?
+                    .map(|(crc, data)| DataBlock { crc, bytes: BlockBytes::Raw(bytes.slice_ref(data)) }),
+            };
+            new.push((layout::parse_numbered(&key)?.2, block));
+            stage.delete(key);
+        }
+        self.apply_blocks(stage, pg, object, new, 0, Mode::Over)?;
         self.put_object(stage, pg, object, Some(ObjectRecord { version, deleted: false, pending: None }))
     }
 
@@ -290,134 +333,229 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         keep: u64,
         mode: Mode,
     ) -> Result<(), StoreError> {
-        let mut chunks: BTreeMap<u32, Vec<(u32, NewBlock)>> = BTreeMap::new();
-        for (block, new) in blocks {
-            chunks.entry(block / BLOCKS_PER_CHUNK).or_default().push((block % BLOCKS_PER_CHUNK, new));
-        }
-        for (number, new) in chunks {
-            self.apply_chunk(stage, pg, object, number, new, keep, mode)?;
+        for (number, new) in by_chunk(blocks) {
+            let key = layout::numbered_key(kind::CHUNK, pg, object, number);
+            self.apply_chunk(stage, key, new, keep, mode)?;
         }
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename them
     fn apply_chunk(
         &mut self,
         stage: &mut Stage,
-        pg: PgId,
-        object: ObjectId,
-        number: u32,
+        key: Key,
         new: Vec<(u32, NewBlock)>,
         keep: u64,
         mode: Mode,
     ) -> Result<(), StoreError> {
-        let key = layout::numbered_key(kind::CHUNK, pg, object, number);
-        let mut chunk = match stage.get(&self.kv, &key)? {
-            Some(value) => ChunkRecord::decode(&value)?,
-            None => ChunkRecord::new(),
-        };
-        let overlay_key =
-            |bit: u32| layout::numbered_key(kind::OVERLAY, pg, object, number * BLOCKS_PER_CHUNK + bit);
-        let whole = new.iter().filter(|(_, n)| n.is_some()).count() == BLOCKS_PER_CHUNK as usize;
-        let fresh = (whole || mode == Mode::Fresh) && new.iter().any(|(_, n)| n.is_some());
-        let mut image = if fresh { vec![0u8; CHUNK] } else { Vec::new() };
-        if fresh {
-            stage.txn.freed.extend(chunk.slot.take());
+        let mut chunk = self.staged_chunk(stage, &key)?;
+        let data = data_count(&new);
+        if data > 0 && (data == BLOCKS_PER_CHUNK || mode == Mode::Fresh || self.is_large(stage, data)) {
+            let merged = self.fresh_chunk(stage, &key, &chunk, &new, keep)?;
+            stage.txn.freed.extend(chunk.slot);
+            self.drop_overlay(stage, &key)?;
+            stage.put(key, merged.encode());
+            return Ok(());
         }
+        let (pg, object, number) = layout::parse_numbered(&key)?;
+        let overlay_key =
+            |bit| layout::numbered_key(kind::OVERLAY, pg, object, number * BLOCKS_PER_CHUNK + bit);
+        let overlaid = if data as usize == new.len() { 0 } else { self.staged_overlay(stage, &key)?.mask };
         for (bit, new) in new {
             let mask = 1u32 << bit;
             match new {
-                Some((crc, bytes)) => {
+                Some(block) => {
                     chunk.data |= mask;
                     chunk.zero &= !mask;
-                    chunk.crcs[bit as usize] = crc;
-                    if fresh {
-                        image[bit as usize * BLOCK..][..BLOCK].copy_from_slice(&bytes);
-                        if chunk.overlay & mask != 0 {
-                            stage.delete(overlay_key(bit));
-                        }
-                        chunk.overlay &= !mask;
-                    } else {
-                        chunk.overlay |= mask;
-                        stage.put(overlay_key(bit), bytes.to_vec());
-                    }
+                    chunk.crcs[bit as usize] = block.crc;
+                    stage.put(overlay_key(bit), Value::Block(block));
                 }
                 None => {
-                    if chunk.overlay & mask != 0 {
+                    chunk.data &= !mask;
+                    if mode != Mode::Discard || holds(Rule::DiscardIsZero) {
+                        chunk.zero |= mask;
+                    }
+                    if overlaid & mask != 0 {
                         stage.delete(overlay_key(bit));
                     }
-                    chunk.overlay &= !mask;
-                    chunk.data &= !mask;
-                    chunk.zero |= mask;
-                    chunk.crcs[bit as usize] = 0;
                 }
             }
         }
         if chunk.data != 0 && chunk.slot.is_none() {
-            let slot = self.slots.take(keep)?;
-            stage.txn.taken.push(slot);
-            chunk.slot = Some(slot);
-            if fresh {
-                stage.txn.writes.push((layout::slot_offset(slot), image.into()));
-            }
+            chunk.slot = Some(self.take_slot(stage, keep)?);
         }
         if chunk.data == 0 && mode == Mode::Discard {
             stage.txn.freed.extend(chunk.slot.take());
         }
-        stage.put(key, layout::encode(&chunk)?);
+        stage.put(key, chunk.encode());
         Ok(())
     }
 
-    fn drop_content(&self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
+    /// Whether so many more data blocks are too many for one record of the journal.
+    fn is_large(&self, stage: &Stage, more: u32) -> bool {
+        stage.txn.data_blocks + more > self.txn_blocks_max
+    }
+
+    fn take_slot(&mut self, stage: &mut Stage, keep: u64) -> Result<u32, StoreError> {
+        let slot = self.slots.take(keep)?;
+        stage.txn.taken.push(slot);
+        Ok(slot)
+    }
+
+    /// `chunk` with `new` applied to it, in a slot of its own. What `new` does not name is copied.
+    fn fresh_chunk(
+        &mut self,
+        stage: &mut Stage,
+        key: &Key,
+        chunk: &ChunkRecord,
+        new: &[(u32, NewBlock)],
+        keep: u64,
+    ) -> Result<ChunkRecord, StoreError> {
+        let mut merged = ChunkRecord { slot: None, ..chunk.clone() };
+        let mut named = 0u32;
+        for (bit, new) in new {
+            let mask = 1u32 << bit;
+            named |= mask;
+            (merged.data, merged.zero) = match new {
+                Some(_) => (merged.data | mask, merged.zero & !mask),
+                None => (merged.data & !mask, merged.zero | mask),
+            };
+            merged.crcs[*bit as usize] = new.as_ref().map_or(0, |b| b.crc);
+        }
+        let (first, end) = (merged.data.trailing_zeros(), u32::BITS - merged.data.leading_zeros());
+        let mut image = BlocksMut::zeroed((end - first) as usize);
+        let at = |bit: u32| (bit - first) as usize * BLOCK;
+        for (bit, block) in new.iter().filter_map(|(bit, new)| Some((*bit, new.as_ref()?))) {
+            image.bytes_mut()[at(bit)..at(bit) + BLOCK].copy_from_slice(block.bytes.get());
+        }
+        let copied = chunk.data & !named;
+        if copied != 0 {
+            self.copy_blocks(stage, key, chunk, copied, &mut image, first)?;
+        }
+        let slot = self.take_slot(stage, keep)?;
+        stage.txn.fresh.push(FreshBlocks { slot, first, data: image.freeze() });
+        merged.slot = Some(slot);
+        Ok(merged)
+    }
+
+    /// Copies blocks of a chunk as they are. What cannot be read becomes zeros: its checksum stays, so that
+    /// it is found unreadable, and repaired, when somebody wants it.
+    fn copy_blocks(
+        &mut self,
+        stage: &Stage,
+        key: &Key,
+        chunk: &ChunkRecord,
+        wanted: u32,
+        image: &mut BlocksMut,
+        first: u32,
+    ) -> Result<(), StoreError> {
+        let mut rest = wanted;
+        let overlay = self.staged_overlay(stage, key)?;
+        for bit in bits(wanted & overlay.mask) {
+            let Some(block) = overlay.blocks[bit as usize] else { continue };
+            let at = (bit - first) as usize * BLOCK;
+            image.bytes_mut()[at..at + BLOCK].copy_from_slice(block.bytes.get());
+            rest &= !(1 << bit);
+        }
+        if rest == 0 {
+            return Ok(());
+        }
+        let slot = chunk.slot.ok_or_else(|| StoreError::Fatal("data without a slot".into()))?;
+        // A slot may be so fresh that it is not written yet.
+        let in_memory = self.groups.iter().map(|g| &g.changes).chain([&stage.group, &stage.txn]);
+        let fresh: Option<(u32, Blocks)> = in_memory
+            .flat_map(|c| c.fresh.iter())
+            .filter(|f| f.slot == slot)
+            .map(|f| (f.first, f.data.clone()))
+            .last();
+        for (bit, len) in runs(rest) {
+            let at = (bit - first) as usize;
+            match &fresh {
+                Some((start, data)) => {
+                    let from = (bit - start) as usize * BLOCK..(bit - start + len) as usize * BLOCK;
+                    image.bytes_mut()[at * BLOCK..(at + len as usize) * BLOCK]
+                        .copy_from_slice(&data.bytes()[from]);
+                }
+                None => {
+                    let from = self.geometry.slot_block(slot) + u64::from(bit);
+                    for i in 0..len as usize {
+                        let into = &mut image.blocks_mut()[at + i..at + i + 1];
+                        if self.device.read_now(from + i as u64, into).is_err() {
+                            into[0].0.fill(0);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_overlay(&mut self, stage: &mut Stage, chunk: &Key) -> Result<(), StoreError> {
+        let mask = self.staged_overlay(stage, chunk)?.mask;
+        let (pg, object, number) = layout::parse_numbered(chunk)?;
+        for bit in bits(mask) {
+            stage.delete(layout::numbered_key(kind::OVERLAY, pg, object, number * BLOCKS_PER_CHUNK + bit));
+        }
+        Ok(())
+    }
+
+    fn drop_content(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
         self.drop_chunks(stage, &layout::object_key(kind::CHUNK, pg, object))
     }
 
-    fn drop_pending(&self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
+    fn drop_pending(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
         if self.staged_object(stage, pg, object)?.is_some_and(|r| r.pending.is_some()) {
-            self.drop_all(stage, &layout::object_key(kind::PENDING, pg, object))?;
-        }
-        Ok(())
-    }
-
-    /// Deletes chunk records, their overlay blocks and, once durable, their slots.
-    fn drop_chunks(&self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
-        for (key, value) in stage.scan(&self.kv, prefix)? {
-            let chunk = ChunkRecord::decode(&value)?;
-            stage.txn.freed.extend(chunk.slot);
-            for bit in bits(chunk.overlay) {
-                stage.delete(overlay_of(&key, bit)?);
+            self.free_pending_slots(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))?;
+            for k in [kind::PENDING, kind::PENDING_CHUNK] {
+                for (key, _) in self.staged_scan(stage, &layout::object_key(k, pg, object))? {
+                    stage.delete(key);
+                }
             }
+        }
+        Ok(())
+    }
+
+    fn free_pending_slots(&mut self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
+        for (_, value) in self.staged_scan(stage, prefix)? {
+            stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
+        }
+        Ok(())
+    }
+
+    /// Deletes chunk records and their overlay blocks; their slots are free once that is durable.
+    fn drop_chunks(&mut self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
+        for (key, value) in self.staged_scan(stage, prefix)? {
+            stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
+            self.drop_overlay(stage, &key)?;
             stage.delete(key);
         }
         Ok(())
     }
 
-    fn drop_all(&self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
-        for (key, _) in stage.scan(&self.kv, prefix)? {
+    fn drop_prefix(&mut self, stage: &mut Stage, prefix: Key) -> Result<(), StoreError> {
+        for (key, _) in self.staged_scan(stage, &prefix)? {
             stage.delete(key);
         }
+        stage.txn.prefixes.push(prefix);
         Ok(())
-    }
-}
-
-/// The set bits of a mask.
-pub(super) fn bits(mask: u32) -> impl Iterator<Item = u32> {
-    (0..u32::BITS).filter(move |b| mask & (1 << b) != 0)
-}
-
-/// The overlay key of a block of the chunk that `chunk_key` names.
-pub(super) fn overlay_of(chunk_key: &[u8], bit: u32) -> Result<Vec<u8>, StoreError> {
-    let parsed = layout::parse_key(chunk_key)?;
-    match (parsed.object, parsed.number) {
-        (Some(object), Some(number)) => {
-            Ok(layout::numbered_key(kind::OVERLAY, parsed.pg, object, number * BLOCKS_PER_CHUNK + bit))
-        }
-        _ => Err(StoreError::Fatal("a chunk's key is malformed".into())),
     }
 }
 
 fn check(content: &Content) -> Result<(), StoreError> {
     content.validate(false).map_err(|e| StoreError::Invalid(e.to_string()))
+}
+
+fn data_count(new: &[(u32, NewBlock)]) -> u32 {
+    new.iter().filter(|(_, n)| n.is_some()).count() as u32
+}
+
+/// Blocks by chunk, each numbered within it.
+fn by_chunk(blocks: Vec<(u32, NewBlock)>) -> BTreeMap<u32, Vec<(u32, NewBlock)>> {
+    let mut chunks: BTreeMap<u32, Vec<(u32, NewBlock)>> = BTreeMap::new();
+    for (block, new) in blocks {
+        chunks.entry(block / BLOCKS_PER_CHUNK).or_default().push((block % BLOCKS_PER_CHUNK, new));
+    }
+    chunks
 }
 
 /// The blocks of validated content, in order.
@@ -426,17 +564,15 @@ fn blocks(content: &Content) -> Vec<(u32, NewBlock)> {
     let mut at = 0;
     for e in &content.extents {
         for i in 0..e.block_count.min(OBJECT_BLOCKS_MAX) {
-            out.push((
-                e.first_block + i,
-                match &e.kind {
-                    ExtentKind::Data { crcs } => {
-                        let bytes = content.data.slice(at..at + BLOCK);
-                        at += BLOCK;
-                        Some((crcs[i as usize], bytes))
-                    }
-                    ExtentKind::Zero => None,
-                },
-            ));
+            let new = match &e.kind {
+                ExtentKind::Data { crcs } => {
+                    let bytes: Bytes = content.data.slice(at..at + BLOCK);
+                    at += BLOCK;
+                    Some(DataBlock { crc: crcs[i as usize], bytes: BlockBytes::Raw(bytes) })
+                }
+                ExtentKind::Zero => None,
+            };
+            out.push((e.first_block + i, new));
         }
     }
     out

@@ -9,25 +9,39 @@
 //! [`StoreError::Fatal`]; after it every call answers `Fatal`. ENOSPC rolls the one transaction back whole.
 //! An unreadable block or a checksum mismatch is `Unreadable`, for replication to repair.
 
+mod buffer;
+mod checkpoint;
 mod chunk_store;
 mod commit;
+#[cfg(test)]
+mod crash_tests;
 mod device;
 mod fsck;
+mod group;
+mod journal;
 mod kv;
 mod layout;
+#[cfg(test)]
+mod model;
 mod open;
 mod read;
+mod recover;
 mod rocks;
+mod rules;
 pub mod sim;
 mod slots;
 mod stage;
 #[cfg(test)]
 mod tests;
 pub mod thread;
-mod writeback;
+mod uring;
+mod view;
+mod wake;
+mod watchdog;
 
-pub use chunk_store::ChunkStore;
-pub use open::{DirStore, FsckReport, Info, format, fsck, info, open};
+pub use chunk_store::{ChunkStore, Stats};
+pub use open::{DirStore, Engine, FsckReport, Info, format, fsck, info, open, open_with};
+pub use wake::Waker;
 
 use bytes::Bytes;
 use gabion_proto::blocks::Content;
@@ -208,6 +222,60 @@ pub trait Store: Send {
     fn usage(&self) -> Usage;
     /// Does a bounded piece of background work (write-back); true when there is more to do.
     fn background(&mut self) -> Result<bool, StoreError>;
+}
+
+/// The same without waiting, for the thread that owns a store and serves many at once.
+pub trait ConcurrentStore: Store {
+    /// Starts `work`; [`ConcurrentStore::progress`] hands out its outcome under `tag` (below 2^63), exactly once. Commits become
+    /// durable in the order of their starts; a read sees every commit started before it that it overlaps.
+    fn start(&mut self, tag: u64, work: Work);
+    /// Adds what has ended to `done`; true when something moved. Never waits.
+    fn progress(&mut self, done: &mut Vec<(u64, Done)>) -> bool;
+    /// Something is going on that will end by itself.
+    fn busy(&self) -> bool;
+    /// Waits until [`ConcurrentStore::progress`] may have something or the armed waker was used.
+    fn wait(&mut self);
+    /// Ends [`ConcurrentStore::wait`] from other threads; the caller arms it.
+    fn waker(&self) -> Waker;
+}
+
+/// What a store can do without waiting.
+#[derive(Clone, Debug)]
+pub enum Work {
+    Commit(Vec<Txn>),
+    Read {
+        pg: PgId,
+        object: ObjectId,
+        below: Vec<LayerId>,
+        first_block: u32,
+        block_count: u32,
+    },
+    ReadObject {
+        pg: PgId,
+        object: ObjectId,
+    },
+    /// Brings everything to its final place.
+    Settle,
+}
+
+impl Work {
+    fn failed(&self, e: StoreError) -> Done {
+        match self {
+            Work::Commit(txns) => Done::Commit(vec![Err(e); txns.len()]),
+            Work::Read { .. } => Done::Read(Err(e)),
+            Work::ReadObject { .. } => Done::ReadObject(Err(e)),
+            Work::Settle => Done::Settled(Err(e)),
+        }
+    }
+}
+
+/// The outcome of a [`Work`].
+#[derive(Debug)]
+pub enum Done {
+    Commit(Vec<Result<(), StoreError>>),
+    Read(Result<Content, StoreError>),
+    ReadObject(Result<(ObjectState, Content), StoreError>),
+    Settled(Result<(), StoreError>),
 }
 
 /// Bytes of zeros for callers that need them spelled out.

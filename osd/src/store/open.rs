@@ -1,9 +1,13 @@
 //! A store in a directory: `block` (file, or link to a block device), `index/` and `lock`.
 
-use super::chunk_store::{ChunkStore, format_parts, read_superblock};
-use super::device::{Device, FileDevice};
-use super::layout::{self, Superblock};
+use super::buffer::{Block, BlocksMut};
+use super::chunk_store::ChunkStore;
+use super::device::{Completion, Device, FileDevice, Request, Traffic};
+use super::layout::{Geometry, Superblock};
+use super::recover::{format_parts, read_superblock};
 use super::rocks::RocksKv;
+use super::uring::UringDevice;
+use super::wake::Waker;
 use super::{Identity, Store, StoreError};
 use gabion_proto::limits::{BLOCK_BYTES, CHUNK_BYTES};
 use std::fmt;
@@ -15,6 +19,8 @@ use std::path::Path;
 pub struct Info {
     pub identity: Identity,
     pub size_bytes: u64,
+    pub journal_bytes: u64,
+    pub chunks: u32,
     pub generation: u64,
 }
 
@@ -23,7 +29,8 @@ impl fmt::Display for Info {
         writeln!(f, "cluster  {}", self.identity.cluster)?;
         writeln!(f, "osd      {}", self.identity.osd)?;
         writeln!(f, "disk     {}", self.identity.disk)?;
-        write!(f, "size     {} bytes, {} chunks", self.size_bytes, layout::slot_count(self.size_bytes))
+        writeln!(f, "size     {} bytes, {} chunks", self.size_bytes, self.chunks)?;
+        write!(f, "journal  {} bytes", self.journal_bytes)
     }
 }
 
@@ -32,22 +39,31 @@ pub type DirStore = ChunkStore<LockedDevice, RocksKv>;
 
 /// The device together with the lock of its directory.
 pub struct LockedDevice {
-    device: FileDevice,
+    device: Box<dyn Device>,
     _lock: File,
 }
 
 impl Device for LockedDevice {
-    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.device.read_at(offset, buf)
+    fn blocks(&self) -> u64 {
+        self.device.blocks()
     }
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> std::io::Result<()> {
-        self.device.write_at(offset, data)
+    fn submit(&mut self, tag: u64, request: Request) {
+        self.device.submit(tag, request);
     }
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.device.flush()
+    fn complete(&mut self, out: &mut Vec<Completion>) {
+        self.device.complete(out);
     }
-    fn size(&self) -> u64 {
-        self.device.size()
+    fn wait(&mut self) {
+        self.device.wait();
+    }
+    fn waker(&self) -> Waker {
+        self.device.waker()
+    }
+    fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> std::io::Result<()> {
+        self.device.read_now(block, buffer)
+    }
+    fn traffic(&self) -> Traffic {
+        self.device.traffic()
     }
 }
 
@@ -72,10 +88,9 @@ const FOREIGN_BYTES: u64 = 1 << 20;
 
 /// Refuses a disk that already holds something.
 fn refuse_foreign(device: &mut FileDevice, block: &Path) -> Result<(), StoreError> {
-    let len = device.size().min(FOREIGN_BYTES) / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES);
-    let mut head = vec![0u8; len as usize];
-    device.read_at(0, &mut head).map_err(|e| fatal(block, e))?;
-    if head.iter().any(|b| *b != 0) {
+    let mut head = BlocksMut::zeroed(device.blocks().min(FOREIGN_BYTES / u64::from(BLOCK_BYTES)) as usize);
+    device.read_now(0, head.blocks_mut()).map_err(|e| fatal(block, e))?;
+    if head.bytes().iter().any(|b| *b != 0) {
         return Err(StoreError::Invalid(format!(
             "{} is not empty and not a store; to use it anyway, clear its first {FOREIGN_BYTES} bytes",
             block.display()
@@ -87,14 +102,15 @@ fn refuse_foreign(device: &mut FileDevice, block: &Path) -> Result<(), StoreErro
 /// Makes an empty store of `size_bytes` in `data_dir`. A formatted disk is refused.
 pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<(), StoreError> {
     let size = size_bytes / u64::from(CHUNK_BYTES) * u64::from(CHUNK_BYTES);
-    if layout::slot_count(size) == 0 {
+    let geometry = Geometry::for_size(size);
+    if geometry.slots == 0 {
         return Err(StoreError::Invalid(format!("{size_bytes} bytes are too few for a store")));
     }
     fs::create_dir_all(data_dir).map_err(|e| fatal(data_dir, e))?;
     let _lock = lock(data_dir)?;
     let block = data_dir.join("block");
     let mut device = FileDevice::open(&block, true)?;
-    if device.size() > 0 && read_superblock(&mut device).is_ok() {
+    if device.blocks() > 0 && read_superblock(&mut device).is_ok() {
         return Err(StoreError::Invalid(format!("{} holds a store already", block.display())));
     }
     refuse_foreign(&mut device, &block)?;
@@ -106,24 +122,63 @@ pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<()
     }
     let mut kv = RocksKv::open(&index, true).map_err(|e| fatal(&index, e))?;
     File::open(data_dir).and_then(|d| d.sync_all()).map_err(|e| fatal(data_dir, e))?;
-    format_parts(&mut device, &mut kv, identity)
+    format_parts(&mut device, &mut kv, identity, geometry, rand::random())
+}
+
+/// How the disk is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring where it is permitted, else plain reads and writes.
+    #[default]
+    Auto,
+    /// io_uring or an error.
+    Uring,
+    /// Plain reads and writes, one after the other.
+    Plain,
+}
+
+fn open_device(block: &Path, engine: Engine) -> Result<Box<dyn Device>, StoreError> {
+    if engine != Engine::Plain {
+        match UringDevice::open(block) {
+            Ok(device) => return Ok(Box::new(device)),
+            Err(e) if engine == Engine::Auto && refused(&e) => tracing::warn!(
+                error = %e,
+                "io_uring is not permitted here (seccomp, or kernel.io_uring_disabled): the disk is used one request at a time"
+            ),
+            Err(e) => return Err(fatal(block, e)),
+        }
+    }
+    Ok(Box::new(FileDevice::open(block, false)?))
+}
+
+/// The kernel has no io_uring, or none for this process.
+fn refused(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::ENOSYS | libc::ENOMEM))
 }
 
 /// Opens the store in `data_dir` for the only process that may use it.
 pub fn open(data_dir: &Path) -> Result<DirStore, StoreError> {
+    open_with(data_dir, Engine::Auto)
+}
+
+/// The same through a chosen engine.
+pub fn open_with(data_dir: &Path, engine: Engine) -> Result<DirStore, StoreError> {
     let lock = lock(data_dir)?;
-    let mut device = FileDevice::open(&data_dir.join("block"), false)?;
-    read_superblock(&mut device)?;
+    let mut device = open_device(&data_dir.join("block"), engine)?;
+    read_superblock(&mut *device)?;
     let index = data_dir.join("index");
     let kv = RocksKv::open(&index, false).map_err(|e| fatal(&index, e))?;
-    ChunkStore::open(LockedDevice { device, _lock: lock }, kv)
+    ChunkStore::open(LockedDevice { device, _lock: lock }, kv, rand::random())
 }
 
 /// Reads the superblock only.
 pub fn info(data_dir: &Path) -> Result<Info, StoreError> {
     let mut device = FileDevice::open(&data_dir.join("block"), false)?;
-    let Superblock { generation, size, identity } = read_superblock(&mut device)?;
-    Ok(Info { identity, size_bytes: size, generation })
+    let superblock = read_superblock(&mut device)?;
+    let Superblock { generation, size, identity, journal_blocks, .. } = superblock;
+    let journal_bytes = u64::from(journal_blocks) * u64::from(BLOCK_BYTES);
+    let chunks = superblock.geometry().slots;
+    Ok(Info { identity, size_bytes: size, journal_bytes, chunks, generation })
 }
 
 /// What [`fsck`] found.

@@ -1,131 +1,253 @@
-//! Reads: layers resolved per block, overlay before slot, every checksum verified.
+//! Reads: layers resolved per block, overlay before slot, every checksum verified where it is served.
 
-use super::StoreError;
-use super::chunk_store::ChunkStore;
-use super::commit::bits;
-use super::device::Device;
+use super::buffer::BlocksMut;
+use super::chunk_store::{ChunkStore, Purpose};
+use super::device::{Device, ReadPart, Request};
 use super::kv::Kv;
-use super::layout::{self, BLOCK, ChunkRecord, OBJECT_BLOCKS_MAX, kind};
-use super::stage::scan_pages;
+use super::layout::{self, BLOCK, ChunkRecord, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
+use super::{Done, ObjectState, StoreError, Work};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
+use std::io;
+
+/// A mismatch may come from write-back that overtook the read; one that stays is damage.
+const ATTEMPTS_MAX: u32 = 4;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
     Absent,
     Zero,
-    Data(u32),
+    /// Data with this CRC, of this layer.
+    Data(u32, LayerId),
+}
+
+/// A read in flight.
+pub(super) struct ReadJob {
+    pub tag: u64,
+    /// To begin again: what is read may be overwritten in place meanwhile.
+    work: Work,
+    attempts: u32,
+    /// Of a whole object.
+    state: Option<ObjectState>,
+    object: ObjectId,
+    first: u32,
+    found: Vec<Found>,
+    parts: Vec<ReadPart>,
+    slots: Vec<u32>,
+}
+
+impl ReadJob {
+    pub fn failed(&self, e: StoreError) -> Done {
+        self.done(Err(e))
+    }
+
+    fn done(&self, result: Result<Content, StoreError>) -> Done {
+        match self.state {
+            Some(state) => Done::ReadObject(result.map(|content| (state, content))),
+            None => Done::Read(result),
+        }
+    }
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
+    /// Starts a read, now or when the commits before it that it overlaps are durable.
+    pub(super) fn start_read(&mut self, tag: u64, work: Work) {
+        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object }) = work else {
+            unreachable!("only reads are started here")
+        };
+        if self.is_touched(pg, object) {
+            self.deferred.push_back((self.enqueued, tag, work));
+        } else {
+            self.begin_read(tag, work, 1);
+        }
+    }
+
+    /// Starts deferred reads whose commits are durable.
+    pub(super) fn start_deferred(&mut self) -> bool {
+        let mut moved = false;
+        let answered = self.answered;
+        while let Some((_, tag, work)) = self.deferred.pop_front_if(|(after, ..)| *after <= answered) {
+            moved = true;
+            self.begin_read(tag, work, 1);
+        }
+        moved
+    }
+
+    fn begin_read(&mut self, tag: u64, work: Work, attempts: u32) {
+        let result = match &work {
+            Work::Read { pg, object, below, first_block, block_count } => {
+                self.plan(tag, *pg, *object, below, *first_block, *block_count)
+            }
+            Work::ReadObject { pg, object } => self.plan_object(tag, *pg, *object),
+            _ => unreachable!("only reads are started here"),
+        };
+        let (mut job, buffer) = match self.watch(result) {
+            Ok(planned) => planned,
+            Err(e) => return self.finish(tag, work.failed(e)),
+        };
+        (job.work, job.attempts) = (work, attempts);
+        if job.parts.is_empty() {
+            return self.finish_read(job, buffer);
+        }
+        self.next_read += 1;
+        job.slots.iter().for_each(|&slot| self.slots.pin(slot));
+        self.submit(Purpose::Read, self.next_read, Request::Read { buffer, parts: job.parts.clone() });
+        self.reads.insert(self.next_read, job);
+    }
+
     /// The object's own layer, all of it.
-    pub(super) fn whole_object(&mut self, pg: PgId, object: ObjectId) -> Result<Content, StoreError> {
+    fn plan_object(
+        &mut self,
+        tag: u64,
+        pg: PgId,
+        object: ObjectId,
+    ) -> Result<(ReadJob, BlocksMut), StoreError> {
+        let value = self.index.get(&layout::object_key(kind::OBJECT, pg, object))?;
+        let value = value.ok_or(StoreError::NotFound { object })?;
+        let record: ObjectRecord = layout::decode(value.record()?)?;
         let mut end = 0;
-        scan_pages(&self.kv, &layout::object_key(kind::CHUNK, pg, object), |key, _| {
-            let number = layout::parse_key(&key)?.number.unwrap_or(0);
+        self.index.each(&layout::object_key(kind::CHUNK, pg, object), |key, _| {
+            let number = layout::parse_numbered(&key)?.2;
             end = (number + 1).saturating_mul(BLOCKS_PER_CHUNK).min(OBJECT_BLOCKS_MAX);
             Ok(())
         })?;
-        self.resolve(pg, object, &[], 0, end)
+        let (mut job, buffer) = self.plan(tag, pg, object, &[], 0, end)?;
+        job.state = Some(record.into());
+        Ok((job, buffer))
     }
 
-    pub(super) fn resolve(
+    /// What to read from where; what is in memory is in the buffer already.
+    fn plan(
         &mut self,
+        tag: u64,
         pg: PgId,
         object: ObjectId,
         below: &[LayerId],
         first: u32,
         count: u32,
-    ) -> Result<Content, StoreError> {
+    ) -> Result<(ReadJob, BlocksMut), StoreError> {
         let end = first.checked_add(count).filter(|&end| end <= OBJECT_BLOCKS_MAX);
         let end = end.ok_or_else(|| StoreError::Invalid("the range is beyond the object".into()))?;
         if below.len() > LAYERS_MAX {
             return Err(StoreError::Invalid(format!("more than {LAYERS_MAX} layers")));
         }
-        let mut found = vec![Found::Absent; count as usize];
-        let mut data = vec![0u8; count as usize * BLOCK];
-        if count > 0 {
-            for number in first / BLOCKS_PER_CHUNK..=(end - 1) / BLOCKS_PER_CHUNK {
-                let start = number * BLOCKS_PER_CHUNK;
-                let mut wanted = bits(u32::MAX)
-                    .filter(|b| (first..end).contains(&(start + b)))
-                    .fold(0u32, |m, b| m | 1 << b);
-                for layer in std::iter::once(object.layer).chain(below.iter().copied()) {
-                    let object = ObjectId { layer, ..object };
-                    let Some(value) = self.get(&layout::numbered_key(kind::CHUNK, pg, object, number))?
-                    else {
-                        continue;
-                    };
-                    let chunk = ChunkRecord::decode(&value)?;
-                    for bit in bits(chunk.zero & wanted) {
-                        found[(start + bit - first) as usize] = Found::Zero;
+        let mut job = ReadJob {
+            tag,
+            work: Work::Settle,
+            attempts: 0,
+            state: None,
+            object,
+            first,
+            found: vec![Found::Absent; count as usize],
+            parts: Vec::new(),
+            slots: Vec::new(),
+        };
+        let mut buffer = BlocksMut::zeroed(count as usize);
+        if count == 0 {
+            return Ok((job, buffer));
+        }
+        for number in first / BLOCKS_PER_CHUNK..=(end - 1) / BLOCKS_PER_CHUNK {
+            let start = number * BLOCKS_PER_CHUNK;
+            let at = |bit: u32| (start + bit - first) as usize;
+            let mut wanted = bits(u32::MAX)
+                .filter(|b| (first..end).contains(&(start + b)))
+                .fold(0u32, |mask, b| mask | 1 << b);
+            for layer in std::iter::once(object.layer).chain(below.iter().copied()) {
+                let key = layout::numbered_key(kind::CHUNK, pg, ObjectId { layer, ..object }, number);
+                let Some(value) = self.index.get(&key)? else { continue };
+                let chunk = ChunkRecord::decode(value.record()?)?;
+                bits(chunk.zero & wanted).for_each(|bit| job.found[at(bit)] = Found::Zero);
+                for bit in bits(chunk.data & wanted) {
+                    job.found[at(bit)] = Found::Data(chunk.crcs[bit as usize], layer);
+                }
+                let overlay = self.index.overlay(&key)?;
+                for bit in bits(overlay.mask & chunk.data & wanted) {
+                    if let Some(block) = overlay.blocks[bit as usize] {
+                        buffer.bytes_mut()[at(bit) * BLOCK..][..BLOCK].copy_from_slice(block.bytes.get());
                     }
-                    for bit in bits(chunk.data & wanted) {
-                        found[(start + bit - first) as usize] = Found::Data(chunk.crcs[bit as usize]);
+                }
+                let stored = chunk.data & !overlay.mask & wanted;
+                if stored != 0 {
+                    let slot = chunk.slot.ok_or_else(|| StoreError::Fatal("data without a slot".into()))?;
+                    job.slots.push(slot);
+                    for (bit, len) in runs(stored) {
+                        let block = self.geometry.slot_block(slot) + u64::from(bit);
+                        job.parts.push(ReadPart { block, at: at(bit), count: len as usize });
                     }
-                    let at = |bit: u32| (start + bit - first) as usize * BLOCK;
-                    self.read_chunk(pg, object, number, &chunk, wanted, &mut data, at)?;
-                    wanted &= !(chunk.zero | chunk.data);
-                    if wanted == 0 {
-                        break;
-                    }
+                }
+                wanted &= !(chunk.zero | chunk.data);
+                if wanted == 0 {
+                    break;
                 }
             }
         }
-        Ok(assemble(first, &found, data))
+        Ok((job, buffer))
     }
 
-    /// Reads the `wanted` data blocks of one chunk to where `at` says.
-    #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename them
-    fn read_chunk(
+    pub(super) fn read_completed(&mut self, number: u64, buffer: Option<BlocksMut>, result: io::Result<()>) {
+        let Some(job) = self.reads.remove(&number) else { return };
+        job.slots.iter().for_each(|&slot| self.slots.unpin(slot));
+        let mut buffer = buffer.expect("a read gives its buffer back");
+        if let Err(e) = result
+            && let Err((at, why)) = self.find_unreadable(&job, &mut buffer, e)
+        {
+            let e = unreadable(&job, at, why.to_string());
+            self.checksum_errors += 1;
+            return self.finish(job.tag, job.done(Err(e)));
+        }
+        self.finish_read(job, buffer);
+    }
+
+    /// Reads block by block what could not be read in one go.
+    fn find_unreadable(
         &mut self,
-        pg: PgId,
-        object: ObjectId,
-        number: u32,
-        chunk: &ChunkRecord,
-        wanted: u32,
-        data: &mut [u8],
-        at: impl Fn(u32) -> usize,
-    ) -> Result<(), StoreError> {
-        let start = number * BLOCKS_PER_CHUNK;
-        for bit in bits(chunk.overlay & wanted) {
-            let value = self.get(&layout::numbered_key(kind::OVERLAY, pg, object, start + bit))?;
-            let value = value.filter(|v| v.len() == BLOCK);
-            let value = value
-                .ok_or_else(|| StoreError::Fatal("an overlay block is missing from the index".into()))?;
-            data[at(bit)..][..BLOCK].copy_from_slice(&value);
-        }
-        let mut rest = chunk.data & !chunk.overlay & wanted;
-        while rest != 0 {
-            let bit = rest.trailing_zeros();
-            let len = (rest >> bit).trailing_ones();
-            let slot = chunk.slot.ok_or_else(|| StoreError::Fatal("data without a slot".into()))?;
-            let offset = |bit: u32| layout::slot_offset(slot) + u64::from(bit * BLOCK_BYTES);
-            if self.device.read_at(offset(bit), &mut data[at(bit)..][..len as usize * BLOCK]).is_err() {
-                // Find the bad one.
-                for b in bit..bit + len {
-                    if let Err(e) = self.device.read_at(offset(b), &mut data[at(b)..][..BLOCK]) {
-                        self.checksum_errors += 1;
-                        return Err(StoreError::Unreadable { object, block: start + b, why: e.to_string() });
-                    }
-                }
-            }
-            rest &= !(((1u64 << len) - 1) << bit) as u32;
-        }
-        for bit in bits(chunk.data & wanted) {
-            if crc32fast::hash(&data[at(bit)..][..BLOCK]) != chunk.crcs[bit as usize] {
-                self.checksum_errors += 1;
-                let why = "checksum mismatch".to_string();
-                return Err(StoreError::Unreadable { object, block: start + bit, why });
+        job: &ReadJob,
+        buffer: &mut BlocksMut,
+        whole: io::Error,
+    ) -> Result<(), (usize, io::Error)> {
+        tracing::warn!(object = %job.object, error = %whole, "a read failed; trying block by block");
+        for part in &job.parts {
+            for i in 0..part.count {
+                let at = part.at + i;
+                self.device
+                    .read_now(part.block + i as u64, &mut buffer.blocks_mut()[at..at + 1])
+                    .map_err(|e| (at, e))?;
             }
         }
         Ok(())
     }
+
+    fn finish_read(&mut self, job: ReadJob, buffer: BlocksMut) {
+        let bytes = buffer.bytes();
+        let bad = job.found.iter().enumerate().find(|(i, found)| match found {
+            Found::Data(crc, _) => crc32fast::hash(&bytes[i * BLOCK..(i + 1) * BLOCK]) != *crc,
+            _ => false,
+        });
+        let result = match bad {
+            Some(_) if !job.parts.is_empty() && job.attempts < ATTEMPTS_MAX => {
+                return self.begin_read(job.tag, job.work, job.attempts + 1);
+            }
+            Some((at, _)) => {
+                self.checksum_errors += 1;
+                Err(unreadable(&job, at, "checksum mismatch".into()))
+            }
+            None => Ok(assemble(job.first, &job.found, buffer)),
+        };
+        self.finish(job.tag, job.done(result));
+    }
 }
 
-/// Content from what was found for each block; closes the gaps in `data`.
-fn assemble(first: u32, found: &[Found], mut data: Vec<u8>) -> Content {
+fn unreadable(job: &ReadJob, at: usize, why: String) -> StoreError {
+    let layer = match job.found[at] {
+        Found::Data(_, layer) => layer,
+        _ => job.object.layer,
+    };
+    StoreError::Unreadable { object: ObjectId { layer, ..job.object }, block: job.first + at as u32, why }
+}
+
+/// Content from what was found for each block; closes the gaps in the buffer.
+fn assemble(first: u32, found: &[Found], mut buffer: BlocksMut) -> Content {
     let mut extents: Vec<Extent> = Vec::new();
     let mut len = 0;
     for (i, f) in found.iter().enumerate() {
@@ -135,9 +257,9 @@ fn assemble(first: u32, found: &[Found], mut data: Vec<u8>) -> Content {
             (Found::Absent, _) => continue,
             (Found::Zero, Some(Extent { kind: ExtentKind::Zero, block_count, .. })) => *block_count += 1,
             (Found::Zero, _) => {
-                extents.push(Extent { first_block: block, block_count: 1, kind: ExtentKind::Zero })
+                extents.push(Extent { first_block: block, block_count: 1, kind: ExtentKind::Zero });
             }
-            (Found::Data(crc), last) => {
+            (Found::Data(crc, _), last) => {
                 match last {
                     Some(Extent { kind: ExtentKind::Data { crcs }, block_count, .. }) => {
                         *block_count += 1;
@@ -149,13 +271,11 @@ fn assemble(first: u32, found: &[Found], mut data: Vec<u8>) -> Content {
                     }
                 }
                 if len != i * BLOCK {
-                    data.copy_within(i * BLOCK..(i + 1) * BLOCK, len);
+                    buffer.bytes_mut().copy_within(i * BLOCK..(i + 1) * BLOCK, len);
                 }
                 len += BLOCK;
             }
         }
     }
-    data.truncate(len);
-    data.shrink_to_fit();
-    Content { extents, data: data.into() }
+    Content { extents, data: buffer.into_bytes(len) }
 }

@@ -1,10 +1,20 @@
 //! [`Kv`] on RocksDB. Nothing else in the product calls RocksDB.
 //!
-//! Memory is bounded: 16 MiB of block cache (filters and indexes included) and two 16 MiB write buffers.
+//! Its own log is off: the store's journal keeps what a batch holds until the batch is in a table file. A thread of its
+//! own writes and flushes. Memory is bounded: 16 MiB of block cache (filters and indexes included) and two 16 MiB write
+//! buffers.
 
 use super::kv::{Batch, Kv, Pair};
-use rocksdb::{BlockBasedOptions, Cache, DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
+use super::wake::Waker;
+use parking_lot::Mutex;
+use rocksdb::{
+    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, FlushOptions, IteratorMode, Options,
+    WriteBatch, WriteOptions,
+};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
 
 const BLOCK_CACHE_BYTES: usize = 16 << 20;
 const WRITE_BUFFER_BYTES: usize = 16 << 20;
@@ -12,10 +22,17 @@ const WRITE_BUFFERS: i32 = 2;
 const OPEN_FILES_MAX: i32 = 256;
 const LOG_FILES_MAX: usize = 2;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
+/// Every batch makes one small table: merging them late costs reads little and saves writes.
+const TABLES_BEFORE_COMPACTION: i32 = 8;
 
 /// An open RocksDB database.
 pub struct RocksKv {
-    db: DB,
+    db: Arc<DB>,
+    /// Taken when dropped, which ends the thread.
+    batches: Option<Sender<Batch>>,
+    results: Receiver<Result<(), String>>,
+    waker: Arc<Mutex<Option<Waker>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl RocksKv {
@@ -33,10 +50,48 @@ impl RocksKv {
         options.set_max_write_buffer_number(WRITE_BUFFERS);
         options.set_max_open_files(OPEN_FILES_MAX);
         options.set_keep_log_file_num(LOG_FILES_MAX);
-        let db = DB::open(&options, dir).map_err(|e| e.to_string())?;
-        Ok(RocksKv { db })
+        options.set_level_zero_file_num_compaction_trigger(TABLES_BEFORE_COMPACTION);
+        // Checksums do not compress.
+        options.set_compression_type(DBCompressionType::None);
+        let db = Arc::new(DB::open(&options, dir).map_err(|e| e.to_string())?);
+        let (batches, incoming) = channel::<Batch>();
+        let (outgoing, results) = channel();
+        let waker = Arc::new(Mutex::new(None::<Waker>));
+        let (writer, wake) = (db.clone(), waker.clone());
+        let thread = std::thread::Builder::new()
+            .name("index".into())
+            .spawn(move || {
+                for batch in incoming {
+                    if outgoing.send(write(&writer, batch)).is_err() {
+                        return;
+                    }
+                    if let Some(waker) = &*wake.lock() {
+                        waker.wake();
+                    }
+                }
+            })
+            .map_err(|e| e.to_string())?;
+        Ok(RocksKv { db, batches: Some(batches), results, waker, thread: Some(thread) })
     }
 }
+
+fn write(db: &DB, batch: Batch) -> Result<(), String> {
+    let mut changes = WriteBatch::default();
+    for (key, value) in batch {
+        match value {
+            Some(value) => changes.put(key, value),
+            None => changes.delete(key),
+        }
+    }
+    let mut options = WriteOptions::default();
+    options.disable_wal(true);
+    db.write_opt(changes, &options).map_err(|e| e.to_string())?;
+    let mut flush = FlushOptions::default();
+    flush.set_wait(true);
+    db.flush_opt(&flush).map_err(|e| e.to_string())
+}
+
+const GONE: &str = "the index's thread is gone";
 
 impl Kv for RocksKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, String> {
@@ -56,16 +111,33 @@ impl Kv for RocksKv {
         Ok(out)
     }
 
-    fn write(&mut self, batch: Batch, sync: bool) -> Result<(), String> {
-        let mut changes = WriteBatch::default();
-        for (key, value) in batch {
-            match value {
-                Some(value) => changes.put(key, value),
-                None => changes.delete(key),
-            }
+    fn start(&mut self, batch: Batch) {
+        // A thread that is gone shows in the result.
+        let _ = self.batches.as_ref().map(|batches| batches.send(batch));
+    }
+
+    fn poll(&mut self) -> Option<Result<(), String>> {
+        match self.results.try_recv() {
+            Ok(result) => Some(result),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(Err(GONE.into())),
         }
-        let mut options = WriteOptions::default();
-        options.set_sync(sync);
-        self.db.write_opt(changes, &options).map_err(|e| e.to_string())
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        self.results.recv().unwrap_or_else(|_| Err(GONE.into()))
+    }
+
+    fn set_waker(&mut self, waker: Waker) {
+        *self.waker.lock() = Some(waker);
+    }
+}
+
+impl Drop for RocksKv {
+    fn drop(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }

@@ -1,30 +1,161 @@
 //! A disk and an index in memory that lose in a crash what real ones may lose: the real store runs on them in
-//! tests and in the simulator. Deterministic: the seed decides what a crash keeps.
+//! tests and in the simulator. Deterministic: the seed decides what a crash keeps and in which order requests end.
 //!
 //! `SimDisk::new(size, seed)`, [`SimDisk::format`] once, [`SimDisk::open`]; to crash, drop the store, call
 //! [`SimDisk::crash`] and open again. Dropping alone is the end of the process: nothing is lost.
+//!
+//! Everything that changes the disk is an event. A recording disk keeps them all, so that a test can build, for any
+//! prefix of them, what a crash at that point may leave ([`SimDisk::crashed_at`]).
 
-use super::chunk_store::{ChunkStore, format_parts};
-use super::device::Device;
+use super::buffer::Block;
+use super::chunk_store::ChunkStore;
+use super::device::{Completion, Device, Request, Traffic};
 use super::kv::{Batch, Kv, Pair};
+use super::layout::{BLOCK, Geometry};
+use super::recover::format_parts;
+use super::wake::Waker;
 use super::{Identity, StoreError};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
 
 const SECTOR: usize = 512;
+const SECTORS: usize = BLOCK / SECTOR;
+
+type BlockImage = Arc<[u8; BLOCK]>;
+
+/// Something that changed what is, or may be, on the disk.
+#[derive(Clone)]
+enum Event {
+    /// A write began: from here on any of its sectors may be on the disk.
+    Begin {
+        write: u64,
+        block: u64,
+        data: Arc<Vec<u8>>,
+    },
+    /// The device said that it is done; `durable`: on the disk.
+    End {
+        write: u64,
+        durable: bool,
+    },
+    /// A flush that covers these writes ended.
+    Flushed(Vec<u64>),
+    Indexed(Arc<Batch>),
+    /// A note of the test.
+    Note(u64),
+}
+
+/// Blocks on the disk, and writes that may or may not be there.
+#[derive(Clone, Default)]
+struct Image {
+    blocks: HashMap<u64, BlockImage>,
+    /// In order of their begin.
+    volatile: BTreeMap<u64, (u64, Arc<Vec<u8>>)>,
+    index: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl Image {
+    fn apply(&mut self, event: &Event) {
+        match event {
+            Event::Begin { write, block, data } => {
+                self.volatile.insert(*write, (*block, data.clone()));
+            }
+            Event::End { write, durable: true } => self.settle(*write),
+            Event::End { .. } | Event::Note(_) => {}
+            Event::Flushed(writes) => writes.iter().for_each(|w| self.settle(*w)),
+            Event::Indexed(batch) => {
+                for (key, value) in batch.iter() {
+                    match value {
+                        Some(v) => self.index.insert(key.clone(), v.clone()),
+                        None => self.index.remove(key),
+                    };
+                }
+            }
+        }
+    }
+
+    /// A write is on the disk for good. What is older and volatile cannot come over it any more.
+    fn settle(&mut self, write: u64) {
+        let Some((block, data)) = self.volatile.remove(&write) else { return };
+        self.put(block, &data, |_| true);
+        let (from, to) = (block, block + (data.len() / BLOCK) as u64);
+        for (_, (start, older)) in self.volatile.range_mut(..write) {
+            let end = *start + (older.len() / BLOCK) as u64;
+            let (a, b) = (from.max(*start), to.min(end));
+            if a < b {
+                let older = Arc::make_mut(older);
+                for i in a..b {
+                    older[(i - *start) as usize * BLOCK..][..BLOCK]
+                        .copy_from_slice(&data[(i - from) as usize * BLOCK..][..BLOCK]);
+                }
+            }
+        }
+    }
+
+    fn put(&mut self, block: u64, data: &[u8], mut keep: impl FnMut(usize) -> bool) {
+        for (i, bytes) in data.chunks_exact(BLOCK).enumerate() {
+            let image = self.blocks.entry(block + i as u64).or_insert_with(|| Arc::new([0; BLOCK]));
+            for s in (0..SECTORS).filter(|s| keep(i * SECTORS + s)) {
+                Arc::make_mut(image)[s * SECTOR..][..SECTOR].copy_from_slice(&bytes[s * SECTOR..][..SECTOR]);
+            }
+        }
+    }
+
+    /// Power fails: of what is volatile, some is there.
+    fn crash(&mut self, rng: &mut StdRng) {
+        // All, nothing, whole writes, or single sectors.
+        let mode = rng.random_range(0..5);
+        for (_, (block, data)) in std::mem::take(&mut self.volatile) {
+            let whole = rng.random::<bool>();
+            self.put(block, &data, |_| match mode {
+                0 => false,
+                1 => true,
+                2 => whole,
+                3 => rng.random(),
+                _ => whole || rng.random_range(0..8) != 0,
+            });
+        }
+    }
+
+    fn read(&self, block: u64, out: &mut [u8]) {
+        match self.blocks.get(&block) {
+            Some(bytes) => out.copy_from_slice(&bytes[..]),
+            None => out.fill(0),
+        }
+        for (start, data) in self.volatile.values() {
+            if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
+                out.copy_from_slice(&data[(block - start) as usize * BLOCK..][..BLOCK]);
+            }
+        }
+    }
+}
 
 struct State {
-    disk: Vec<u8>,
-    unflushed: Vec<(usize, Vec<u8>)>,
-    index: BTreeMap<Vec<u8>, Vec<u8>>,
-    unsynced: Vec<Batch>,
-    /// Changing operations until everything fails; `None` never.
+    image: Image,
+    blocks: u64,
+    next_write: u64,
+    /// Writes that ended and are not flushed.
+    ended: Vec<u64>,
+    /// Requests in flight: their tag, and for writes and flushes what they cover.
+    pending: Vec<(u64, Pending)>,
+    /// Blocks that cannot be read.
+    unreadable: Vec<u64>,
+    /// A flush says yes and does nothing.
+    lying: bool,
+    /// Changing requests until everything fails; `None` never.
     fuse: Option<u64>,
+    record: Option<Vec<Event>>,
+    start: Image,
     rng: StdRng,
+}
+
+enum Pending {
+    Read(Request),
+    Write { write: u64, durable: bool },
+    Flush(Vec<u64>),
 }
 
 /// The machine: what survives when the store on it is dropped.
@@ -32,50 +163,69 @@ struct State {
 pub struct SimDisk(Arc<Mutex<State>>);
 
 /// The bytes of a [`SimDisk`].
-pub struct SimDevice(SimDisk);
+pub struct SimDevice {
+    disk: SimDisk,
+    waker: Waker,
+    traffic: Traffic,
+}
 
 /// The index on a [`SimDisk`].
-pub struct SimKv(SimDisk);
+pub struct SimKv {
+    disk: SimDisk,
+    result: Option<Result<(), String>>,
+}
 
 /// The real store on a [`SimDisk`].
 pub type SimStore = ChunkStore<SimDevice, SimKv>;
 
-fn apply(index: &mut BTreeMap<Vec<u8>, Vec<u8>>, batch: &Batch) {
-    for (key, value) in batch {
-        match value {
-            Some(v) => index.insert(key.clone(), v.clone()),
-            None => index.remove(key),
-        };
-    }
-}
-
 impl SimDisk {
-    /// `size` in bytes. The seed decides what crashes keep.
+    /// `size` in bytes, of which the journal takes 4 MiB unless formatted otherwise.
     pub fn new(size: usize, seed: u64) -> SimDisk {
+        SimDisk::with_image(Image::default(), (size / BLOCK) as u64, seed)
+    }
+
+    fn with_image(image: Image, blocks: u64, seed: u64) -> SimDisk {
         SimDisk(Arc::new(Mutex::new(State {
-            disk: vec![0; size],
-            unflushed: Vec::new(),
-            index: BTreeMap::new(),
-            unsynced: Vec::new(),
+            image,
+            blocks,
+            next_write: 0,
+            ended: Vec::new(),
+            pending: Vec::new(),
+            unreadable: Vec::new(),
+            lying: false,
             fuse: None,
+            record: None,
+            start: Image::default(),
             rng: StdRng::seed_from_u64(seed),
         })))
     }
 
-    pub fn parts(&self) -> (SimDevice, SimKv) {
-        (SimDevice(self.clone()), SimKv(self.clone()))
+    fn parts(&self) -> Result<(SimDevice, SimKv), StoreError> {
+        // Requests of an earlier store are gone with it; what they wrote is volatile.
+        self.0.lock().pending.clear();
+        let waker = Waker::new().map_err(|e| StoreError::Fatal(format!("no eventfd: {e}")))?;
+        let device = SimDevice { disk: self.clone(), waker, traffic: Traffic::default() };
+        Ok((device, SimKv { disk: self.clone(), result: None }))
     }
 
     /// Makes an empty store on it.
     pub fn format(&self, identity: Identity) -> Result<(), StoreError> {
-        let (mut device, mut kv) = self.parts();
-        format_parts(&mut device, &mut kv, identity)
+        let size = self.0.lock().blocks * BLOCK as u64;
+        self.format_with(identity, Geometry::for_size(size))
+    }
+
+    /// The same with a journal of so many blocks.
+    pub(super) fn format_with(&self, identity: Identity, geometry: Geometry) -> Result<(), StoreError> {
+        let (mut device, mut kv) = self.parts()?;
+        let nonce = self.0.lock().rng.random();
+        format_parts(&mut device, &mut kv, identity, geometry, nonce)
     }
 
     /// Opens the store on it; the one before must be gone.
     pub fn open(&self) -> Result<SimStore, StoreError> {
-        let (device, kv) = self.parts();
-        ChunkStore::open(device, kv)
+        let (device, kv) = self.parts()?;
+        let nonce = self.0.lock().rng.random();
+        ChunkStore::open(device, kv, nonce)
     }
 
     /// Lets so many writes and flushes succeed, then all fail until the next crash; `None` never.
@@ -83,33 +233,97 @@ impl SimDisk {
         self.0.lock().fuse = fuse;
     }
 
-    /// Flips bits of the durable disk.
+    /// Flips bits of the disk.
     pub fn corrupt(&self, offset: usize) {
-        self.0.lock().disk[offset] ^= 0xff;
-    }
-
-    /// Power fails: some sectors of unflushed writes are there, others not; unsynced batches of the
-    /// index are there up to some point.
-    pub fn crash(&self) {
         let mut state = self.0.lock();
-        let state = &mut *state;
-        for (offset, data) in std::mem::take(&mut state.unflushed) {
-            for (i, sector) in data.chunks(SECTOR).enumerate() {
-                if state.rng.random() {
-                    state.disk[offset + i * SECTOR..][..sector.len()].copy_from_slice(sector);
-                }
+        let image = &mut state.image;
+        let mut bytes = [0; BLOCK];
+        let block = (offset / BLOCK) as u64;
+        image.read(block, &mut bytes);
+        bytes[offset % BLOCK] ^= 0xff;
+        image.put(block, &bytes, |_| true);
+        for (start, data) in image.volatile.values_mut() {
+            if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
+                Arc::make_mut(data)[(block - *start) as usize * BLOCK + offset % BLOCK] =
+                    bytes[offset % BLOCK];
             }
         }
-        let batches = std::mem::take(&mut state.unsynced);
-        let keep = state.rng.random_range(0..=batches.len());
-        for batch in &batches[..keep] {
-            apply(&mut state.index, batch);
+    }
+
+    /// From now on reads of this block fail, or succeed again.
+    pub fn set_unreadable(&self, block: u64, unreadable: bool) {
+        let mut state = self.0.lock();
+        state.unreadable.retain(|b| *b != block);
+        if unreadable {
+            state.unreadable.push(block);
         }
+    }
+
+    /// From now on flushes and durable writes claim success and make nothing durable.
+    pub fn set_lying(&self, lying: bool) {
+        self.0.lock().lying = lying;
+    }
+
+    /// Power fails: of writes that are not flushed, some sectors are there, others not.
+    pub fn crash(&self) {
+        let mut state = self.0.lock();
+        let State { image, rng, .. } = &mut *state;
+        image.crash(rng);
+        state.ended.clear();
+        state.pending.clear();
         state.fuse = None;
+    }
+
+    /// Starts to record events.
+    pub fn record(&self) {
+        let mut state = self.0.lock();
+        state.start = state.image.clone();
+        state.record = Some(Vec::new());
+    }
+
+    /// Puts a note among the events.
+    pub fn note(&self, note: u64) {
+        self.0.lock().event(Event::Note(note));
+    }
+
+    /// Recorded events.
+    pub fn events(&self) -> usize {
+        self.0.lock().record.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Calls `each` for every point of the recording, with the last note before it and a maker of disks that a
+    /// crash at this point may leave.
+    pub fn crashed_at(&self, mut each: impl FnMut(usize, Option<u64>, &dyn Fn(u64) -> SimDisk)) {
+        let state = self.0.lock();
+        let (mut image, mut note) = (state.start.clone(), None);
+        let events = state.record.as_deref().unwrap_or_default();
+        for at in 0..=events.len() {
+            if at > 0 {
+                image.apply(&events[at - 1]);
+            }
+            match at.checked_sub(1).map(|i| &events[i]) {
+                Some(Event::Note(n)) => note = Some(*n),
+                // Changes nothing that a crash would show.
+                Some(Event::End { durable: false, .. }) => continue,
+                _ => {}
+            }
+            each(at, note, &|seed| {
+                let mut image = image.clone();
+                image.crash(&mut StdRng::seed_from_u64(seed));
+                SimDisk::with_image(image, state.blocks, seed)
+            });
+        }
     }
 }
 
 impl State {
+    fn event(&mut self, event: Event) {
+        self.image.apply(&event);
+        if let Some(record) = &mut self.record {
+            record.push(event);
+        }
+    }
+
     fn burn(&mut self) -> Result<(), String> {
         match &mut self.fuse {
             Some(0) => Err("the fuse is blown".into()),
@@ -121,78 +335,154 @@ impl State {
         }
     }
 
-    fn view(&self) -> BTreeMap<Vec<u8>, Vec<u8>> {
-        let mut view = self.index.clone();
-        self.unsynced.iter().for_each(|b| apply(&mut view, b));
-        view
+    fn read(&self, block: u64, out: &mut [u8]) -> io::Result<()> {
+        if self.unreadable.contains(&block) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if block >= self.blocks {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.image.read(block, out);
+        Ok(())
+    }
+
+    fn end(&mut self, tag: u64, pending: Pending) -> Completion {
+        let mut buffer = None;
+        let result = match pending {
+            Pending::Read(Request::Read { buffer: mut into, parts }) => {
+                let result = parts.iter().try_for_each(|p| {
+                    (0..p.count)
+                        .try_for_each(|i| self.read(p.block + i as u64, &mut into.blocks_mut()[p.at + i].0))
+                });
+                buffer = Some(into);
+                result
+            }
+            Pending::Read(_) => unreachable!("only reads are kept as requests"),
+            Pending::Write { write, durable } => {
+                // A write that fails may have done anything to what it covers.
+                let result = self.burn().map_err(io::Error::other);
+                if result.is_ok() {
+                    let durable = durable && !self.lying;
+                    self.event(Event::End { write, durable });
+                    if !durable {
+                        self.ended.push(write);
+                    }
+                }
+                result
+            }
+            Pending::Flush(writes) => {
+                let result = self.burn().map_err(io::Error::other);
+                if result.is_ok() && !self.lying {
+                    self.ended.retain(|w| !writes.contains(w));
+                    self.event(Event::Flushed(writes));
+                }
+                result
+            }
+        };
+        Completion { tag, buffer, result }
     }
 }
 
 impl Device for SimDevice {
-    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let (state, start) = (self.0.0.lock(), offset as usize);
-        buf.copy_from_slice(&state.disk[start..start + buf.len()]);
-        for (at, data) in &state.unflushed {
-            let (from, to) = (start.max(*at), (start + buf.len()).min(at + data.len()));
-            if from < to {
-                buf[from - start..to - start].copy_from_slice(&data[from - at..to - at]);
+    fn blocks(&self) -> u64 {
+        self.disk.0.lock().blocks
+    }
+
+    fn submit(&mut self, tag: u64, request: Request) {
+        self.traffic.count(&request);
+        let mut state = self.disk.0.lock();
+        let pending = match request {
+            Request::Write { block, data, durable } => {
+                let data: Vec<u8> = data.iter().flat_map(|d| d.bytes().iter().copied()).collect();
+                assert!(block + (data.len() / BLOCK) as u64 <= state.blocks, "a write beyond the disk");
+                let write = state.next_write;
+                state.next_write += 1;
+                state.event(Event::Begin { write, block, data: data.into() });
+                Pending::Write { write, durable }
             }
+            Request::Flush => Pending::Flush(state.ended.clone()),
+            read => Pending::Read(read),
+        };
+        state.pending.push((tag, pending));
+    }
+
+    /// One or several of what is in flight end, in any order.
+    fn complete(&mut self, out: &mut Vec<Completion>) {
+        let mut state = self.disk.0.lock();
+        if state.pending.is_empty() {
+            return;
         }
-        Ok(())
-    }
-
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut state = self.0.0.lock();
-        let result = state.burn().map_err(io::Error::other);
-        // A failing write may have done anything to what it covers.
-        state.unflushed.push((offset as usize, data.to_vec()));
-        result
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let mut state = self.0.0.lock();
-        state.burn().map_err(io::Error::other)?;
-        let state = &mut *state;
-        for (offset, data) in state.unflushed.drain(..) {
-            state.disk[offset..offset + data.len()].copy_from_slice(&data);
+        let count = state.pending.len();
+        let ends = state.rng.random_range(1..=count);
+        for _ in 0..ends {
+            let count = state.pending.len();
+            let at = state.rng.random_range(0..count);
+            let (tag, pending) = state.pending.swap_remove(at);
+            let completion = state.end(tag, pending);
+            out.push(completion);
         }
-        Ok(())
     }
 
-    fn size(&self) -> u64 {
-        self.0.0.lock().disk.len() as u64
+    fn wait(&mut self) {}
+
+    fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> io::Result<()> {
+        let state = self.disk.0.lock();
+        buffer.iter_mut().enumerate().try_for_each(|(i, b)| state.read(block + i as u64, &mut b.0))
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.traffic
     }
 }
 
 impl Kv for SimKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, String> {
-        let state = self.0.0.lock();
-        for batch in state.unsynced.iter().rev() {
-            if let Some((_, value)) = batch.iter().rev().find(|(k, _)| k == key) {
-                return Ok(value.clone());
-            }
-        }
-        Ok(state.index.get(key).cloned())
+        Ok(self.disk.0.lock().image.index.get(key).cloned())
     }
 
     fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> Result<Vec<Pair>, String> {
-        let view = self.0.0.lock().view();
+        let state = self.disk.0.lock();
         let start = prefix.max(from).to_vec();
-        let pairs = view.range(start..).take_while(|(k, _)| k.starts_with(prefix)).take(limit);
+        let pairs = state.image.index.range(start..).take_while(|(k, _)| k.starts_with(prefix)).take(limit);
         Ok(pairs.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
-    fn write(&mut self, batch: Batch, sync: bool) -> Result<(), String> {
-        let mut state = self.0.0.lock();
+    fn start(&mut self, batch: Batch) {
+        let mut state = self.disk.0.lock();
         let result = state.burn();
-        // Also a batch that failed may turn out to be there after the crash.
-        state.unsynced.push(batch);
-        if result.is_ok() && sync {
-            let state = &mut *state;
-            for batch in state.unsynced.drain(..) {
-                apply(&mut state.index, &batch);
-            }
+        // Also a batch that failed may turn out to be there.
+        if result.is_ok() || state.rng.random() {
+            state.event(Event::Indexed(batch.into()));
         }
-        result
+        self.result = Some(result);
+    }
+
+    fn poll(&mut self) -> Option<Result<(), String>> {
+        self.result.take()
+    }
+
+    fn finish(&mut self) -> Result<(), String> {
+        self.result.take().unwrap_or_else(|| Err("nothing was started".into()))
+    }
+
+    fn set_waker(&mut self, _: Waker) {}
+}
+
+/// The memory of a simulated disk, for tests that look at it.
+#[cfg(test)]
+impl SimDisk {
+    pub(super) fn block(&self, block: u64) -> Vec<u8> {
+        let mut out = vec![0; BLOCK];
+        self.0.lock().image.read(block, &mut out);
+        out
+    }
+
+    pub(super) fn set_block(&self, block: u64, bytes: &[u8]) {
+        let mut state = self.0.lock();
+        state.image.put(block, bytes, |_| true);
     }
 }

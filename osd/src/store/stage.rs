@@ -1,26 +1,32 @@
-//! Transactions that are not durable yet: a view of the index in memory in front of the real one.
+//! Transactions that are not in the journal yet: changes in memory in front of the index.
 
-use super::StoreError;
-use super::kv::{Batch, Kv, Pair};
-use bytes::Bytes;
-use std::collections::BTreeMap;
+use super::buffer::Blocks;
+use super::layout::Key;
+use super::view::{Value, View};
 
-const PAGE: usize = 1024;
+/// Blocks for a fresh slot, which no durable record names.
+pub struct FreshBlocks {
+    pub slot: u32,
+    /// First block within the slot.
+    pub first: u32,
+    pub data: Blocks,
+}
 
-type View = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
-
-/// What one transaction, or all of a group so far, changes.
+/// What one transaction, or all of a record so far, changes.
 #[derive(Default)]
 pub struct Changes {
     pub keys: View,
-    /// Device offset and bytes; only ever to slots that no durable record names.
-    pub writes: Vec<(u64, Bytes)>,
+    /// Prefixes of which everything was deleted before what `keys` puts there.
+    pub prefixes: Vec<Key>,
+    pub fresh: Vec<FreshBlocks>,
     pub taken: Vec<u32>,
     pub freed: Vec<u32>,
     pub objects: i64,
+    /// Data blocks that go to the journal.
+    pub data_blocks: u32,
 }
 
-/// Staged changes of a commit: the group's accepted transactions and the one being staged.
+/// Staged changes of a record: the accepted transactions and the one being staged.
 #[derive(Default)]
 pub struct Stage {
     pub group: Changes,
@@ -32,10 +38,12 @@ impl Stage {
     pub fn accept(&mut self) {
         let txn = std::mem::take(&mut self.txn);
         self.group.keys.extend(txn.keys);
-        self.group.writes.extend(txn.writes);
+        self.group.prefixes.extend(txn.prefixes);
+        self.group.fresh.extend(txn.fresh);
         self.group.taken.extend(txn.taken);
         self.group.freed.extend(txn.freed);
         self.group.objects += txn.objects;
+        self.group.data_blocks += txn.data_blocks;
     }
 
     /// Forgets the current transaction; returns the slots that it took.
@@ -43,61 +51,22 @@ impl Stage {
         std::mem::take(&mut self.txn).taken
     }
 
-    pub fn get(&self, kv: &impl Kv, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        match self.txn.keys.get(key).or_else(|| self.group.keys.get(key)) {
-            Some(value) => Ok(value.clone()),
-            None => kv.get(key).map_err(StoreError::Fatal),
-        }
+    pub fn get(&self, key: &Key) -> Option<&Option<Value>> {
+        self.txn.keys.get(key).or_else(|| self.group.keys.get(key))
     }
 
-    pub fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
+    pub fn put(&mut self, key: Key, value: impl Into<Value>) {
+        let value = value.into();
+        self.txn.data_blocks += u32::from(matches!(value, Value::Block(_)));
         self.txn.keys.insert(key, Some(value));
     }
 
-    pub fn delete(&mut self, key: Vec<u8>) {
+    pub fn delete(&mut self, key: Key) {
         self.txn.keys.insert(key, None);
     }
 
-    /// Everything with `prefix`, as the current transaction sees it.
-    pub fn scan(&self, kv: &impl Kv, prefix: &[u8]) -> Result<Vec<Pair>, StoreError> {
-        let mut out = View::new();
-        scan_pages(kv, prefix, |key, value| {
-            out.insert(key, Some(value));
-            Ok(())
-        })?;
-        for keys in [&self.group.keys, &self.txn.keys] {
-            for (key, value) in keys.range(prefix.to_vec()..).take_while(|(k, _)| k.starts_with(prefix)) {
-                out.insert(key.clone(), value.clone());
-            }
-        }
-        Ok(out.into_iter().filter_map(|(k, v)| Some((k, v?))).collect())
-    }
-
-    /// The group as a batch.
-    pub fn batch(&self) -> Batch {
-        self.group.keys.iter().map(|(k, v)| (k.clone(), v.clone())).collect()
-    }
-}
-
-/// Calls `each` with everything with `prefix`, in order, holding one page at a time.
-pub fn scan_pages(
-    kv: &impl Kv,
-    prefix: &[u8],
-    mut each: impl FnMut(Vec<u8>, Vec<u8>) -> Result<(), StoreError>,
-) -> Result<(), StoreError> {
-    let mut from = prefix.to_vec();
-    loop {
-        let page = kv.scan(prefix, &from, PAGE).map_err(StoreError::Fatal)?;
-        let full = page.len() == PAGE;
-        if let Some((last, _)) = page.last() {
-            from.clone_from(last);
-            from.push(0);
-        }
-        for (key, value) in page {
-            each(key, value)?;
-        }
-        if !full {
-            return Ok(());
-        }
+    /// Nothing would be journaled.
+    pub fn is_empty(&self) -> bool {
+        self.group.keys.is_empty() && self.group.prefixes.is_empty()
     }
 }

@@ -9,7 +9,8 @@ use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
 const PG: PgId = PgId { pool: PoolId(1), index: 3 };
-const IDENTITY: Identity = Identity { cluster: ClusterId([1; 16]), osd: OsdId(7), disk: ClusterId([2; 16]) };
+pub const IDENTITY: Identity =
+    Identity { cluster: ClusterId([1; 16]), osd: OsdId(7), disk: ClusterId([2; 16]) };
 const BLOCK: usize = BLOCK_BYTES as usize;
 
 fn object(index: u32) -> ObjectId {
@@ -32,7 +33,7 @@ fn sim(disk: &SimDisk) -> SimStore {
     disk.open().expect("opens")
 }
 fn new_sim(chunks: usize, seed: u64) -> SimDisk {
-    let disk = SimDisk::new((chunks + 1) * CHUNK_BYTES as usize, seed);
+    let disk = SimDisk::new((chunks + 1) * CHUNK_BYTES as usize + (4 << 20), seed);
     disk.format(IDENTITY).expect("formats");
     disk
 }
@@ -150,8 +151,8 @@ fn a_crash_at_any_step_keeps_what_was_acknowledged() {
 #[test]
 fn a_directory_store_keeps_its_contents() {
     let dir = tempfile::tempdir().expect("temporary directory");
-    format(dir.path(), 8 << 20, IDENTITY).expect("formats");
-    assert!(matches!(format(dir.path(), 8 << 20, IDENTITY), Err(StoreError::Invalid(_))));
+    format(dir.path(), 16 << 20, IDENTITY).expect("formats");
+    assert!(matches!(format(dir.path(), 16 << 20, IDENTITY), Err(StoreError::Invalid(_))));
     let mut store = open(dir.path()).expect("opens");
     assert!(open(dir.path()).is_err(), "the lock is held");
     let (acked, _) = workload(&mut store, 5, 30);
@@ -182,7 +183,7 @@ fn damage_is_unreadable_and_counted() {
     let disk = new_sim(64, 1);
     let mut store = sim(&disk);
     assert_eq!(store.commit(vec![txn(write(0, 0, 0, 32, 1))]), [Ok(())]);
-    disk.corrupt(CHUNK_BYTES as usize + 2 * BLOCK);
+    disk.corrupt(CHUNK_BYTES as usize + (4 << 20) + 2 * BLOCK);
     let read = store.read(PG, object(0), &[], 0, 32);
     assert!(matches!(read, Err(StoreError::Unreadable { block: 2, .. })), "{read:?}");
     assert_eq!(store.usage().checksum_errors, 1);
@@ -232,6 +233,6 @@ fn a_disk_that_holds_something_else_is_not_formatted() {
     foreign[1080..1082].copy_from_slice(&[0x53, 0xef]); // ext4
     let block = dir.path().join("block");
     std::fs::write(&block, &foreign).expect("writes");
-    assert!(matches!(format(dir.path(), 8 << 20, IDENTITY), Err(StoreError::Invalid(_))));
+    assert!(matches!(format(dir.path(), 16 << 20, IDENTITY), Err(StoreError::Invalid(_))));
     assert!(std::fs::read(&block).expect("reads") == foreign, "the disk was changed");
 }

@@ -1,24 +1,25 @@
-//! The one thread that owns a store: requests in order, consecutive commits made durable together.
+//! The one thread that owns a store. It starts what comes in and hands out what has ended; commits that wait are made
+//! durable together, reads go on meanwhile. Without work it sleeps.
 //!
 //! Requests wait in one bounded queue; callers keep to its length, otherwise they block. Every request is answered
 //! exactly once through its callback, on this thread (or on the caller's, with `Fatal`, once the thread is gone).
+//! A [watchdog](super::watchdog) stops the OSD when the disk does not answer (rule S9).
 
-use super::{ObjectState, PgMeta, Store, StoreError, Txn, TxnOp, Usage};
+use super::watchdog::{OnFatal, Watchdog};
+use super::{ConcurrentStore, Done, ObjectState, PgMeta, StoreError, Txn, Usage, Waker, Work};
 use crate::core::Listing;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use parking_lot::Mutex;
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::Duration;
 
-const GROUP_TXNS_MAX: usize = 256;
-const GROUP_BYTES_MAX: usize = 16 << 20;
+/// Requests taken at a time, so that what has ended is not kept waiting.
+const TAKE_MAX: usize = 256;
 /// Idle for this long means that write-back disturbs nobody.
 const IDLE: Duration = Duration::from_secs(1);
-/// Committed bytes after which write-back takes turns with requests.
-const UNSETTLED_BYTES_MAX: usize = 8 << 20;
 const LIST_PAGE: usize = 4096;
 
 type Answer<T> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
@@ -47,13 +48,15 @@ impl Request {
 #[derive(Clone)]
 pub struct StoreHandle {
     requests: SyncSender<Request>,
+    waker: Waker,
     usage: Arc<Mutex<Usage>>,
 }
 
 impl StoreHandle {
     fn send(&self, request: Request) {
-        if let Err(e) = self.requests.send(request) {
-            e.0.fail(StoreError::Fatal("the store's thread is gone".into()));
+        match self.requests.send(request) {
+            Ok(()) => self.waker.wake(),
+            Err(e) => e.0.fail(StoreError::Fatal("the store's thread is gone".into())),
         }
     }
 
@@ -99,36 +102,52 @@ impl StoreHandle {
 /// See the module docs.
 pub struct StoreThread;
 
-struct Worker<S: Store> {
+/// Who waits for the outcome of a started request.
+enum Pending {
+    Commit(Answer<()>),
+    Read(Answer<Content>),
+    ReadObject(Answer<(ObjectState, Content)>),
+    Settle,
+}
+
+struct Worker<S: ConcurrentStore> {
     store: S,
     requests: Receiver<Request>,
     usage: Arc<Mutex<Usage>>,
-    on_fatal: Option<Box<dyn FnOnce(String) + Send>>,
-    /// Bytes committed since write-back last had nothing more to do.
-    unsettled_bytes: usize,
+    watchdog: Watchdog,
+    pending: HashMap<u64, Pending>,
+    next_tag: u64,
+    /// Everything is in its final place.
     settled: bool,
+    settling: bool,
+    /// Its handles are gone.
+    closed: bool,
 }
 
 impl StoreThread {
-    /// Starts the thread. `on_fatal` is called once, at the first fatal error.
+    /// Starts the thread. `queue_len` bounds the requests that wait. `on_fatal` is called once, with the reason, when
+    /// the store has stopped for good.
     pub fn spawn(
-        store: impl Store + 'static,
+        store: impl ConcurrentStore + 'static,
         queue_len: usize,
         on_fatal: impl FnOnce(String) + Send + 'static,
     ) -> StoreHandle {
         let (tx, requests) = sync_channel(queue_len);
         let usage = Arc::new(Mutex::new(store.usage()));
-        let handle = StoreHandle { requests: tx, usage: usage.clone() };
+        let handle = StoreHandle { requests: tx, waker: store.waker(), usage: usage.clone() };
+        let on_fatal: OnFatal = Box::new(on_fatal);
         let thread = Worker {
             store,
             requests,
             usage,
-            on_fatal: Some(Box::new(on_fatal)),
-            unsettled_bytes: 0,
+            watchdog: Watchdog::new(on_fatal),
+            pending: HashMap::new(),
+            next_tag: 0,
             settled: false,
+            settling: false,
+            closed: false,
         };
-        let spawned =
-            std::thread::Builder::new().name("store".into()).spawn(move || thread.run(queue_len.max(1)));
+        let spawned = std::thread::Builder::new().name("store".into()).spawn(move || thread.run());
         if let Err(e) = spawned {
             // The closure, and with it the receiver, is gone: every request answers `Fatal`.
             tracing::error!("cannot start the store's thread: {e}");
@@ -137,74 +156,91 @@ impl StoreThread {
     }
 }
 
-impl<S: Store> Worker<S> {
-    fn run(mut self, batch_max: usize) {
-        let mut waiting = VecDeque::new();
+impl<S: ConcurrentStore> Worker<S> {
+    fn run(mut self) {
+        let waker = self.store.waker();
+        let mut done = Vec::new();
         loop {
-            let first = if self.settled {
-                self.requests.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                self.requests.recv_timeout(IDLE)
-            };
-            match first {
-                Ok(request) => waiting.push_back(request),
-                Err(RecvTimeoutError::Timeout) => {
-                    // Goes on until there is nothing left or somebody asks for something.
-                    loop {
-                        self.background();
-                        if self.settled {
-                            break;
-                        }
-                        if let Ok(request) = self.requests.try_recv() {
-                            waiting.push_back(request);
-                            break;
-                        }
+            let mut taken = 0;
+            while taken < TAKE_MAX {
+                match self.requests.try_recv() {
+                    Ok(request) => self.begin(request),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => {
+                        self.closed = true;
+                        break;
                     }
                 }
-                Err(RecvTimeoutError::Disconnected) => return,
+                taken += 1;
             }
-            while waiting.len() < batch_max
-                && let Ok(request) = self.requests.try_recv()
-            {
-                waiting.push_back(request);
+            self.watchdog.working();
+            let moved = self.store.progress(&mut done);
+            self.hand_out(&mut done);
+            if moved || taken > 0 {
+                continue;
             }
-            while let Some(request) = waiting.pop_front() {
-                self.serve(request, &mut waiting);
+            if self.store.busy() {
+                waker.arm();
+                match self.requests.try_recv() {
+                    Ok(request) => {
+                        waker.disarm();
+                        self.begin(request);
+                    }
+                    Err(_) => {
+                        self.store.wait();
+                        waker.disarm();
+                    }
+                }
+                continue;
             }
-            *self.usage.lock() = self.store.usage();
-            if self.unsettled_bytes > UNSETTLED_BYTES_MAX {
-                self.background();
+            self.watchdog.idle();
+            if self.closed || !self.sleep() {
+                return;
             }
         }
     }
 
-    fn background(&mut self) {
-        let result = self.store.background();
-        self.settled = !matches!(self.watch(result), Ok(true));
-        if self.settled {
-            self.unsettled_bytes = 0;
-        }
-    }
-
-    fn watch<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
-        if let Err(StoreError::Fatal(why)) = &result
-            && let Some(on_fatal) = self.on_fatal.take()
-        {
-            on_fatal(why.clone());
-        }
-        result
-    }
-
-    fn serve(&mut self, request: Request, waiting: &mut VecDeque<Request>) {
+    /// Waits for a request, or, once nothing has come for a while, for write-back to do; false when the handles are
+    /// gone.
+    fn sleep(&mut self) -> bool {
+        let request = if self.settled {
+            self.requests.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            self.requests.recv_timeout(IDLE)
+        };
         match request {
-            Request::Commit(txn, answer) => self.commit(txn, answer, waiting),
+            Ok(request) => self.begin(request),
+            Err(RecvTimeoutError::Timeout) => {
+                self.settled = true;
+                if !self.settling {
+                    self.settling = true;
+                    self.start(Work::Settle, Pending::Settle);
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        true
+    }
+
+    fn start(&mut self, work: Work, pending: Pending) {
+        self.next_tag += 1;
+        self.pending.insert(self.next_tag, pending);
+        self.store.start(self.next_tag, work);
+    }
+
+    fn begin(&mut self, request: Request) {
+        self.watchdog.working();
+        match request {
+            Request::Commit(txn, answer) => {
+                self.settled = false;
+                self.start(Work::Commit(vec![txn]), Pending::Commit(answer));
+            }
             Request::Read { pg, object, below, first, count, answer } => {
-                let result = self.store.read(pg, object, &below, first, count);
-                answer(self.watch(result));
+                let work = Work::Read { pg, object, below, first_block: first, block_count: count };
+                self.start(work, Pending::Read(answer));
             }
             Request::ReadObject(pg, object, answer) => {
-                let result = self.store.read_object(pg, object);
-                answer(self.watch(result));
+                self.start(Work::ReadObject { pg, object }, Pending::ReadObject(answer));
             }
             Request::List(pg, answer) => {
                 let result = self.list(pg);
@@ -217,30 +253,32 @@ impl<S: Store> Worker<S> {
         }
     }
 
-    fn commit(&mut self, txn: Txn, answer: Answer<()>, waiting: &mut VecDeque<Request>) {
-        let mut bytes = txn_bytes(&txn);
-        let (mut txns, mut answers) = (vec![txn], vec![answer]);
-        while txns.len() < GROUP_TXNS_MAX && bytes < GROUP_BYTES_MAX {
-            match waiting.pop_front() {
-                Some(Request::Commit(txn, answer)) => {
-                    bytes += txn_bytes(&txn);
-                    txns.push(txn);
-                    answers.push(answer);
+    fn hand_out(&mut self, done: &mut Vec<(u64, Done)>) {
+        if !done.is_empty() {
+            *self.usage.lock() = self.store.usage();
+        }
+        for (tag, done) in done.drain(..) {
+            match (self.pending.remove(&tag), done) {
+                (Some(Pending::Commit(answer)), Done::Commit(results)) => {
+                    let result = results.into_iter().next().unwrap_or(Ok(()));
+                    answer(self.watch(result));
                 }
-                Some(other) => {
-                    waiting.push_front(other);
-                    break;
+                (Some(Pending::Read(answer)), Done::Read(result)) => answer(self.watch(result)),
+                (Some(Pending::ReadObject(answer)), Done::ReadObject(result)) => answer(self.watch(result)),
+                (Some(Pending::Settle), Done::Settled(result)) => {
+                    self.settling = false;
+                    let _ = self.watch(result);
                 }
-                None => break,
+                (_, done) => unreachable!("an outcome that nobody waits for: {done:?}"),
             }
         }
-        self.unsettled_bytes += bytes;
-        self.settled = false;
-        let results = self.store.commit(txns);
-        *self.usage.lock() = self.store.usage();
-        for (answer, result) in answers.into_iter().zip(results) {
-            answer(self.watch(result));
+    }
+
+    fn watch<T>(&mut self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::Fatal(why)) = &result {
+            self.watchdog.fatal(why);
         }
+        result
     }
 
     fn list(&mut self, pg: PgId) -> Result<Listing, StoreError> {
@@ -262,14 +300,4 @@ impl<S: Store> Worker<S> {
             }
         }
     }
-}
-
-fn txn_bytes(txn: &Txn) -> usize {
-    let content = |op: &TxnOp| match op {
-        TxnOp::Write { content, .. } | TxnOp::Replace { content, .. } | TxnOp::Prepare { content, .. } => {
-            content.data.len()
-        }
-        _ => 0,
-    };
-    txn.ops.iter().map(content).sum()
 }

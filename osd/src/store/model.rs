@@ -1,0 +1,316 @@
+//! The store's contract once more, as plainly as it can be said, and random operations on it. Shares no code with the
+//! store.
+
+use super::*;
+use gabion_proto::limits::*;
+use rand::Rng;
+use rand::rngs::StdRng;
+use std::collections::BTreeMap;
+
+pub const PGS: [PgId; 2] = [PgId { pool: PoolId(1), index: 3 }, PgId { pool: PoolId(1), index: 4 }];
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// Content of a block by its stamp; 0 is zeros.
+pub fn stamped(stamp: u32, block: u32) -> Vec<u8> {
+    if stamp == 0 {
+        return vec![0; BLOCK];
+    }
+    let mut out = Vec::with_capacity(BLOCK);
+    while out.len() < BLOCK {
+        out.extend_from_slice(&stamp.to_le_bytes());
+        out.extend_from_slice(&block.to_le_bytes());
+        out.extend_from_slice(&(out.len() as u64).to_le_bytes());
+    }
+    out
+}
+
+/// Blocks that are present, by their stamps.
+pub type ModelBlocks = BTreeMap<u32, u32>;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelObject {
+    pub version: u64,
+    pub deleted: bool,
+    pub blocks: ModelBlocks,
+    pub pending: Option<(u64, ModelBlocks)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelPg {
+    pub meta: Option<PgMeta>,
+    pub objects: BTreeMap<ObjectId, ModelObject>,
+    pub missing: BTreeMap<ObjectId, (u64, bool)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model(pub BTreeMap<PgId, ModelPg>);
+
+pub fn v(raw: u64) -> Version {
+    Version::from_raw(raw)
+}
+
+pub fn object(index: u32, layer: u32) -> ObjectId {
+    ObjectId { volume: VolumeId(9), index, layer: LayerId(layer) }
+}
+
+/// Stamped content of these blocks.
+pub fn content(blocks: &ModelBlocks) -> Content {
+    let (mut extents, mut data) = (Vec::new(), Vec::new());
+    for (&block, &stamp) in blocks {
+        let one = match stamp {
+            0 => Content::zero(block, 1),
+            _ => Content::data(block, stamped(stamp, block).into()),
+        };
+        extents.extend(one.extents);
+        data.extend_from_slice(&one.data);
+    }
+    Content { extents, data: data.into() }
+}
+
+/// The stamps in content that a store returned.
+pub fn stamps(content: &Content) -> ModelBlocks {
+    content.validate(true).expect("valid content");
+    let mut out = ModelBlocks::new();
+    for (block, bytes, _) in content.data_blocks() {
+        let stamp = u32::from_le_bytes(bytes[..4].try_into().expect("4 bytes"));
+        assert!(bytes == stamped(stamp, block), "block {block} holds bytes that were never written there");
+        assert!(out.insert(block, stamp).is_none());
+    }
+    for e in content.extents.iter().filter(|e| e.kind == gabion_proto::blocks::ExtentKind::Zero) {
+        for block in e.first_block..e.first_block + e.block_count {
+            assert!(out.insert(block, 0).is_none());
+        }
+    }
+    out
+}
+
+impl Model {
+    /// Applies a transaction whole or not at all; whether it was.
+    pub fn apply(&mut self, txn: &Txn) -> bool {
+        let mut pg = self.0.get(&txn.pg).cloned().unwrap_or_default();
+        let done = txn.ops.iter().all(|op| step(&mut pg, op));
+        if done {
+            if pg == ModelPg::default() {
+                self.0.remove(&txn.pg);
+            } else {
+                self.0.insert(txn.pg, pg);
+            }
+        }
+        done
+    }
+
+    /// What a store holds.
+    pub fn of(store: &mut impl Store) -> Model {
+        let mut out = Model::default();
+        let metas: BTreeMap<_, _> = store.pgs().expect("groups").into_iter().collect();
+        for id in PGS {
+            let mut pg = ModelPg { meta: metas.get(&id).copied(), ..ModelPg::default() };
+            for (object, state) in store.list(id, None, 1000).expect("lists") {
+                let (read, content) = store.read_object(id, object).expect("reads");
+                assert_eq!(read, state);
+                let pending = state.pending.map(|p| (p.raw(), ModelBlocks::new()));
+                let (version, deleted) = (state.version.raw(), state.deleted);
+                pg.objects
+                    .insert(object, ModelObject { version, deleted, blocks: stamps(&content), pending });
+            }
+            for (object, needed) in store.list_missing(id, None, 1000).expect("lists") {
+                pg.missing.insert(object, (needed.version.raw(), needed.deleted));
+            }
+            if pg != ModelPg::default() {
+                out.0.insert(id, pg);
+            }
+        }
+        out
+    }
+
+    /// Without what a store does not show.
+    pub fn visible(&self) -> Model {
+        let mut out = self.clone();
+        for object in out.0.values_mut().flat_map(|pg| pg.objects.values_mut()) {
+            object.pending.iter_mut().for_each(|(_, blocks)| blocks.clear());
+        }
+        out
+    }
+
+    pub fn objects(&self) -> u64 {
+        self.0.values().map(|pg| pg.objects.len() as u64).sum()
+    }
+
+    /// What a read through layers returns.
+    pub fn read(&self, pg: PgId, top: ObjectId, below: &[LayerId], first: u32, count: u32) -> ModelBlocks {
+        let mut out = ModelBlocks::new();
+        let Some(pg) = self.0.get(&pg) else { return out };
+        for layer in std::iter::once(top.layer).chain(below.iter().copied()) {
+            let Some(object) = pg.objects.get(&ObjectId { layer, ..top }) else { continue };
+            for (&block, &stamp) in object.blocks.range(first..first + count) {
+                out.entry(block).or_insert(stamp);
+            }
+        }
+        out
+    }
+}
+
+fn step(pg: &mut ModelPg, op: &TxnOp) -> bool {
+    let at = |pg: &ModelPg, o: &ObjectId| pg.objects.get(o).cloned().unwrap_or_default();
+    let set = |pg: &mut ModelPg, o: &ObjectId, version: &Version, deleted, blocks| {
+        pg.objects.insert(*o, ModelObject { version: version.raw(), deleted, blocks, pending: None });
+    };
+    match op {
+        TxnOp::Write { object: o, prev, version, content } => {
+            let mut now = at(pg, o);
+            if now.version != prev.raw() || version <= prev {
+                return false;
+            }
+            now.blocks.extend(stamps(content));
+            set(pg, o, version, false, now.blocks);
+        }
+        TxnOp::Zero { object: o, prev, version, first_block, block_count, .. } => {
+            let mut now = at(pg, o);
+            if now.version != prev.raw() || version <= prev {
+                return false;
+            }
+            now.blocks.extend((*first_block..first_block + block_count).map(|b| (b, 0)));
+            set(pg, o, version, false, now.blocks);
+        }
+        TxnOp::Delete { object: o, prev, version } => {
+            if at(pg, o).version != prev.raw() || version <= prev {
+                return false;
+            }
+            set(pg, o, version, true, ModelBlocks::new());
+        }
+        TxnOp::Replace { object: o, version, deleted, content } => {
+            set(pg, o, version, *deleted, stamps(content));
+            pg.missing.remove(o);
+        }
+        TxnOp::Prepare { object: o, base, version, content } => {
+            let now = at(pg, o);
+            if now.version != base.raw() {
+                return false;
+            }
+            let pending = Some((version.raw(), stamps(content)));
+            pg.objects.insert(*o, ModelObject { pending, ..now });
+        }
+        TxnOp::CommitPending { object: o, version } => {
+            let mut now = at(pg, o);
+            if now.version == version.raw() {
+                return true;
+            }
+            match now.pending {
+                Some((pending, blocks)) if pending == version.raw() => now.blocks.extend(blocks),
+                _ => return false,
+            }
+            set(pg, o, version, false, now.blocks);
+        }
+        TxnOp::RollbackPending { object: o } => {
+            let now = at(pg, o);
+            if now.version == 0 {
+                pg.objects.remove(o);
+            } else {
+                pg.objects.insert(*o, ModelObject { pending: None, ..now });
+            }
+        }
+        TxnOp::PurgeTombstone { object: o, version } => {
+            let now = at(pg, o);
+            if now.deleted && now.version == version.raw() {
+                pg.objects.remove(o);
+            }
+        }
+        TxnOp::Purge { object: o } => {
+            pg.objects.remove(o);
+            pg.missing.remove(o);
+        }
+        TxnOp::SetMeta(meta) => pg.meta = Some(*meta),
+        TxnOp::AddMissing { object: o, needed } => {
+            pg.missing.insert(*o, (needed.version.raw(), needed.deleted));
+        }
+        TxnOp::DropMissing { object: o } => _ = pg.missing.remove(o),
+        TxnOp::ClearMissing => pg.missing.clear(),
+        TxnOp::RemovePg => *pg = ModelPg::default(),
+    }
+    true
+}
+
+/// Makes random transactions that mostly succeed.
+pub struct Generator {
+    pub rng: StdRng,
+    next_stamp: u32,
+}
+
+impl Generator {
+    pub fn new(rng: StdRng) -> Generator {
+        Generator { rng, next_stamp: 1 }
+    }
+
+    fn range(&mut self) -> (u32, u32) {
+        match self.rng.random_range(0..8) {
+            0 => (self.rng.random_range(0..3) * BLOCKS_PER_CHUNK, BLOCKS_PER_CHUNK),
+            1 => (self.rng.random_range(0..40), self.rng.random_range(30..70)),
+            _ => (self.rng.random_range(0..90), self.rng.random_range(1..4)),
+        }
+    }
+
+    fn blocks(&mut self) -> ModelBlocks {
+        let (first, count) = self.range();
+        let (zeros, sparse) = (self.rng.random_range(0..4) == 0, self.rng.random_range(0..6) == 0);
+        self.next_stamp += 1;
+        let stamp = self.next_stamp;
+        (first..first + count)
+            .filter(|b| !sparse || b % 2 == 0)
+            .map(|b| (b, if zeros && b % 3 == 0 { 0 } else { stamp }))
+            .collect()
+    }
+
+    fn op(&mut self, pg: &ModelPg) -> TxnOp {
+        let object = object(self.rng.random_range(0..3), self.rng.random_range(0..2));
+        let now = pg.objects.get(&object).cloned().unwrap_or_default();
+        let wrong = self.rng.random_range(0..30) == 0;
+        let prev = v(now.version + u64::from(wrong));
+        let version = v(prev.raw() + self.rng.random_range(1..3));
+        match self.rng.random_range(0..40) {
+            0..16 => TxnOp::Write { object, prev, version, content: content(&self.blocks()) },
+            16..20 => {
+                let (first_block, block_count) = self.range();
+                let discard = self.rng.random();
+                TxnOp::Zero { object, prev, version, first_block, block_count, discard }
+            }
+            20..22 => TxnOp::Delete { object, prev, version },
+            22..25 => {
+                let deleted = self.rng.random_range(0..4) == 0;
+                let blocks = if deleted { ModelBlocks::new() } else { self.blocks() };
+                TxnOp::Replace { object, version, deleted, content: content(&blocks) }
+            }
+            25..29 => {
+                let pending = now.pending.as_ref().map_or(0, |(v, _)| *v);
+                let version = v(version.raw().max(pending + 1));
+                TxnOp::Prepare { object, base: prev, version, content: content(&self.blocks()) }
+            }
+            29..32 => {
+                let pending = now.pending.map_or(now.version, |(v, _)| v);
+                TxnOp::CommitPending { object, version: v(pending) }
+            }
+            32 => TxnOp::RollbackPending { object },
+            33 => TxnOp::PurgeTombstone { object, version: v(now.version) },
+            34 => TxnOp::Purge { object },
+            35 => TxnOp::SetMeta(PgMeta { promised: Epoch(version.raw()), activated: Epoch(prev.raw()) }),
+            36 => TxnOp::AddMissing { object, needed: Needed { version, deleted: wrong } },
+            37 => TxnOp::DropMissing { object },
+            38 => TxnOp::ClearMissing,
+            _ if self.rng.random_range(0..4) == 0 => TxnOp::RemovePg,
+            _ => TxnOp::Write { object, prev, version, content: content(&self.blocks()) },
+        }
+    }
+
+    /// A transaction on top of `model`.
+    pub fn txn(&mut self, model: &Model) -> Txn {
+        let pg = PGS[self.rng.random_range(0..PGS.len())];
+        let mut scratch = model.0.get(&pg).cloned().unwrap_or_default();
+        let count = if self.rng.random_range(0..4) == 0 { 3 } else { 1 };
+        let mut ops = Vec::new();
+        for _ in 0..count {
+            let op = self.op(&scratch);
+            step(&mut scratch, &op);
+            ops.push(op);
+        }
+        Txn { pg, ops, reserve: false }
+    }
+}
