@@ -10,7 +10,7 @@ use crate::store::{self, Identity, Store as _, StoreError, Usage};
 use bytes::Bytes;
 use gabion_common::clock::boottime_ms;
 use gabion_proto::ids::*;
-use gabion_proto::limits::{DISK_SILENT_MAX, FULL_FREE_PERCENT, HEARTBEAT, LEASE};
+use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
 use gabion_proto::pb::{BootRequest, HeartbeatReply, HeartbeatRequest, OsdStats};
@@ -216,7 +216,6 @@ impl Shell {
         beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let (beat_tx, mut beats) = mpsc::channel::<(u64, Result<HeartbeatReply, tonic::Status>)>(16);
         let mut beating = 0;
-        let mut silent_ticks = 0;
         self.map.mark_changed();
         loop {
             tokio::select! {
@@ -250,7 +249,6 @@ impl Shell {
                 }
                 Some(answer) = self.answers.recv() => {
                     self.outstanding -= usize::from(answer.from_store);
-                    silent_ticks = 0;
                     if answer.run == self.run {
                         self.step(&mut run, answer.event);
                     }
@@ -260,17 +258,7 @@ impl Shell {
                     let map = self.map.borrow_and_update().clone();
                     self.step(&mut run, Event::Map(map));
                 }
-                _ = tick.tick() => {
-                    // Counted in ticks, not by the clock: what stops this process stops the disk's thread too.
-                    silent_ticks = if self.outstanding > 0 { silent_ticks + 1 } else { 0 };
-                    if silent_ticks >= DISK_SILENT_MAX.as_millis() / TICK.as_millis() {
-                        let why = format!("the disk has not answered for {} s", DISK_SILENT_MAX.as_secs());
-                        error!(osd = %id, %why, "the OSD stops itself; look at the disk");
-                        self.monitors.goodbye(id, incarnation).await;
-                        return Err(ServerError::Fatal(why));
-                    }
-                    self.step(&mut run, Event::Tick);
-                }
+                _ = tick.tick() => self.step(&mut run, Event::Tick),
                 Some(input) = self.inputs.recv(), if self.backlog.len() < STORE_REQUESTS_MAX => self.input(&mut run, input),
             }
         }

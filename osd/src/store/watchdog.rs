@@ -1,18 +1,22 @@
 //! The self-fence (rule S9): a disk that does not answer for too long stops its OSD, before its peers and the
 //! monitors must guess. A thread of its own, because the store's thread may be the one that hangs.
 
+use gabion_proto::limits::DISK_SILENT_MAX;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Without an answer for this long the disk counts as gone.
-pub const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// The limit is waited for in so many parts: what stops this process stops the disk's thread too, and then only
+/// the part that runs is over too early.
+const PARTS: u32 = 10;
 
 pub type OnFatal = Box<dyn FnOnce(String) + Send>;
 
 struct State {
-    /// When the store's thread last said that it is at work; `None` while it waits for requests.
-    working_since: Option<Instant>,
+    /// The store's thread is at work; otherwise it waits for requests.
+    working: bool,
+    /// Counts what has moved.
+    moves: u64,
     on_fatal: Option<OnFatal>,
     /// The watcher waits to be told of work. It is not told of every request, which would cost as much as one.
     parked: bool,
@@ -30,11 +34,12 @@ pub struct Watchdog(Arc<Shared>);
 
 impl Watchdog {
     pub fn new(on_fatal: OnFatal) -> Watchdog {
-        Watchdog::with_limit(on_fatal, ANSWER_MAX)
+        Watchdog::with_limit(on_fatal, DISK_SILENT_MAX)
     }
 
     pub fn with_limit(on_fatal: OnFatal, limit: Duration) -> Watchdog {
-        let state = State { working_since: None, on_fatal: Some(on_fatal), parked: false, closed: false };
+        let state =
+            State { working: false, moves: 0, on_fatal: Some(on_fatal), parked: false, closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let watched = shared.clone();
         let spawned =
@@ -48,7 +53,8 @@ impl Watchdog {
     /// Something has moved; from now on the next thing has to within the limit.
     pub fn working(&self) {
         let mut state = self.0.state.lock();
-        state.working_since = Some(Instant::now());
+        state.working = true;
+        state.moves += 1;
         if std::mem::take(&mut state.parked) {
             self.0.changed.notify_one();
         }
@@ -56,7 +62,7 @@ impl Watchdog {
 
     /// Nothing is expected of the disk.
     pub fn idle(&self) {
-        self.0.state.lock().working_since = None;
+        self.0.state.lock().working = false;
     }
 
     /// The store has stopped for good; says so once.
@@ -78,17 +84,22 @@ impl Drop for Watchdog {
 impl Shared {
     fn watch(&self, limit: Duration) {
         let mut state = self.state.lock();
+        let (mut seen, mut silent_parts) = (state.moves, 0);
         loop {
             if state.closed {
                 return;
             }
-            let Some(since) = state.working_since else {
+            if !state.working {
                 state.parked = true;
                 self.changed.wait(&mut state);
+                (seen, silent_parts) = (state.moves, 0);
                 continue;
-            };
-            if since.elapsed() < limit {
-                let _ = self.changed.wait_until(&mut state, since + limit);
+            }
+            if silent_parts < PARTS {
+                // Notified only when this watcher is parked or the store is closed.
+                let _ = self.changed.wait_for(&mut state, limit / PARTS);
+                silent_parts = if state.moves == seen { silent_parts + 1 } else { 0 };
+                seen = state.moves;
                 continue;
             }
             let on_fatal = state.on_fatal.take();
@@ -98,5 +109,25 @@ impl Shared {
             }
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn silence_at_work_is_fatal_once() {
+        let (tx, rx) = channel();
+        let dog = Watchdog::with_limit(
+            Box::new(move |why| tx.send(why).expect("the test waits")),
+            Duration::from_millis(50),
+        );
+        dog.working();
+        let why = rx.recv_timeout(Duration::from_secs(60)).expect("the watcher speaks");
+        assert!(why.contains("not answered"), "{why}");
+        dog.fatal("a second reason");
+        assert!(rx.recv().is_err(), "once");
     }
 }

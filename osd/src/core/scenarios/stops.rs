@@ -9,4 +9,3 @@ fn a_disk_that_stops_for_good_is_no_input_error() {
     rig.answer_read(Err(StoreError::Fatal("gone".into())));
     assert_eq!(rig.reply(read), Some(&OpReply::Retry { epoch: Epoch(10), why: RetryWhy::NotActive }));
 }
-
