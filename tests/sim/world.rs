@@ -7,6 +7,7 @@ use crate::oracle::Oracle;
 use crate::rng::Rng;
 use bytes::Bytes;
 use gabion_monitor::decide::{self, FailureDetector, Timing};
+use gabion_monitor::state::intervals::earlier_primaries;
 use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_osd::core::*;
 use gabion_osd::store::*;
@@ -551,6 +552,16 @@ impl World {
         if self.lost_between(node, monitor) {
             self.at(100, Ev::ToMonitor { node, run, token, request });
             return;
+        }
+        if let MonitorRequest::Activated { pg, interval } = request {
+            // As the monitor does (rule P6).
+            let current = self.state.map.pgs.get(&pg).filter(|r| r.interval == interval);
+            let mut earlier = current.map(earlier_primaries).unwrap_or_default();
+            earlier.retain(|o| self.state.map.up_osd(*o).is_some());
+            if earlier.iter().any(|o| self.acked.get(o).is_none_or(|a| *a < interval)) {
+                self.at(50, Ev::ToMonitor { node, run, token, request });
+                return;
+            }
         }
         let (osd, incarnation) = (self.nodes[node].id, self.nodes[node].incarnation);
         self.log(|| format!("osd.{node} reports {request:?}"));

@@ -42,7 +42,7 @@ pub enum Event {
     Tick,
     /// A clean stop: nothing is served under its lease any more.
     Goodbye { osd: OsdId, incarnation: Incarnation },
-    /// The primary `osd` has waited `age_ms` for `peer` (rule P8).
+    /// The primary `osd` has waited `age_ms` for `peer` (rule P8), or cannot go on itself: then it is the peer.
     Stuck {
         osd: OsdId,
         incarnation: Incarnation,
@@ -125,8 +125,7 @@ impl FailureDetector {
                     r.interval == interval && r.primary == Some(osd) && r.acting.contains(&peer)
                 });
                 let peer_up = state.map.up_osd(peer).is_some_and(|o| o.incarnation == peer_incarnation);
-                if current && peer_up && peer != osd && u128::from(age_ms) >= limits::SUBOP_STUCK.as_millis()
-                {
+                if current && peer_up && u128::from(age_ms) >= limits::SUBOP_STUCK.as_millis() {
                     out.push(Command::SuspectPeer { osd, incarnation, pg, interval, peer, peer_incarnation });
                 }
             }

@@ -1,7 +1,7 @@
 //! `ClientService`: sessions of gateways, and attachments with their fences (rules C1 to C3).
 
 use super::Monitor;
-use crate::state::{Command, Reply};
+use crate::state::{Command, MonitorState, Reply};
 use gabion_proto::ids::*;
 use gabion_proto::pb::{self, Empty};
 use std::time::Duration;
@@ -13,21 +13,25 @@ type Answer<T> = Result<Response<T>, Status>;
 const FENCE_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl Monitor {
-    /// Waits until every OSD has `epoch` in force or is down (its lease has run out).
-    pub(super) async fn in_force(&self, epoch: Epoch) -> Result<(), Status> {
+    /// Waits until every OSD that `counts` picks has `epoch` in force or is down (its lease has run out).
+    pub(super) async fn in_force(
+        &self,
+        epoch: Epoch,
+        counts: impl Fn(&MonitorState, OsdId) -> bool + Send,
+    ) -> Result<(), Status> {
         let mut reports = self.0.osd_reports.subscribe();
         let mut states = self.0.consensus.watch();
         let deadline = tokio::time::Instant::now() + FENCE_TIMEOUT;
         loop {
             let state = states.borrow_and_update().clone();
             reports.mark_unchanged();
-            let Some(behind) = self.0.volatile.lock().behind(&state, epoch) else { return Ok(()) };
+            let Some(behind) = self.0.volatile.lock().behind(&state, epoch, &counts) else { return Ok(()) };
             let stopping = || Status::unavailable("the monitor is stopping");
             tokio::select! {
                 changed = reports.changed() => changed.map_err(|_| stopping())?,
                 changed = states.changed() => changed.map_err(|_| stopping())?,
                 () = tokio::time::sleep_until(deadline) => {
-                    return Err(Status::unavailable(format!("{behind} has not put the fence in force: try again")));
+                    return Err(Status::unavailable(format!("{behind} has not put epoch {epoch} in force: try again")));
                 }
             }
         }
@@ -63,7 +67,7 @@ impl pb::client_service_server::ClientService for Monitor {
         let Reply::Attached { volume, generation, epoch } = self.propose(command).await? else {
             return Err(Status::internal("unexpected answer"));
         };
-        if let Err(late) = self.in_force(epoch).await {
+        if let Err(late) = self.in_force(epoch, |_, _| true).await {
             // Nobody was told of it, and who asked may not ask again: it must not stay.
             let client = ClientId(r.client);
             if let Err(e) = self.propose(Command::DetachVolume { volume: name, client, generation }).await {

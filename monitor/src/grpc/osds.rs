@@ -2,6 +2,7 @@
 
 use super::{Monitor, invalid};
 use crate::decide::Event;
+use crate::state::intervals::earlier_primaries;
 use crate::state::{Command, Reply};
 use gabion_common::clock::boottime_ms;
 use gabion_proto::convert;
@@ -86,11 +87,18 @@ impl pb::osd_service_server::OsdService for Monitor {
 
     async fn pg_activated(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
         let r = request.into_inner();
+        let (pg, interval) = (PgId { pool: PoolId(r.pool), index: r.index }, Epoch(r.interval));
+        // Rule P6. Once the interval is over there is nobody to wait for: the proposal says so.
+        self.in_force(interval, |state, osd| {
+            let current = state.map.pgs.get(&pg).filter(|record| record.interval == interval);
+            current.is_some_and(|record| earlier_primaries(record).contains(&osd))
+        })
+        .await?;
         self.propose(Command::PgActivated {
             osd: OsdId(r.osd),
             incarnation: Incarnation(r.incarnation),
-            pg: PgId { pool: PoolId(r.pool), index: r.index },
-            interval: Epoch(r.interval),
+            pg,
+            interval,
         })
         .await?;
         Ok(Response::new(Empty {}))

@@ -68,9 +68,14 @@ impl Volatile {
         }
     }
 
-    /// The first OSD that is up and has not said that `epoch` is in force.
-    pub fn behind(&self, state: &MonitorState, epoch: Epoch) -> Option<OsdId> {
-        let behind = state.map.osds.iter().find(|(osd, info)| {
+    /// The first OSD that is up and has not said that `epoch` is in force, of those that `counts` picks.
+    pub fn behind(
+        &self,
+        state: &MonitorState,
+        epoch: Epoch,
+        counts: impl Fn(&MonitorState, OsdId) -> bool,
+    ) -> Option<OsdId> {
+        let behind = state.map.osds.iter().filter(|(osd, _)| counts(state, **osd)).find(|(osd, info)| {
             let acked =
                 self.osds.get(osd).is_some_and(|r| r.incarnation == info.incarnation && r.acked >= epoch);
             info.up && !acked

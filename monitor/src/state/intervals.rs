@@ -66,6 +66,25 @@ fn place(map: &mut ClusterMap) {
     }
 }
 
+/// Earlier primaries of the group that may serve reads under a lease until they have heard of the interval (rule P6).
+/// Acting members have: they made its activation durable.
+pub fn earlier_primaries(record: &PgRecord) -> BTreeSet<OsdId> {
+    record.past.iter().filter_map(|p| p.primary).filter(|o| !record.acting.contains(o)).collect()
+}
+
+/// How many of the up set could serve without `suspects`.
+pub(super) fn serving(
+    record: &PgRecord,
+    osds: &BTreeMap<OsdId, OsdInfo>,
+    suspects: &BTreeSet<(OsdId, Incarnation)>,
+) -> usize {
+    record.up.iter().filter(|o| serves(osds, suspects, **o)).count()
+}
+
+fn serves(osds: &BTreeMap<OsdId, OsdInfo>, suspects: &BTreeSet<(OsdId, Incarnation)>, osd: OsdId) -> bool {
+    osds.get(&osd).is_some_and(|info| info.up && !suspects.contains(&(osd, info.incarnation)))
+}
+
 /// The members of the up set that can serve now, primary first.
 ///
 /// The primary is a member of the newest interval that may have data, if one is left: a fresh
@@ -76,9 +95,7 @@ fn acting(
     osds: &BTreeMap<OsdId, OsdInfo>,
     suspects: &BTreeSet<(OsdId, Incarnation)>,
 ) -> Vec<OsdId> {
-    let serves = |osd: &OsdId| {
-        osds.get(osd).is_some_and(|info| info.up && !suspects.contains(&(*osd, info.incarnation)))
-    };
+    let serves = |osd: &OsdId| serves(osds, suspects, *osd);
     match pool.redundancy {
         Redundancy::Erasure { .. } => {
             record.up.iter().map(|osd| if serves(osd) { *osd } else { OsdId::NONE }).collect()

@@ -6,6 +6,9 @@
 use super::*;
 use gabion_proto::map::PgRecord;
 
+/// A run of an OSD.
+type Suspect = (OsdId, Incarnation);
+
 impl MonitorState {
     fn current_group(
         &self,
@@ -86,19 +89,44 @@ impl MonitorState {
         peer_incarnation: Incarnation,
     ) -> CommandResult {
         let record = self.current_group(osd, incarnation, pg, interval)?;
-        if peer == osd || !record.acting.contains(&peer) {
+        if !record.acting.contains(&peer) {
             return Err(Refusal::aborted(format!("{peer} is not a peer of {osd} in group {pg}")));
         }
         if self.map.up_osd(peer).is_none_or(|o| o.incarnation != peer_incarnation) {
             return Err(Refusal::aborted(format!("{peer} is not up as {peer_incarnation}")));
         }
-        self.suspects.entry(pg).or_default().insert((peer, peer_incarnation));
+        let suspects = self.blame(pg, (osd, incarnation), (peer, peer_incarnation));
+        let blames_itself = suspects.contains(&(osd, incarnation));
+        self.suspects.insert(pg, suspects);
         self.change_groups(false, |_| {});
         self.event(
             EventSeverity::Warn,
-            format!("group {pg} goes on without {peer}: {osd} cannot work with it"),
+            match (peer == osd, blames_itself) {
+                (true, _) => format!("group {pg} goes on without its primary {osd}, at its own request"),
+                (_, true) => format!(
+                    "group {pg} goes on without its primary {osd}: it cannot work with {peer} and others"
+                ),
+                _ => format!("group {pg} goes on without {peer}: {osd} cannot work with it"),
+            },
         );
         Ok(Reply::Done)
+    }
+
+    /// Whom the group goes on without after `accuser`, its primary, accused `peer`. Normally that is the peer, in addition
+    /// to those left out already. It is the accuser alone when others suspect it, too, or when too few would
+    /// be left: one that has lost its network accuses everybody, one after the other.
+    fn blame(&self, pg: PgId, accuser: Suspect, peer: Suspect) -> BTreeSet<Suspect> {
+        let mut all = self.suspects.get(&pg).cloned().unwrap_or_default();
+        all.insert(peer);
+        let alone = BTreeSet::from([accuser]);
+        let (Some(record), Some(pool)) = (self.map.pgs.get(&pg), self.map.pools.get(&pg.pool)) else {
+            return all;
+        };
+        let enough =
+            |suspects| intervals::serving(record, &self.map.osds, suspects) >= pool.min_size as usize;
+        let elsewhere = |who| self.suspects.iter().any(|(other, s)| *other != pg && s.contains(&who));
+        let doubtful = !enough(&all) || (elsewhere(accuser) && !elsewhere(peer));
+        if doubtful && enough(&alone) { alone } else { all }
     }
 
     pub(super) fn clear_suspect(&mut self, pg: PgId, peer: OsdId, incarnation: Incarnation) -> CommandResult {

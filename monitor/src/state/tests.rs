@@ -227,6 +227,69 @@ fn a_suspect_is_left_out_until_it_gets_another_chance() {
     assert!(state.map.pgs[&pg(0)].acting.contains(&peer));
 }
 
+fn suspect(state: &mut MonitorState, group: PgId, peer: OsdId) {
+    let (osd, incarnation, interval) = report(state, group);
+    let peer_incarnation = state.map.osds[&peer].incarnation;
+    state
+        .apply(0, Command::SuspectPeer { osd, incarnation, pg: group, interval, peer, peer_incarnation })
+        .unwrap();
+}
+
+#[test]
+fn a_primary_may_ask_to_be_left_out() {
+    let mut state = cluster(3, 1);
+    activate(&mut state, pg(0));
+    let primary = state.map.pgs[&pg(0)].primary.unwrap();
+    suspect(&mut state, pg(0), primary);
+    let record = &state.map.pgs[&pg(0)];
+    assert_eq!(record.members().count(), 2);
+    assert!(!record.acting.contains(&primary));
+}
+
+/// A primary that has lost its network, but not the monitors, accuses one after the other.
+#[test]
+fn who_accuses_everybody_is_left_out_itself() {
+    let mut state = cluster(3, 1);
+    activate(&mut state, pg(0));
+    let acting = state.map.pgs[&pg(0)].acting.clone();
+    suspect(&mut state, pg(0), acting[1]);
+    assert_eq!(state.map.pgs[&pg(0)].acting, [acting[0], acting[2]]);
+    activate(&mut state, pg(0));
+    suspect(&mut state, pg(0), acting[2]);
+    let record = &state.map.pgs[&pg(0)];
+    assert_eq!(BTreeSet::from_iter(record.members()), BTreeSet::from([acting[1], acting[2]]));
+}
+
+/// Whom others have already found at fault is not believed.
+#[test]
+fn the_word_of_a_suspect_counts_against_itself() {
+    let mut state = cluster(3, 64);
+    let group_of = |state: &MonitorState, osd: OsdId| {
+        state.map.pgs.iter().find(|(_, r)| r.primary == Some(osd)).map(|(id, _)| *id).unwrap()
+    };
+    let (bad, good) = (OsdId(0), OsdId(1));
+    let others = group_of(&state, good);
+    activate(&mut state, others);
+    suspect(&mut state, others, bad);
+    let own = group_of(&state, bad);
+    activate(&mut state, own);
+    suspect(&mut state, own, good);
+    let record = &state.map.pgs[&own];
+    assert_eq!(BTreeSet::from_iter(record.members()), BTreeSet::from([good, OsdId(2)]));
+}
+
+/// With two copies nobody can be left out without standing still; then it is the peer.
+#[test]
+fn with_two_copies_the_peer_is_left_out() {
+    let mut state = cluster(3, 1);
+    state.apply(0, pool("q", 2, 1)).unwrap();
+    let group = PgId { pool: PoolId(2), index: 0 };
+    activate(&mut state, group);
+    let acting = state.map.pgs[&group].acting.clone();
+    suspect(&mut state, group, acting[1]);
+    assert_eq!(state.map.pgs[&group].acting, [acting[0]]);
+}
+
 #[test]
 fn generations_and_sessions_never_repeat() {
     let mut state = cluster(3, 1);

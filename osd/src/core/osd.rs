@@ -111,7 +111,7 @@ impl OsdCore {
 
     /// Peers that owe something for too long (rules P7 and P8).
     pub fn stuck_peers(&self) -> Vec<pb::StuckPeer> {
-        self.pgs.values().flat_map(|pg| pg.stuck(self.now, &self.map)).collect()
+        self.pgs.values().flat_map(|pg| pg.stuck(self.id, self.now, &self.map)).collect()
     }
 
     /// Counters since the start of this run.

@@ -156,6 +156,8 @@ pub struct Pg {
     recovered_objects: u64,
     recovered_bytes: u64,
     since: Millis,
+    /// Some object runs out of versions in this interval.
+    worn: bool,
 }
 
 impl Pg {
@@ -179,6 +181,7 @@ impl Pg {
             recovered_objects: 0,
             recovered_bytes: 0,
             since: 0,
+            worn: false,
         }
     }
 
@@ -228,6 +231,7 @@ impl Pg {
         self.recovered_objects = 0;
         self.recovered_bytes = 0;
         self.since = cx.now;
+        self.worn = false;
         if current {
             let token = self.token(cx, What::Loaded);
             cx.out.push(Effect::List { token, pg: self.id });
@@ -271,10 +275,7 @@ impl Pg {
         let (What::Loaded, Phase::Loading) = (what, &self.phase) else { return };
         let listing = match result {
             Ok(l) => l,
-            Err(e) => {
-                self.phase = Phase::Broken(format!("the store cannot list the group: {e}"));
-                return;
-            }
+            Err(e) => return self.fail(cx, format!("the store cannot list the group: {e}")),
         };
         self.index.objects = listing
             .objects
@@ -322,11 +323,13 @@ impl Pg {
         }
     }
 
-    /// The own store does not do what the group needs: nothing is served in this interval any more.
+    /// The own store does not do what the group needs: nothing is served in this interval any more. A primary
+    /// asks the monitors for another one (see `status`); any other member is reported by its primary.
     fn fail(&mut self, cx: &mut Cx<'_>, why: String) {
         tracing::error!(pg = %self.id, osd = %cx.id, why, "group stopped");
         self.abandon(cx);
         self.phase = Phase::Broken(why);
+        self.since = cx.now;
     }
 
     pub fn monitor_answered(&mut self, cx: &mut Cx<'_>, what: What, result: Result<(), MonitorRefused>) {

@@ -10,6 +10,8 @@ use gabion_proto::map::Attachment;
 const WAIT_MS: Millis = 1_000;
 /// Unacknowledged sub-writes are sent again after this long.
 const RESEND_MS: Millis = 500;
+/// From this version counter on, another interval is asked for, long before the versions end.
+const VERSIONS_WORN: u32 = 1 << 31;
 /// Writes of one object that may be in flight.
 const WRITES_PER_OBJECT: usize = 64;
 
@@ -300,8 +302,10 @@ impl Pg {
         let object = work.op.object;
         let prev = self.index.objects.get(&object).map_or(Version::ZERO, |h| h.version);
         let Some(version) = prev.successor(self.record.interval) else {
+            self.retry(cx, work.token, RetryWhy::NotActive);
             return self.fail(cx, format!("object {object} has no versions left in this interval"));
         };
+        self.worn |= version.counter() >= VERSIONS_WORN;
         let data = work.data.clone();
         let (body, op) = match &work.op.kind {
             OpKind::Write { extents } => {
@@ -465,6 +469,10 @@ impl Pg {
                 let entry = late.entry(*o).or_default();
                 *entry = (*entry).max(age);
             }
+        }
+        for (o, since) in a.recovery.late() {
+            let entry = late.entry(o).or_default();
+            *entry = (*entry).max(now.saturating_sub(since));
         }
         late
     }

@@ -5,6 +5,8 @@ use gabion_proto::limits::LIST_ENTRIES_MAX;
 
 /// Unanswered questions are asked again after this long.
 const ASK_AGAIN_MS: Millis = 300;
+/// A member that does not act and tells no more for this long is not waited for if others know enough.
+const STRAY_PATIENCE_MS: Millis = 3_000;
 
 /// What a member told.
 #[derive(Debug, Default)]
@@ -13,6 +15,8 @@ pub struct Told {
     /// Its list, as far as it has come in.
     pub entries: BTreeMap<ObjectId, ObjectEntry>,
     complete: bool,
+    /// When it last told something.
+    heard: Millis,
 }
 
 impl Told {
@@ -70,8 +74,7 @@ impl Activating {
 impl Pg {
     pub(super) fn start_peering(&mut self, cx: &mut Cx<'_>) {
         let Some(min_size) = self.pool_min_size(cx) else {
-            self.phase = Phase::Broken("erasure coding is not built yet".into());
-            return;
+            return self.fail(cx, "erasure coding is not built yet".into());
         };
         if self.record.members().count() < min_size {
             self.phase = Phase::Undersized;
@@ -93,7 +96,7 @@ impl Pg {
                 if p.told.contains_key(&from) {
                     return;
                 }
-                p.told.insert(from, Told { activated, ..Told::default() });
+                p.told.insert(from, Told { activated, heard: cx.now, ..Told::default() });
                 self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
             }
             Phase::Active(_) => self.late_source_speaks(cx, from),
@@ -119,6 +122,7 @@ impl Pg {
                 told.entries
                     .extend(entries.into_iter().filter(|e| Some(e.object) > reached).map(|e| (e.object, e)));
                 told.complete = last;
+                told.heard = cx.now;
                 let next = told.entries.keys().next_back().copied();
                 if last {
                     self.peer_on(cx);
@@ -150,6 +154,12 @@ impl Pg {
             .filter(|(o, t)| !t.complete && up.contains(o))
             .map(|(o, t)| (*o, t.entries.keys().next_back().copied()))
             .collect();
+        let acting: BTreeSet<OsdId> = self.record.members().collect();
+        let listing = p
+            .told
+            .iter()
+            .filter(|(o, t)| !t.complete && up.contains(o))
+            .any(|(o, t)| acting.contains(o) || cx.now < t.heard + STRAY_PATIENCE_MS);
         let ask = p.asked.is_none_or(|t| cx.now >= t + ASK_AGAIN_MS);
         if ask {
             p.asked = Some(cx.now);
@@ -172,24 +182,16 @@ impl Pg {
             .iter()
             .find(|past| !past.acting.iter().any(|o| covers(o, past.interval)))
             .map(|past| (past.interval, past.acting.clone()));
-        // Rule P6: an earlier primary that is up may still serve reads under its lease.
-        let leased = self
-            .record
-            .past
-            .iter()
-            .filter_map(|past| past.primary)
-            .find(|o| *o != id && up.contains(o) && !told.contains_key(o));
         p.waiting_for = if !missing_acting.is_empty() {
             format!("answers of {missing_acting:?}")
         } else if let Some((interval, acting)) = &uncovered {
             format!("a member of interval {interval}: one of {acting:?}")
-        } else if let Some(o) = leased {
-            format!("{o}, an earlier primary whose lease may still run")
         } else {
             String::new()
         };
-        // Everybody who answered must also have listed, so that no source and no authority is overlooked.
-        let listing = !unlisted.is_empty();
+        // Everybody who answered should also have listed, so that no source is overlooked. That an earlier primary, which
+        // may still serve reads under its lease, knows of this interval is for the monitors to see (rule P6): they
+        // hear from it even when this OSD does not.
         if p.waiting_for.is_empty() && !listing {
             self.choose_history(cx);
             return;
@@ -210,7 +212,8 @@ impl Pg {
         let mut told = std::mem::take(&mut p.told);
         // Who went away before the end of its list may know of more than it said: neither authority nor source.
         told.retain(|_, t| t.complete);
-        let own = Told { activated: self.meta.activated, entries: self.entries(), complete: true };
+        let own =
+            Told { activated: self.meta.activated, entries: self.entries(), complete: true, heard: cx.now };
         told.insert(cx.id, own);
         let highest = told.values().map(|t| t.activated).max().unwrap_or_default();
         let wanted = history::wanted(&told, highest, |o| is_removed(cx.map, o));

@@ -40,6 +40,10 @@ pub struct Recovery {
     uncertain: BTreeSet<ObjectId>,
     demanded: BTreeSet<ObjectId>,
     work: BTreeMap<ObjectId, Work>,
+    /// Not tried again before then: it has just failed.
+    not_before: BTreeMap<ObjectId, Millis>,
+    /// Who was asked for something and has answered nothing since: first and last time of asking.
+    owing: BTreeMap<OsdId, (Millis, Millis)>,
     asked_strays: Millis,
 }
 
@@ -56,6 +60,8 @@ impl Recovery {
             uncertain,
             demanded: BTreeSet::new(),
             work: BTreeMap::new(),
+            not_before: BTreeMap::new(),
+            owing: BTreeMap::new(),
             asked_strays: 0,
         }
     }
@@ -93,6 +99,27 @@ impl Recovery {
         m.keys().filter(|o| self.is_unfound(own, o)).count() as u64
     }
 
+    /// Members that owe an answer, and since when.
+    pub fn late(&self) -> impl Iterator<Item = (OsdId, Millis)> + '_ {
+        let working = |o: &OsdId| {
+            self.work.values().any(|w| match &w.stage {
+                Stage::Pulling { from } => from == o,
+                Stage::Pushing { waiting } => waiting.contains(o),
+                Stage::Replacing | Stage::Reading => false,
+            })
+        };
+        self.owing.iter().map(|(o, (since, _))| (*o, *since)).filter(move |(o, _)| working(o))
+    }
+
+    fn asked(&mut self, member: OsdId, now: Millis) {
+        let (since, last) = self.owing.entry(member).or_insert((now, now));
+        // What it did not answer long ago is not held against it.
+        if now > *last + 2 * AGAIN_MS {
+            *since = now;
+        }
+        *last = now;
+    }
+
     fn settle(&mut self, member: OsdId, object: &ObjectId) {
         if let Some(m) = self.missing.get_mut(&member) {
             m.remove(object);
@@ -101,14 +128,18 @@ impl Recovery {
             self.uncertain.remove(object);
             self.demanded.remove(object);
             self.sources.remove(object);
+            self.not_before.remove(object);
             self.bad.retain(|(o, _)| o != object);
         }
     }
 
     /// The next object to start: in demand first, then uncertain ones, then the one that most members lack.
-    fn next(&self, own: OsdId) -> Option<ObjectId> {
+    fn next(&self, own: OsdId, now: Millis) -> Option<ObjectId> {
         let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
-        let free = |o: &&ObjectId| !self.work.contains_key(o) && !self.is_unfound(own, o) && lacking(o) > 0;
+        let due = |o: &ObjectId| self.not_before.get(o).is_none_or(|t| now >= *t);
+        let free = |o: &&ObjectId| {
+            !self.work.contains_key(o) && due(o) && !self.is_unfound(own, o) && lacking(o) > 0
+        };
         if let Some(o) = self.demanded.iter().find(free) {
             return Some(*o);
         }
@@ -156,7 +187,10 @@ impl Pg {
             .map(|(o, _)| *o)
             .collect();
         for o in stale {
-            a.recovery.work.remove(&o);
+            // Another source, if there is one; a member that is pushed to is waited for, and reported in the end.
+            if let Some(Work { stage: Stage::Pulling { from }, .. }) = a.recovery.work.remove(&o) {
+                a.recovery.bad.insert((o, from));
+            }
         }
         loop {
             let Some(r) = self.recovery() else { return };
@@ -165,7 +199,7 @@ impl Pg {
             if r.work.len() >= room {
                 break;
             }
-            let Some(object) = r.next(cx.id) else { break };
+            let Some(object) = r.next(cx.id, cx.now) else { break };
             if !self.start_recovery(cx, object) {
                 break;
             }
@@ -211,6 +245,9 @@ impl Pg {
         };
         let (replacing, reading) = (matches!(stage, Stage::Replacing), matches!(stage, Stage::Reading));
         r.work.insert(object, Work { stage, since: cx.now, tid });
+        if let Some((from, _)) = pull {
+            r.asked(from, cx.now);
+        }
         if let Some((from, version)) = pull {
             self.send(cx, from, PeerBody::Pull { tid, object, version }, Bytes::new());
         } else if let (true, Some(n)) = (replacing, own) {
@@ -235,6 +272,8 @@ impl Pg {
         data: Bytes,
     ) {
         let Some(r) = self.recovery() else { return };
+        // Whatever a member answers, it works.
+        r.owing.remove(&from);
         let Some(needed) = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied() else { return };
         let expected =
             r.work.get(&object).is_some_and(|w| matches!(w.stage, Stage::Pulling { from: f } if f == from));
@@ -285,7 +324,10 @@ impl Pg {
                 self.recover(cx);
             }
             // No room, most likely: tried again by the timer.
-            Err(e) => tracing::warn!(pg = %self.id, %object, error = %e, "cannot store a recovered object"),
+            Err(e) => {
+                r.not_before.insert(object, cx.now + AGAIN_MS);
+                tracing::warn!(pg = %self.id, %object, error = %e, "cannot store a recovered object");
+            }
         }
     }
 
@@ -336,6 +378,12 @@ impl Pg {
             .filter_map(|(o, m)| m.get(&object).map(|n| (*o, n.version)))
             .collect();
         let waiting = lacking.iter().map(|(o, _)| *o).collect();
+        if !r.work.contains_key(&object) {
+            return;
+        }
+        for (o, _) in &lacking {
+            r.asked(*o, cx.now);
+        }
         let Some(w) = r.work.get_mut(&object) else { return };
         w.stage = Stage::Pushing { waiting };
         w.since = cx.now;
@@ -351,6 +399,7 @@ impl Pg {
 
     pub(super) fn push_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: SubResult) {
         let Some(r) = self.recovery() else { return };
+        r.owing.remove(&from);
         let Some((object, w)) = r.work.iter_mut().find(|(_, w)| w.tid == tid) else { return };
         let object = *object;
         let Stage::Pushing { waiting } = &mut w.stage else { return };
@@ -365,6 +414,7 @@ impl Pg {
             r.settle(from, &object);
             self.count_recovered();
         } else {
+            r.not_before.insert(object, cx.now + AGAIN_MS);
             tracing::warn!(pg = %self.id, member = %from, %object, ?result, "a member did not take a recovered object");
         }
         if last {
@@ -415,6 +465,7 @@ impl Pg {
                 m.remove(&o);
             }
             r.work.remove(&o);
+            r.not_before.remove(&o);
             r.demanded.remove(&o);
             r.uncertain.remove(&o);
         }

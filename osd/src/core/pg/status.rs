@@ -62,8 +62,9 @@ impl Pg {
         Some(status)
     }
 
-    /// Members that owe this primary something for long enough to be reported.
-    pub fn stuck(&self, now: Millis, map: &ClusterMap) -> Vec<pb::StuckPeer> {
+    /// Members that owe this primary something for long enough to be reported, and the primary itself when it cannot
+    /// go on.
+    pub fn stuck(&self, own: OsdId, now: Millis, map: &ClusterMap) -> Vec<pb::StuckPeer> {
         let mut late = self.late_members(now);
         // Peering and activation wait for every acting member, too.
         let age = now.saturating_sub(self.since);
@@ -72,6 +73,7 @@ impl Pg {
             Phase::Activating(a) => late.extend(a.waiting_for().into_iter().map(|o| (o, age))),
             _ => {}
         }
+        late.extend(self.own_fault(own, age, map).map(|age| (own, age)));
         late.into_iter()
             .filter(|(_, age)| u128::from(*age) >= SUBOP_STUCK.as_millis())
             .filter_map(|(o, age_ms)| {
@@ -86,5 +88,20 @@ impl Pg {
                 })
             })
             .collect()
+    }
+
+    /// For how long the group has needed an interval without its own primary.
+    fn own_fault(&self, own: OsdId, age: Millis, map: &ClusterMap) -> Option<Millis> {
+        let enough = map.pools.get(&self.id.pool)?.min_size as usize;
+        let others_go_on = self.record.members().count() > enough;
+        let at_once = SUBOP_STUCK.as_millis() as Millis;
+        match &self.phase {
+            Phase::Broken(_) if self.record.primary != Some(own) => None,
+            Phase::Broken(_) if others_go_on => Some(at_once),
+            // Not at once: the group stands still without it, and this may go on for as long as the disk is bad.
+            Phase::Broken(_) => Some(age),
+            Phase::Active(_) if self.worn && others_go_on => Some(at_once),
+            _ => None,
+        }
     }
 }

@@ -5,6 +5,8 @@
 
 mod maps;
 mod stops;
+mod strays;
+mod stuck;
 mod uncertain;
 
 use super::*;
