@@ -230,6 +230,9 @@ pub enum PeerBody {
     Refused {
         promised: Epoch,
     },
+    /// A member to its primary, again and again while it is so: its store has too little room for clients'
+    /// writes (rule P7).
+    Full,
 }
 
 /// The change of a [`PeerBody::SubWrite`].

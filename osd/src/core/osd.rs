@@ -34,6 +34,8 @@ pub struct OsdCore {
     pgs: BTreeMap<PgId, Pg>,
     tokens: Tokens<What>,
     stats: pb::OsdStats,
+    /// Client operations in all groups.
+    client_ops: usize,
     now: Millis,
 }
 
@@ -52,6 +54,7 @@ impl OsdCore {
             pgs,
             tokens: Tokens::default(),
             stats: pb::OsdStats::default(),
+            client_ops: 0,
             now,
         }
     }
@@ -74,6 +77,7 @@ impl OsdCore {
                 for pg in self.pgs.values_mut() {
                     pg.client_gone(token);
                 }
+                self.client_ops = self.pgs.values().map(Pg::client_ops).sum();
             }
             Event::Peer { msg, data } => self.peer(msg, data, out),
             Event::Committed { token, result } => {
@@ -93,8 +97,7 @@ impl OsdCore {
             }
             Event::Tick => self.every_pg(out, |pg, cx| pg.tick(cx)),
         }
-        let stale = self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map));
-        if !stale {
+        if self.acked < self.map.epoch && !self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map)) {
             self.acked = self.map.epoch;
         }
     }
@@ -144,13 +147,16 @@ impl OsdCore {
             tokens: &mut self.tokens,
             out,
         };
+        self.client_ops = 0;
         for pg in self.pgs.values_mut() {
             f(pg, &mut cx);
+            self.client_ops += pg.client_ops();
         }
     }
 
     fn with_pg(&mut self, id: PgId, out: &mut Vec<Effect>, f: impl FnOnce(&mut Pg, &mut Context<'_, What>)) {
         let Some(pg) = self.pgs.get_mut(&id) else { return };
+        self.client_ops -= pg.client_ops();
         let mut cx = Context {
             now: self.now,
             id: self.id,
@@ -162,6 +168,7 @@ impl OsdCore {
             out,
         };
         f(pg, &mut cx);
+        self.client_ops += pg.client_ops();
     }
 
     fn answer(
@@ -208,8 +215,7 @@ impl OsdCore {
             out.push(retry(self.map.epoch, RetryWhy::NotActive));
             return;
         }
-        let here: usize = self.pgs.values().map(Pg::client_ops).sum();
-        if here >= CLIENT_OPS_MAX {
+        if self.client_ops >= CLIENT_OPS_MAX {
             out.push(retry(self.map.epoch, RetryWhy::Busy));
             return;
         }

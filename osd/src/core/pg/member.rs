@@ -8,6 +8,10 @@ use gabion_proto::limits::LIST_ENTRIES_MAX;
 
 /// Sub-writes that may be early at one member of one group; more are dropped and come again.
 const EARLY_MAX: usize = 512;
+/// A full member says so this often.
+const TELL_FULL_MS: Millis = 1_000;
+/// After this long without a word a member counts as full no more: some of them may be lost.
+pub(super) const FULL_FOR_MS: Millis = 5 * TELL_FULL_MS;
 
 /// A sub-write whose predecessor is not here yet.
 #[derive(Debug)]
@@ -37,6 +41,8 @@ pub struct Member {
     in_flight: BTreeMap<(ObjectId, Version), u64>,
     /// Pushes being applied.
     applying: BTreeSet<ObjectId>,
+    /// When the primary was last told that the store is full.
+    told_full: Option<Millis>,
 }
 
 impl Pg {
@@ -44,6 +50,17 @@ impl Pg {
         match &mut self.phase {
             Phase::Member(m) => Some(m),
             _ => None,
+        }
+    }
+
+    /// Rule P7: the primary must refuse what this store has no room for.
+    pub(super) fn tell_full(&mut self, cx: &mut Cx<'_>) {
+        let Some(primary) = self.record.primary else { return };
+        let (full, now) = (cx.full, cx.now);
+        let Some(m) = self.member() else { return };
+        if full && m.active && m.told_full.is_none_or(|t| now >= t + TELL_FULL_MS) {
+            m.told_full = Some(now);
+            self.send(cx, primary, PeerBody::Full, Bytes::new());
         }
     }
 
@@ -253,6 +270,10 @@ impl Pg {
             }
             SubWriteKind::Delete => TxnOp::Delete { object, prev, version },
         };
+        if is_removed(cx.map, &object) {
+            // The primary does not know yet.
+            self.purged = 0;
+        }
         let deleted = matches!(op, TxnOp::Delete { .. });
         self.index.objects.insert(object, Held { version, deleted });
         if let Some(m) = self.member() {

@@ -158,6 +158,8 @@ pub struct Pg {
     since: Millis,
     /// Some object runs out of versions in this interval.
     worn: bool,
+    /// How many removed volumes the map named when nothing of any of them was left here.
+    purged: usize,
 }
 
 impl Pg {
@@ -182,6 +184,7 @@ impl Pg {
             recovered_bytes: 0,
             since: 0,
             worn: false,
+            purged: 0,
         }
     }
 
@@ -232,6 +235,7 @@ impl Pg {
         self.recovered_bytes = 0;
         self.since = cx.now;
         self.worn = false;
+        self.purged = 0;
         if current {
             let token = self.token(cx, What::Loaded);
             cx.out.push(Effect::List { token, pg: self.id });
@@ -356,6 +360,7 @@ impl Pg {
         match self.phase {
             Phase::Peering(_) => self.peer_on(cx),
             Phase::Activating(_) => self.activate_on(cx),
+            Phase::Member(_) => self.tell_full(cx),
             Phase::Active(_) => {
                 self.resend_writes(cx);
                 self.recover(cx);
@@ -390,6 +395,7 @@ impl Pg {
             PeerBody::PullReply { object, version, image, .. } => {
                 self.pulled(cx, from, object, version, image, data)
             }
+            PeerBody::Full => self.member_full(cx, from),
             PeerBody::PushAck { tid, result } => self.push_ack(cx, from, tid, result),
             // The other side has a newer map; ours will come. Or a command from somebody who is not primary.
             _ => {}
@@ -399,14 +405,17 @@ impl Pg {
     /// Deletes objects of removed volumes, some at a time (invariant 7: the ids in the map are the tombstone).
     fn purge_removed(&mut self, cx: &mut Cx<'_>) {
         const AT_ONCE: usize = 64;
-        if cx.map.removed_volumes.is_empty() || matches!(self.phase, Phase::Loading | Phase::Broken(_)) {
+        // The set only grows.
+        let known = cx.map.removed_volumes.len();
+        if self.purged == known || matches!(self.phase, Phase::Loading | Phase::Broken(_)) {
             return;
         }
-        let removed = |o: &&ObjectId| cx.map.removed_volumes.contains(&o.volume);
-        let held = self.index.objects.keys().filter(removed);
-        let gone: BTreeSet<ObjectId> =
-            held.chain(self.index.missing.keys().filter(removed)).take(AT_ONCE).copied().collect();
+        let gone = removed_objects(cx.map, &self.index.objects)
+            .chain(removed_objects(cx.map, &self.index.missing))
+            .take(AT_ONCE)
+            .collect::<BTreeSet<ObjectId>>();
         if gone.is_empty() {
+            self.purged = known;
             return;
         }
         let ops = gone
@@ -427,6 +436,23 @@ impl Pg {
             Redundancy::Erasure { .. } => None,
         }
     }
+}
+
+/// Objects of removed volumes: looked for once a volume, not once an object.
+fn removed_objects<'a, T>(
+    map: &'a ClusterMap,
+    objects: &'a BTreeMap<ObjectId, T>,
+) -> impl Iterator<Item = ObjectId> + 'a {
+    let first = |volume| ObjectId { volume, index: 0, layer: LayerId(0) };
+    let mut from = objects.keys().next().map(|o| o.volume);
+    let volumes = std::iter::from_fn(move || {
+        let volume = objects.range(first(from?)..).next().map(|(o, _)| o.volume)?;
+        from = volume.0.checked_add(1).map(VolumeId);
+        Some(volume)
+    });
+    volumes
+        .filter(|v| map.removed_volumes.contains(v))
+        .flat_map(move |v| objects.range(first(v)..).map(|(o, _)| *o).take_while(move |o| o.volume == v))
 }
 
 /// Whether an object belongs to a volume that was removed: peering and recovery ignore it.

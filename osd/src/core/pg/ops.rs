@@ -1,6 +1,6 @@
 //! Client operations at an active primary: admission, ordering, fan-out, acknowledgement.
 
-use super::member::sub_result;
+use super::member::{FULL_FOR_MS, sub_result};
 use super::*;
 use gabion_proto::blocks::{Content, ContentError};
 use gabion_proto::limits::*;
@@ -58,6 +58,8 @@ pub struct Active {
     reads: BTreeMap<ClientToken, Read>,
     next_tid: u64,
     pub recovery: recovery::Recovery,
+    /// Members that have too little room for clients' writes, and when they last said so (rule P7).
+    full: BTreeMap<OsdId, Millis>,
     /// The monitors know that the interval is clean.
     pub clean_confirmed: bool,
     pub clean_reported: bool,
@@ -74,6 +76,7 @@ impl Active {
             reads: BTreeMap::new(),
             next_tid: 0,
             recovery: recovery::Recovery::new(missing, sources, uncertain),
+            full: BTreeMap::new(),
             clean_confirmed: false,
             clean_reported: false,
         }
@@ -244,7 +247,8 @@ impl Pg {
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
-        if cx.full && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+        let member_full = a.full.values().any(|heard| cx.now < heard + FULL_FOR_MS);
+        if (cx.full || member_full) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
         }
@@ -364,6 +368,13 @@ impl Pg {
             w.own = true;
         }
         self.finish_write(cx, tid);
+    }
+
+    pub(super) fn member_full(&mut self, cx: &mut Cx<'_>, from: OsdId) {
+        let acting = self.record.acting.contains(&from);
+        if let (Phase::Active(a), true) = (&mut self.phase, acting) {
+            a.full.insert(from, cx.now);
+        }
     }
 
     pub(super) fn sub_write_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: SubResult) {

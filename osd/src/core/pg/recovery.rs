@@ -45,6 +45,8 @@ pub struct Recovery {
     /// Who was asked for something and has answered nothing since: first and last time of asking.
     owing: BTreeMap<OsdId, (Millis, Millis)>,
     asked_strays: Millis,
+    /// How many removed volumes the map named when their objects were last taken out.
+    forgotten: usize,
 }
 
 impl Recovery {
@@ -63,6 +65,7 @@ impl Recovery {
             not_before: BTreeMap::new(),
             owing: BTreeMap::new(),
             asked_strays: 0,
+            forgotten: 0,
         }
     }
 
@@ -454,12 +457,12 @@ impl Pg {
 
     /// Objects of removed volumes are nobody's any more.
     fn forget_removed(&mut self, cx: &mut Cx<'_>) {
-        if cx.map.removed_volumes.is_empty() {
+        let known = cx.map.removed_volumes.len();
+        let Some(r) = self.recovery() else { return };
+        if std::mem::replace(&mut r.forgotten, known) == known {
             return;
         }
-        let Some(r) = self.recovery() else { return };
-        let gone: BTreeSet<ObjectId> =
-            r.missing.values().flat_map(|m| m.keys()).filter(|o| is_removed(cx.map, o)).copied().collect();
+        let gone: BTreeSet<ObjectId> = r.missing.values().flat_map(|m| removed_objects(cx.map, m)).collect();
         for o in gone {
             for m in r.missing.values_mut() {
                 m.remove(&o);

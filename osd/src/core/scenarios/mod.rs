@@ -3,7 +3,9 @@
 //! [`Rig`] is osd.1 and its store. It answers store transactions, lists and monitor reports at once unless told to
 //! hold them; reads, messages and answers to clients are collected.
 
+mod full;
 mod maps;
+mod removed;
 mod stops;
 mod strays;
 mod stuck;
@@ -12,7 +14,7 @@ mod uncertain;
 use super::*;
 use crate::store::TxnOp;
 use gabion_proto::map::*;
-use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult};
+use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult, SubWriteKind};
 use std::collections::VecDeque;
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };

@@ -1,0 +1,71 @@
+//! Objects of removed volumes go, wherever they are met and whenever they come.
+
+use super::*;
+
+fn foreign(volume: u64, index: u32) -> ObjectId {
+    ObjectId { volume: VolumeId(volume), index, layer: LayerId(2) }
+}
+
+fn purged(rig: &mut Rig) -> Vec<ObjectId> {
+    let purge = |op: &TxnOp| match op {
+        TxnOp::Purge { object } => Some(*object),
+        _ => None,
+    };
+    let out = rig.ops().filter_map(purge).collect();
+    rig.commits.clear();
+    out
+}
+
+fn member() -> Rig {
+    let mut rig = Rig::new(&[]);
+    let state = ObjectState { version: version(5, 1), deleted: false, pending: None };
+    for (volume, objects) in [(1, 3), (2, 70), (3, 2), (u64::MAX, 2)] {
+        rig.listing.objects.extend((0..objects).map(|n| (foreign(volume, n), state)));
+    }
+    rig.listing.missing.push((foreign(4, 0), Needed::certain(version(5, 2), false)));
+    rig.interval(10, &[2, 1], vec![past(5, &[2, 1])]);
+    rig.hear(2, PeerBody::Query);
+    rig
+}
+
+#[test]
+fn only_removed_volumes_are_purged_and_all_of_them() {
+    let mut rig = member();
+    rig.tick(100);
+    assert!(purged(&mut rig).is_empty());
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes = [2, 4, 9, u64::MAX].map(VolumeId).into();
+    rig.publish();
+    for _ in 0..3 {
+        rig.tick(100);
+    }
+    let mut gone = purged(&mut rig);
+    gone.sort();
+    let want = (0..70).map(|n| foreign(2, n)).chain([foreign(4, 0)]);
+    assert_eq!(gone, want.chain((0..2).map(|n| foreign(u64::MAX, n))).collect::<Vec<_>>());
+    // One more volume: only that is looked for, and found.
+    rig.map.epoch = Epoch(12);
+    rig.map.removed_volumes.insert(VolumeId(3));
+    rig.publish();
+    rig.tick(100);
+    assert_eq!(purged(&mut rig), [foreign(3, 0), foreign(3, 1)]);
+}
+
+/// The primary has not heard of the removal.
+#[test]
+fn a_late_write_to_a_removed_volume_is_purged_again() {
+    let mut rig = member();
+    rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes = [VolumeId(3)].into();
+    rig.publish();
+    for _ in 0..3 {
+        rig.tick(100);
+    }
+    assert_eq!(purged(&mut rig).len(), 2);
+    let write = SubWriteKind::Zero { first_block: 0, block_count: 1, discard: false };
+    let (object, prev) = (foreign(3, 0), Version::ZERO);
+    rig.hear(2, PeerBody::SubWrite { tid: 1, object, version: version(10, 1), prev, write });
+    rig.tick(100);
+    assert_eq!(purged(&mut rig), [object]);
+}
