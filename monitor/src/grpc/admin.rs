@@ -175,7 +175,7 @@ impl pb::admin_service_server::AdminService for Monitor {
         else {
             return Err(Status::internal("unexpected answer"));
         };
-        self.in_force(epoch).await?;
+        self.in_force(epoch, |_, _| true).await?;
         self.get_volume(Request::new(pb::NameRequest { name })).await
     }
 
