@@ -50,6 +50,11 @@ pub enum Command {
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
         last: u32,
     },
+    /// The daemons that keep the cluster's map and configuration
+    Monitor {
+        #[command(subcommand)]
+        verb: MonitorVerb,
+    },
     /// Storage daemons
     Osd {
         #[command(subcommand)]
@@ -104,7 +109,7 @@ pub struct DevDir {
 #[derive(Subcommand, Debug)]
 pub enum DevVerb {
     /// Starts the cluster and waits until it serves; does nothing when it runs
-    #[command(after_help = "Here --monitors N is the number of monitors to run; this version runs 1.")]
+    #[command(after_help = "Here --monitors N is the number of monitors to run: 1 (the default), 3 or 5.")]
     Up {
         #[command(flatten)]
         dir: DevDir,
@@ -164,6 +169,34 @@ pub enum DevVerb {
         #[command(flatten)]
         dir: DevDir,
     },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum MonitorVerb {
+    /// Lists monitors
+    Ls,
+    /// Makes the empty monitor at this address (gabion-monitor --join) part of the cluster
+    Add {
+        /// ip:port
+        addr: std::net::SocketAddr,
+    },
+    /// Takes a monitor out, also one that is down; its data is of no use afterwards
+    Rm { id: MonitorId },
+}
+
+/// `3` or `monitor.3`.
+#[derive(Clone, Copy, Debug)]
+pub struct MonitorId(pub u64);
+
+impl std::str::FromStr for MonitorId {
+    type Err = String;
+    fn from_str(text: &str) -> Result<MonitorId, String> {
+        let digits = text.strip_prefix("monitor.").unwrap_or(text);
+        digits
+            .parse()
+            .map(MonitorId)
+            .map_err(|_| format!("{text:?} is not a monitor: use its number, as 3 or monitor.3"))
+    }
 }
 
 #[derive(Subcommand, Debug)]

@@ -1,6 +1,7 @@
 //! Errors as an operator reads them: one line that names the thing, the cause and the way out.
 
 use anyhow::{Error, anyhow};
+use gabion_common::monitor_client::headers;
 use std::io::ErrorKind;
 use tonic::{Code, Status};
 
@@ -22,6 +23,10 @@ pub fn from_status(thing: &str, monitors: &[String], status: &Status) -> Error {
     let noun = thing.split_whitespace().next().unwrap_or("");
     let cause = sentence(status.message());
     let way_out = match status.code() {
+        _ if headers::is_no_quorum(status) => {
+            return anyhow!("{thing}: {cause}; start the monitors that are down, see gabion status");
+        }
+        Code::Unavailable if headers::is_answer(status) => "; try again".to_owned(),
         Code::Unavailable | Code::DeadlineExceeded | Code::Unknown | Code::Cancelled => {
             return anyhow!(
                 "{thing}: no monitor at {} answers ({cause}); start the cluster (gabion dev up) or name its monitors with --monitors",

@@ -2,9 +2,13 @@
 
 use crate::fail;
 use anyhow::{Error, Result};
-use gabion_common::monitor_client::MonitorClient;
+use gabion_common::monitor_client::{MonitorClient, headers};
 use std::future::Future;
+use std::time::Duration;
 use tonic::{Response, Status, Streaming};
+
+/// Without a leader for this long there is no quorum, and not just an election.
+const ELECTION_WITHIN: Duration = Duration::from_secs(8);
 
 /// The monitors and how to name them in an error.
 #[derive(Clone)]
@@ -25,6 +29,20 @@ impl Monitors {
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         self.client.once(call).await.map_err(|status| self.error(thing, &status))
+    }
+
+    /// The same for what says how the cluster is: when the monitors have no quorum, what one of them last
+    /// knew.
+    pub async fn latest<T, F, Fut>(&self, thing: &str, mut call: F) -> Result<T>
+    where
+        F: FnMut(MonitorClient) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let answer = match self.client.with_retry_for(ELECTION_WITHIN).once(&mut call).await {
+            Err(status) if headers::is_no_quorum(&status) => self.client.with_stale_ok().once(&mut call).await,
+            answer => answer,
+        };
+        answer.map_err(|status| self.error(thing, &status))
     }
 
     /// What `status` means for `thing`.

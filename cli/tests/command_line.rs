@@ -120,10 +120,12 @@ fn destroying_needs_yes() {
 }
 
 #[test]
-fn several_monitors_are_refused_clearly() {
+fn an_even_number_of_monitors_is_refused_clearly() {
     let dir = tempfile::tempdir().unwrap();
-    let out = gabion(dir.path()).args(["dev", "up", "--monitors", "3"]).output().unwrap();
-    assert_refused(&out, &["--monitors 3", "one monitor"]);
+    for count in ["0", "2", "4", "7"] {
+        let out = gabion(dir.path()).args(["dev", "up", "--monitors", count]).output().unwrap();
+        assert_refused(&out, &["--monitors", count, "1, 3 or 5"]);
+    }
     assert!(!dir.path().join(".gabion").exists());
 }
 

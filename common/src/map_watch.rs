@@ -44,9 +44,13 @@ pub fn spawn(addrs: Vec<String>) -> watch::Receiver<Arc<ClusterMap>> {
     }
 }
 
-/// Follows the map through `monitors` until every receiver is dropped.
+/// Follows the map through `monitors` until every receiver is dropped. Any monitor will do, the leader
+/// or not: one that is behind is told so by the epoch that is asked for, and one that has lost touch
+/// with the others ends its streams.
 pub fn follow(monitors: MonitorClient) -> watch::Receiver<Arc<ClusterMap>> {
     let (tx, rx) = watch::channel(Arc::<ClusterMap>::default());
+    // Where the map comes from and where calls go are different matters.
+    let monitors = monitors.fork();
     tokio::spawn(async move {
         let mut backoff = Backoff::default();
         let mut fresh = false;

@@ -128,7 +128,7 @@ impl Exports {
             if backoff.is_first() {
                 warn!(error = ended.message(), "lost the monitor, serving what is exported");
             }
-            self.monitors.rotate();
+            self.monitors.failed(&ended);
             tokio::time::sleep(backoff.next()).await;
         }
     }
@@ -269,7 +269,11 @@ impl Exports {
             let gateway = pb::GatewayReport { client: self.granted.client.0, exports };
             let reporter = Some(pb::host_report::Reporter::Gateway(gateway));
             let report = pb::HostReport { host: self.place.host.clone(), reporter };
-            match tokio::time::timeout(REPORT_TIMEOUT, self.monitors.host().report_host(report)).await {
+            let call = self.monitors.once(|m| {
+                let report = report.clone();
+                async move { m.host().report_host(report).await }
+            });
+            match tokio::time::timeout(REPORT_TIMEOUT, call).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(status)) => debug!(error = status.message(), "a report was not taken"),
                 Err(_) => debug!("a report was not answered"),

@@ -2,10 +2,8 @@
 
 use crate::decide::Timing;
 use crate::grpc::Monitor;
-use crate::raft::Consensus;
-use crate::state::Command;
+use crate::raft::{Consensus, Links, SNAPSHOT_EVERY, Setup, Start};
 use anyhow::Context as _;
-use gabion_proto::ids::{ClusterId, Epoch};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::sync::watch;
@@ -18,15 +16,28 @@ pub struct Options {
     pub id: u64,
     /// Port 0 picks one.
     pub listen: SocketAddr,
-    /// Make a new cluster.
-    pub bootstrap: bool,
+    /// Where others find it, if not where it listens.
+    pub advertise: Option<SocketAddr>,
+    pub start: Start,
     /// `None`: the default.
     pub down_out_ms: Option<u64>,
+    /// Commands between two snapshots of the state.
+    pub snapshot_every: u64,
+    /// Links to other monitors that do not work, for tests.
+    pub links: Links,
+}
+
+impl Options {
+    /// A monitor with default settings.
+    pub fn new(data_dir: PathBuf, id: u64, listen: SocketAddr, start: Start) -> Options {
+        let (advertise, down_out_ms, links) = (None, None, Links::default());
+        Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every: SNAPSHOT_EVERY, links }
+    }
 }
 
 /// Runs a monitor until `stop` turns true. It is ready when `monitor.addr` is there.
 pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let Options { data_dir, id, listen, bootstrap, down_out_ms } = options;
+    let Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every, links } = options;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
     // What an earlier run left would send everybody to the wrong place.
     match std::fs::remove_file(gabion_common::addr_file::path(&data_dir, "monitor")) {
@@ -38,23 +49,21 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
     let incoming = TcpIncoming::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
     let incoming = incoming.with_nodelay(Some(true));
     let addr = incoming.local_addr()?;
-    let consensus = Consensus::open(&data_dir, id, &addr.to_string(), bootstrap).await?;
-    // Also after a bootstrap that was cut off between the two steps.
-    if consensus.state().map.epoch == Epoch(0) {
-        let cluster = ClusterId(rand::random());
-        consensus.propose(Command::Bootstrap { cluster }).await??;
-    }
-    let state = consensus.state();
-    tracing::info!(cluster = %state.map.cluster, epoch = state.map.epoch.0, %addr, "monitor serves");
+    let public = advertise.unwrap_or(addr).to_string();
+    let setup = Setup { snapshot_every, links, ..Setup::new(id, public, start) };
+    let opened = Consensus::open(&data_dir, setup).await;
+    let consensus = opened.with_context(|| data_dir.display().to_string())?;
+    let epoch = consensus.state().map.epoch.0;
+    tracing::info!(monitor = id, cluster = ?consensus.cluster(), epoch, %addr, "monitor serves");
     let mut timing = Timing::default();
     timing.down_out_ms = down_out_ms.unwrap_or(timing.down_out_ms);
-    let monitor = Monitor::new(consensus.clone(), timing, addr, stop);
+    let monitor = Monitor::new(consensus.clone(), timing, stop);
     gabion_common::addr_file::write(&data_dir, "monitor", addr).context("cannot write monitor.addr")?;
     let outcome = tokio::select! {
         served = monitor.serve(incoming) => served,
-        why = consensus.stopped() => Err(anyhow::anyhow!("agreement has stopped: {why}")),
+        why = consensus.stopped() => Err(anyhow::anyhow!(why)),
     };
-    consensus.shutdown().await;
+    consensus.close().await;
     tracing::info!("monitor stopped");
     outcome
 }

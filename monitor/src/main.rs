@@ -3,6 +3,7 @@
 use anyhow::Context as _;
 use clap::Parser;
 use gabion_monitor::daemon::{self, Options};
+use gabion_monitor::raft::Start;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,8 +16,8 @@ struct Args {
     /// Where the monitor keeps its data.
     #[arg(long)]
     data_dir: PathBuf,
-    /// Number of this monitor.
-    #[arg(long, default_value_t = 1)]
+    /// Number of this monitor, from 1.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     id: u64,
     /// Address for gRPC; port 0 picks one, written to DATA_DIR/monitor.addr.
     #[arg(long, default_value = "127.0.0.1:7000")]
@@ -24,9 +25,16 @@ struct Args {
     /// Address for gossip (not built: accepted and not used).
     #[arg(long)]
     gossip: Option<SocketAddr>,
-    /// Make a new cluster in an empty data directory.
+    /// Address that the other monitors and clients use, when it is not the one to listen on. It is for
+    /// good: a monitor that moves is removed and added again.
     #[arg(long)]
+    advertise: Option<SocketAddr>,
+    /// Make a new cluster in an empty data directory.
+    #[arg(long, conflicts_with = "join")]
     bootstrap: bool,
+    /// In an empty data directory wait to be added to a cluster (gabion monitor add); else go on.
+    #[arg(long)]
+    join: bool,
     /// An OSD that is down for this many seconds is taken out.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     down_out_secs: Option<u64>,
@@ -52,12 +60,15 @@ async fn main() -> anyhow::Result<()> {
         // Stay, so that the receivers do not take a lost sender for a second signal.
         std::future::pending::<()>().await
     });
+    let start = match (args.bootstrap, args.join) {
+        (true, _) => Start::Bootstrap,
+        (_, true) => Start::Join,
+        _ => Start::Resume,
+    };
     let options = Options {
-        data_dir: args.data_dir,
-        id: args.id,
-        listen: args.listen,
-        bootstrap: args.bootstrap,
+        advertise: args.advertise,
         down_out_ms: args.down_out_secs.map(|s| s * 1000),
+        ..Options::new(args.data_dir, args.id, args.listen, start)
     };
     daemon::run(options, stopping).await
 }

@@ -1,6 +1,7 @@
 //! A whole monitor in-process on a temporary directory, driven over gRPC as OSDs, gateways and operators do.
 
 use gabion_monitor::daemon::{self, Options};
+use gabion_monitor::raft::Start;
 use gabion_proto::map::{ClusterMap, MapIncrement};
 use gabion_proto::pb::admin_service_client::AdminServiceClient;
 use gabion_proto::pb::client_service_client::ClientServiceClient;
@@ -30,7 +31,8 @@ impl Running {
         let _ = std::fs::remove_file(&file);
         let (stop, stopping) = watch::channel(false);
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        let options = Options { data_dir: dir.into(), id: 1, listen, bootstrap, down_out_ms: None };
+        let start = if bootstrap { Start::Bootstrap } else { Start::Resume };
+        let options = Options::new(dir.into(), 1, listen, start);
         let task = tokio::spawn(daemon::run(options, stopping));
         let deadline = Instant::now() + Duration::from_secs(30);
         let addr = loop {

@@ -1,11 +1,11 @@
 //! Preparing a disk: registering it with the monitors, then writing its superblock.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use gabion_common::monitor_client::MonitorClient;
 use gabion_osd::store::{self, Identity};
 use gabion_proto::ids::*;
 use gabion_proto::limits::valid_name;
 use gabion_proto::pb::AddOsdRequest;
-use gabion_proto::pb::admin_service_client::AdminServiceClient;
 use std::path::Path;
 
 /// Least size that leaves room for data beside the superblocks and the reserve.
@@ -44,51 +44,39 @@ pub async fn format(
     }
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
     let disk = disk_identity(data_dir)?;
-    let mut last = None;
-    for addr in monitors {
-        match register(addr, disk, &host, &rack, weight, size_bytes).await {
-            Ok((osd, cluster)) => {
-                let dir = data_dir.to_owned();
-                tokio::task::spawn_blocking(move || {
-                    store::format(&dir, size_bytes, Identity { cluster, osd, disk })
-                })
-                .await?
-                .with_context(|| format!("cannot format {}", data_dir.display()))?;
-                return Ok(osd);
-            }
-            Err(e) => last = Some(e),
-        }
-    }
-    match last {
-        Some(e) => Err(e),
-        None => bail!("no monitors given"),
-    }
+    let (osd, cluster) = register(monitors, disk, &host, &rack, weight, size_bytes).await?;
+    let dir = data_dir.to_owned();
+    tokio::task::spawn_blocking(move || store::format(&dir, size_bytes, Identity { cluster, osd, disk }))
+        .await?
+        .with_context(|| format!("cannot format {}", data_dir.display()))?;
+    Ok(osd)
 }
 
 async fn register(
-    addr: &str,
+    monitors: &[String],
     disk: ClusterId,
     host: &str,
     rack: &str,
     weight: u32,
     capacity_bytes: u64,
 ) -> Result<(OsdId, ClusterId)> {
-    let mut client = AdminServiceClient::connect(format!("http://{addr}"))
-        .await
-        .with_context(|| format!("cannot reach the monitor at {addr}"))?;
-    let reply = client
-        .add_osd(AddOsdRequest {
-            disk: disk.0.to_vec(),
-            host: host.to_owned(),
-            rack: rack.to_owned(),
-            weight,
-            capacity_bytes,
-        })
-        .await
-        .map_err(|s| anyhow::anyhow!("the monitor at {addr} refused the disk: {}", s.message()))?
-        .into_inner();
+    let request = AddOsdRequest {
+        disk: disk.0.to_vec(),
+        host: host.to_owned(),
+        rack: rack.to_owned(),
+        weight,
+        capacity_bytes,
+    };
+    let call = |m: MonitorClient| {
+        let request = request.clone();
+        async move { m.admin().add_osd(request).await }
+    };
+    let answer = MonitorClient::new(monitors)?.once(call).await;
+    let reply = answer.map_err(|s| {
+        anyhow::anyhow!("the monitors at {} did not take the disk: {}", monitors.join(", "), s.message())
+    })?;
     let cluster = <[u8; 16]>::try_from(reply.cluster.as_slice())
-        .map_err(|_| anyhow::anyhow!("the monitor at {addr} answered a malformed cluster id"))?;
+        .map_err(|_| anyhow::anyhow!("the monitors answered a malformed cluster id"))?;
     Ok((OsdId(reply.id), ClusterId(cluster)))
 }
 

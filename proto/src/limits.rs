@@ -53,6 +53,20 @@ pub const VM_MEMORY_BYTES_MAX: u64 = 16 << 40;
 /// Largest gRPC message either side accepts.
 pub const GRPC_MESSAGE_BYTES_MAX: usize = 64 << 20;
 
+/// Monitors of one cluster.
+pub const MONITORS_MAX: usize = 7;
+/// Largest command that the monitors agree on, encoded.
+pub const COMMAND_BYTES_MAX: usize = 128 * 1024;
+/// Commands that one monitor sends to another at a time.
+pub const MONITOR_APPEND_ENTRIES_MAX: usize = 32;
+/// One piece of a snapshot of the monitors' state, and a whole snapshot.
+pub const MONITOR_SNAPSHOT_PIECE_BYTES: usize = 1 << 20;
+pub const MONITOR_SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
+/// Largest message between monitors.
+pub const MONITOR_PEER_MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Answers that the monitors remember, for requests that are made again.
+pub const REQUESTS_REMEMBERED_MAX: usize = 4096;
+
 /// An OSD's lease, counted from when its request was *sent* (rule P6).
 pub const LEASE: Duration = Duration::from_millis(3000);
 /// How often an OSD renews it.
@@ -81,6 +95,10 @@ const _: () = assert!(OP_DATA_BYTES_MAX <= OBJECT_BYTES_MIN);
 const _: () = assert!(RECOVERY_FREE_PERCENT < FULL_FREE_PERCENT);
 const _: () = assert!(FULL_FREE_PERCENT < NEARFULL_FREE_PERCENT);
 const _: () = assert!(HEARTBEAT.as_millis() * 3 <= LEASE.as_millis());
+const _: () =
+    assert!(2 * COMMAND_BYTES_MAX * MONITOR_APPEND_ENTRIES_MAX <= MONITOR_PEER_MESSAGE_BYTES_MAX);
+// An encoded byte takes at most two.
+const _: () = assert!(2 * MONITOR_SNAPSHOT_PIECE_BYTES < MONITOR_PEER_MESSAGE_BYTES_MAX);
 // One CRC and one state per block of the largest object fit in a frame's metadata.
 const _: () = assert!(OBJECT_BYTES_MAX / BLOCK_BYTES * 16 < FRAME_META_BYTES_MAX);
 

@@ -31,10 +31,15 @@ const BINARIES: [&str; 4] = ["gabion", "gabion-monitor", "gabion-osd", "gabion-g
 impl Cluster {
     /// Starts 1 monitor and `osds` OSDs of 512 MiB, each on a host of its own.
     pub fn start(osds: u32) -> Result<Cluster> {
-        Cluster::start_sized(osds, "512M")
+        Cluster::start_with(1, osds, "512M")
     }
 
     pub fn start_sized(osds: u32, osd_size: &str) -> Result<Cluster> {
+        Cluster::start_with(1, osds, osd_size)
+    }
+
+    /// The same with 1, 3 or 5 monitors.
+    pub fn start_with(monitors: u32, osds: u32, osd_size: &str) -> Result<Cluster> {
         // .../target/PROFILE/deps/TEST
         let test = std::env::current_exe()?;
         let bin = test.ancestors().nth(2).context("the test is not in a target directory")?;
@@ -45,11 +50,14 @@ impl Cluster {
         let cluster =
             Cluster { gabion: bin.join("gabion"), dir: tempfile::Builder::new().prefix("gab").tempdir()? };
         let n = osds.to_string();
+        let monitors = monitors.to_string();
         cluster.run(&[
             "dev",
             "up",
             "--dir",
             cluster.path(),
+            "--monitors",
+            &monitors,
             "--osds",
             &n,
             "--hosts",

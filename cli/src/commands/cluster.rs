@@ -1,6 +1,7 @@
 //! `gabion status`, `health` and `events`.
 
 use super::Context;
+use super::monitor::monitor_json;
 use super::rebuild::rebuild_json;
 use crate::output::{Paint, printable};
 use crate::rpc;
@@ -10,7 +11,8 @@ use gabion_proto::pb::{self, Severity};
 use serde_json::{Value, json};
 
 pub async fn status(cx: &Context) -> Result<()> {
-    let s = rpc!(cx.monitors()?, "status", status.get_status, pb::Empty {})?;
+    let monitors = cx.monitors()?;
+    let s = monitors.latest("status", |c| async move { c.status().get_status(pb::Empty {}).await }).await?;
     if !cx.out.is_table() {
         return cx.out.value(&status_json(&s));
     }
@@ -18,7 +20,8 @@ pub async fn status(cx: &Context) -> Result<()> {
     lines.push(format!("health    {}", health_text(cx, s.health.as_ref())));
     let leader = s.monitors.iter().find(|m| m.leader).map_or("none".to_owned(), |m| m.id.to_string());
     let up = s.monitors.iter().filter(|m| m.up).count();
-    lines.push(format!("monitors  {up} of {} up, leader {leader}", s.monitors.len()));
+    let quorum = if s.stale { "; NO QUORUM: all else is what was last known" } else { "" };
+    lines.push(format!("monitors  {up} of {} up, leader {leader}{quorum}", s.monitors.len()));
     lines.push(format!("osds      {} of {} up, {} in", s.osds_up, s.osds, s.osds_in));
     let share =
         if s.capacity_bytes == 0 { 0.0 } else { s.used_bytes as f64 * 100.0 / s.capacity_bytes as f64 };
@@ -58,7 +61,9 @@ pub async fn status(cx: &Context) -> Result<()> {
 }
 
 pub async fn health(cx: &Context) -> Result<()> {
-    let report = rpc!(cx.monitors()?, "health", status.get_health, pb::Empty {})?;
+    let monitors = cx.monitors()?;
+    let report =
+        monitors.latest("health", |c| async move { c.status().get_health(pb::Empty {}).await }).await?;
     if !cx.out.is_table() {
         return cx.out.value(&health_json(&report));
     }
@@ -152,17 +157,14 @@ fn health_json(report: &pb::HealthReport) -> Value {
 }
 
 fn status_json(s: &pb::ClusterStatus) -> Value {
-    let monitors: Vec<_> = s
-        .monitors
-        .iter()
-        .map(|m| json!({ "id": m.id, "addr": m.addr, "leader": m.leader, "up": m.up }))
-        .collect();
+    let monitors: Vec<_> = s.monitors.iter().map(monitor_json).collect();
     let io = s.client_io.unwrap_or_default();
     json!({
         "cluster": s.cluster,
         "epoch": s.epoch,
         "health": s.health.as_ref().map(health_json),
         "monitors": monitors,
+        "quorum": !s.stale,
         "osds": s.osds,
         "osds_up": s.osds_up,
         "osds_in": s.osds_in,

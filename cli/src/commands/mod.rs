@@ -4,6 +4,7 @@ mod cluster;
 mod console;
 mod export;
 mod host;
+mod monitor;
 mod osd;
 mod pg;
 mod pool;
@@ -54,6 +55,7 @@ pub async fn run(cx: &Context, command: Command) -> Result<()> {
         Command::Status => cluster::status(cx).await,
         Command::Health => cluster::health(cx).await,
         Command::Events { follow, last } => cluster::events(cx, follow, last).await,
+        Command::Monitor { verb } => monitor::run(cx, verb).await,
         Command::Osd { verb } => osd::run(cx, verb).await,
         Command::Pool { verb } => pool::run(cx, verb).await,
         Command::Pg { verb } => pg::run(cx, verb).await,

@@ -12,7 +12,7 @@ use super::process::Process;
 use rustix::process::Signal;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
@@ -34,6 +34,8 @@ pub struct Spec {
     pub data_dir: PathBuf,
     pub log: PathBuf,
     pub restart: bool,
+    /// Data directories of the other monitors.
+    pub siblings: Vec<PathBuf>,
 }
 
 impl Spec {
@@ -161,11 +163,21 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
     }
     let log: File = OpenOptions::new().create(true).append(true).open(&spec.log)?;
     let mut command = Command::new(&spec.program);
-    // Asked at every start: a monitor that has its state refuses to make a new cluster over it.
-    if spec.kind == Kind::Monitor && std::fs::read_dir(&spec.data_dir)?.next().is_none() {
-        command.arg("--bootstrap");
+    // Asked at every start: a monitor that has its state goes on with it.
+    if spec.kind == Kind::Monitor && is_empty(&spec.data_dir)? {
+        // One whose data is lost must not make a new cluster while others still are the old one.
+        let alone = spec.siblings.iter().try_fold(true, |alone, dir| Ok::<_, std::io::Error>(alone && is_empty(dir)?))?;
+        command.arg(if spec.id == "1" && alone { "--bootstrap" } else { "--join" });
     }
     command.args(&spec.args).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()
+}
+
+fn is_empty(dir: &Path) -> std::io::Result<bool> {
+    match std::fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(e) => Err(e),
+    }
 }
 
 async fn stop(child: &mut Child, signal: Signal) -> String {

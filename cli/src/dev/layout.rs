@@ -6,7 +6,7 @@
 //! supervisor.json    the daemons as they are (written by the supervisor)
 //! supervisor.sock    start, stop and kill of one daemon
 //! log/KIND.ID.log    what each daemon prints
-//! monitor.1/ osd.N/ gateway.host1/ host.host1/
+//! monitor.N/ osd-N/ gateway.host1/ host.host1/
 //! ```
 
 use super::process::Process;
@@ -19,14 +19,20 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DevConfig {
-    /// Kept for good: OSDs and clients find the monitor by it.
-    pub monitor_addr: SocketAddr,
+    /// Of monitor 1, 2, ...; kept for good: everybody finds them there.
+    pub monitor_addrs: Vec<SocketAddr>,
     pub osds: u32,
     pub hosts: u32,
     pub osd_size_bytes: u64,
     pub restart: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub down_out_secs: Option<u64>,
+}
+
+impl DevConfig {
+    pub fn monitors(&self) -> Vec<String> {
+        self.monitor_addrs.iter().map(SocketAddr::to_string).collect()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +112,9 @@ impl Layout {
     }
     pub fn socket(&self) -> PathBuf {
         self.dir.join("supervisor.sock")
+    }
+    pub fn monitor(&self, id: usize) -> PathBuf {
+        self.dir.join(format!("monitor.{id}"))
     }
     pub fn log(&self, name: &str) -> PathBuf {
         self.dir.join("log").join(format!("{name}.log"))

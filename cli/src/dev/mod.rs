@@ -18,7 +18,7 @@ mod up;
 
 use crate::args::DevVerb;
 use crate::commands::Context;
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 pub async fn run(context: &Context, verb: DevVerb) -> Result<()> {
     match verb {
@@ -47,6 +47,10 @@ fn monitor_count(flag: &[String]) -> Result<u32> {
     if let [one] = flag
         && let Ok(count) = one.parse()
     {
+        ensure!(
+            [1, 3, 5].contains(&count),
+            "--monitors {count}: run 1, 3 or 5 monitors; an even one more tolerates no more failures"
+        );
         return Ok(count);
     }
     if flag.is_empty() || std::env::var("GABION_MONITORS").is_ok_and(|v| v == flag.join(",")) {

@@ -1,6 +1,6 @@
 //! The supervisor: brings the cluster up in order, then keeps it up until SIGTERM.
 //!
-//! Order up: monitor, format of new OSDs, OSDs, gateway, host agent. Order down: the reverse, so
+//! Order up: monitors, format of new OSDs, OSDs, gateway, host agent. Order down: the reverse, so
 //! that nobody waits for somebody who is gone.
 
 use super::control::{self, Orders};
@@ -10,6 +10,8 @@ use super::process::Process;
 use anyhow::{Context, Result, bail};
 use futures::future::join_all;
 use gabion_common::addr_file;
+use gabion_common::monitor_client::MonitorClient;
+use gabion_proto::pb;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,15 +72,8 @@ pub async fn run(dir: &Path) -> Result<()> {
 
 impl Supervisor {
     async fn start_all(&self) -> Result<()> {
-        let monitor_dir = self.layout.dir.join("monitor.1");
-        let addr = self.config.monitor_addr.to_string();
-        let mut args = strings(["--id", "1", "--listen", &addr, "--data-dir"]);
-        args.push(monitor_dir.clone().into());
-        if let Some(secs) = self.config.down_out_secs {
-            args.extend(strings(["--down-out-secs", &secs.to_string()]));
-        }
-        self.start(Kind::Monitor, "1".to_owned(), args, monitor_dir.clone())?;
-        self.wait_for_addr(&monitor_dir, Kind::Monitor, "monitor.1").await?;
+        self.start_monitors().await?;
+        let addr = self.config.monitors().join(",");
         for slot in 0..self.config.osds {
             self.start_osd(slot, &addr).await?;
         }
@@ -96,6 +91,25 @@ impl Supervisor {
             strings(["--monitors", &addr, "--host", "host1", "--listen", "127.0.0.1:0", "--run-dir"]);
         args.push(run_dir.clone().into());
         self.start(Kind::Host, "host1".to_owned(), args, run_dir)
+    }
+
+    /// The first one makes the cluster; the others are added to it.
+    async fn start_monitors(&self) -> Result<()> {
+        let addrs = self.config.monitors();
+        for (id, addr) in (1..).zip(&addrs) {
+            let dir = self.layout.monitor(id);
+            let mut args = strings(["--id", &id.to_string(), "--listen", addr, "--data-dir"]);
+            args.push(dir.clone().into());
+            if let Some(secs) = self.config.down_out_secs {
+                args.extend(strings(["--down-out-secs", &secs.to_string()]));
+            }
+            self.start(Kind::Monitor, id.to_string(), args, dir.clone())?;
+            self.wait_for_addr(&dir, Kind::Monitor, &format!("monitor.{id}")).await?;
+        }
+        match tokio::time::timeout(MONITOR_WITHIN * 2, join_monitors(&addrs)).await {
+            Ok(joined) => joined,
+            Err(_) => bail!("the monitors do not find together: see the logs of monitor.1 to monitor.{}", addrs.len()),
+        }
     }
 
     async fn start_osd(&self, slot: u32, monitors: &str) -> Result<()> {
@@ -130,7 +144,12 @@ impl Supervisor {
         let name = format!("{}.{id}", kind.name());
         let program = program(&format!("gabion-{}", kind.name()))?;
         let log = self.layout.log(&name);
-        let spec = Spec { kind, id, program, args, data_dir, log, restart: self.config.restart };
+        let siblings: Vec<PathBuf> = match kind {
+            Kind::Monitor => (1..=self.config.monitor_addrs.len()).map(|n| self.layout.monitor(n)).collect(),
+            _ => Vec::new(),
+        };
+        let siblings = siblings.into_iter().filter(|s| *s != data_dir).collect();
+        let spec = Spec { kind, id, program, args, data_dir, log, restart: self.config.restart, siblings };
         let (sender, requests) = mpsc::channel(REQUESTS_MAX);
         self.orders.add(name, kind, sender);
         tokio::spawn(daemon::run(spec, requests, self.changes.clone()));
@@ -166,6 +185,28 @@ impl Supervisor {
             join_all(stops).await;
         }
     }
+}
+
+/// Has the monitors at `addrs` that are not part of the cluster yet added to it.
+async fn join_monitors(addrs: &[String]) -> Result<()> {
+    let monitors = MonitorClient::new(addrs)?;
+    let refused = |what: &str, s: tonic::Status| anyhow::anyhow!("{what}: {}", s.message());
+    let known = monitors
+        .until_answered("list the monitors", |m| async move { m.admin().list_monitors(pb::Empty {}).await })
+        .await
+        .map_err(|s| refused("the monitors do not serve", s))?;
+    for (id, addr) in (1..).zip(addrs) {
+        if known.monitors.iter().any(|m| m.id == id && m.voter) {
+            continue;
+        }
+        let request = pb::AddMonitorRequest { addr: addr.clone() };
+        let added = monitors.until_answered("add a monitor", |m| {
+            let request = request.clone();
+            async move { m.admin().add_monitor(request).await }
+        });
+        added.await.map_err(|s| refused(&format!("monitor.{id} cannot be added"), s))?;
+    }
+    Ok(())
 }
 
 /// The only writer of `supervisor.json`; ends when every daemon's task did.

@@ -11,7 +11,7 @@ use gabion_common::addr_file;
 use gabion_proto::pb;
 use serde_json::json;
 use std::fs::OpenOptions;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -30,11 +30,6 @@ pub struct Wanted {
 }
 
 pub async fn run(cli: &Cli, dir: &Path, wanted: Wanted, timeout: Duration) -> Result<()> {
-    ensure!(
-        wanted.monitors == 1,
-        "--monitors {}: one monitor is what this version runs; leave it out or give 1",
-        wanted.monitors
-    );
     let layout = Layout::new(dir)?;
     let length = layout.dir.as_os_str().len();
     ensure!(
@@ -72,16 +67,16 @@ pub async fn run(cli: &Cli, dir: &Path, wanted: Wanted, timeout: Duration) -> Re
         ),
     }
     let sentence = format!(
-        "cluster up in {:.1} s: 1 monitor at {}, {} OSDs on {} hosts, in {}\nnext: gabion pool create NAME --replicas 3; gabion volume create NAME --size 10G --pool NAME",
+        "cluster up in {:.1} s: monitors at {}, {} OSDs on {} hosts, in {}\nnext: gabion pool create NAME --replicas 3; gabion volume create NAME --size 10G --pool NAME",
         started.elapsed().as_secs_f64(),
-        config.monitor_addr,
+        config.monitors().join(", "),
         config.osds,
         config.hosts,
         layout.dir.display()
     );
     let value = json!({
         "dir": layout.dir,
-        "monitors": [config.monitor_addr.to_string()],
+        "monitors": config.monitors(),
         "osds": config.osds,
         "hosts": config.hosts,
         "client_config": layout.client_toml(),
@@ -106,6 +101,13 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
                     old.osds
                 ));
             }
+            if old.monitor_addrs.len() != wanted.monitors as usize && wanted.monitors != 1 {
+                output::note(&format!(
+                    "the cluster in {} has {} monitors and keeps them; see gabion monitor add",
+                    layout.dir.display(),
+                    old.monitor_addrs.len()
+                ));
+            }
             DevConfig {
                 restart: !wanted.no_restart,
                 down_out_secs: wanted.down_out_secs.or(old.down_out_secs),
@@ -113,7 +115,7 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
             }
         }
         None => DevConfig {
-            monitor_addr: TcpListener::bind("127.0.0.1:0")?.local_addr()?,
+            monitor_addrs: free_addrs(wanted.monitors)?,
             osds: wanted.osds,
             hosts: wanted.hosts.unwrap_or(wanted.osds.min(4)),
             osd_size_bytes: wanted.osd_size,
@@ -122,9 +124,16 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
         },
     };
     layout.write_config(&config)?;
-    let client = toml::to_string(&ClientConfig { monitors: vec![config.monitor_addr.to_string()] })?;
+    let client = toml::to_string(&ClientConfig { monitors: config.monitors() })?;
     addr_file::replace(&layout.client_toml(), client.as_bytes())?;
     Ok(config)
+}
+
+/// Different ones, free a moment ago.
+fn free_addrs(count: u32) -> Result<Vec<SocketAddr>> {
+    let listeners: Vec<TcpListener> =
+        (0..count).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    Ok(listeners.iter().map(TcpListener::local_addr).collect::<Result<_, _>>()?)
 }
 
 fn spawn(layout: &Layout) -> Result<Child> {
@@ -170,7 +179,12 @@ async fn missing(layout: &Layout, config: &DevConfig) -> Result<String> {
         let how = dead.last_exit.as_deref().unwrap_or("not started yet");
         return Ok(format!("{} is down ({how})", dead.name()));
     }
-    let monitors = Monitors::new(vec![config.monitor_addr.to_string()])?;
+    let monitors = Monitors::new(config.monitors())?;
+    let voters = crate::rpc!(monitors, "monitor list", admin.list_monitors, pb::Empty {})?.monitors;
+    let up = voters.iter().filter(|m| m.voter && m.up).count();
+    if up < config.monitor_addrs.len() {
+        return Ok(format!("{up} of {} monitors are up", config.monitor_addrs.len()));
+    }
     let osds = crate::rpc!(monitors, "osd list", admin.list_osds, pb::Empty {})?.osds;
     let up = osds.iter().filter(|o| o.up).count();
     if up < config.osds as usize {

@@ -6,6 +6,36 @@
 //! certainly run out; a detector that starts, after a restart or on a new leader, assumes that a
 //! lease was granted a moment ago; once an OSD's lease has run out, it is not renewed any more.
 //! Hints (gossip) never declare anybody dead.
+//!
+//! # Why no lease outlasts the leader who granted it by more than the next one waits
+//!
+//! A detector belongs to one term of one leader. Around it hold three rules (`raft::standing`,
+//! `grpc::leadership`, `state::requests`):
+//!
+//! 1. *Proof.* A heartbeat that came in is answered only after a quorum has confirmed, in a round that
+//!    began after it came, that this monitor still leads; and after everything that earlier leaders left
+//!    in the log has been carried out here.
+//! 2. *Wait.* A new term begins with a new detector, made after the leader was elected, which waits a
+//!    whole lease and its grace before it relies on silence.
+//! 3. *Term.* What a detector decides is agreed on in its own term or has no effect.
+//!
+//! Let leader A of term a grant a lease to an OSD that sent its request at time s, and let B be elected
+//! for a later term at time e.
+//!
+//! - *A granted while B was elected or later.* By rule 1 some member q of a quorum acknowledged A after s.
+//!   The quorum that elected B has a member in common with it, and once that one had voted for B it
+//!   acknowledged A no more: so s came before e. The OSD counts its lease from s, so it ends before
+//!   e + lease; B's detector was made after e and says *down* after e + lease + grace (rule 2). No clock
+//!   of A matters: it may have been paused or cut off for as long as it likes.
+//! - *B has the OSD down because A decided so.* A's MarkDown was proposed when no lease that A had granted
+//!   was left, nor one of a leader before A (the same argument), and A renews none afterwards. If it was
+//!   in the log when B was elected, B carries it out before its first grant (rule 1); if it was not, it
+//!   can never be agreed on any more, since B's first entry took its place; and if A leads again later and
+//!   proposes it then, it has no effect (rule 3). So nobody grants between that decision and its effect.
+//! - *Drift.* Clocks run at rates that differ by less than 1 in 1,000: less than a hundredth of the grace.
+//!
+//! An OSD that is paused with a lease in hand and goes on afterwards must notice by its own clock, which
+//! counts pauses of the machine (CLOCK_BOOTTIME).
 
 use crate::state::{Command, MonitorState};
 use gabion_proto::ids::*;

@@ -1,5 +1,7 @@
 //! `AdminService`: what operators ask. Checks form here, meaning in the state.
 
+use super::leadership::open;
+use super::monitors::member;
 use super::{Monitor, invalid, refused, view};
 use crate::state::{Command, DiskRequest, ExportKind, Reply, VmAction};
 use gabion_proto::convert;
@@ -41,6 +43,11 @@ impl Monitor {
         if !named.is_empty() {
             return Ok(named);
         }
+        if self.hosts_unheard() {
+            // As many as there are now may be too few to tell.
+            let why = format!("this monitor leads since a moment ago: each {what} has yet to report");
+            return Err(self.membership_failed(crate::raft::MembershipError::Later(why)));
+        }
         match hosts.len() {
             0 => Err(Status::failed_precondition(format!(
                 "no {what} has reported: start one or name the host"
@@ -57,12 +64,12 @@ impl Monitor {
 #[tonic::async_trait]
 impl pb::admin_service_server::AdminService for Monitor {
     async fn create_pool(&self, request: Request<pb::CreatePoolRequest>) -> Answer<pb::PoolInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let redundancy =
             r.redundancy.ok_or_else(|| invalid("redundancy: must name replicas or an erasure code"))?;
         let redundancy = Redundancy::try_from(redundancy).map_err(invalid)?;
         let domain = convert::failure_domain(r.failure_domain).map_err(invalid)?;
-        self.propose(Command::CreatePool {
+        self.propose_for(id, Command::CreatePool {
             name: r.name.clone(),
             redundancy,
             min_size: r.min_size,
@@ -75,24 +82,26 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn list_pools(&self, _: Request<Empty>) -> Answer<pb::ListPoolsReply> {
+        self.confirm().await?;
         let state = self.state();
         let pools = state.map.pools.keys().filter_map(|id| view::pool(&state, *id)).collect();
         Ok(Response::new(pb::ListPoolsReply { pools }))
     }
 
     async fn remove_pool(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
-        self.propose(Command::RemovePool { name: request.into_inner().name }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemovePool { name: r.name }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn set_pool(&self, request: Request<pb::SetPoolRequest>) -> Answer<pb::PoolInfo> {
-        let r = request.into_inner();
-        self.propose(Command::SetPool { name: r.name.clone(), min_size: r.min_size }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::SetPool { name: r.name.clone(), min_size: r.min_size }).await?;
         Ok(Response::new(self.pool_info(&r.name)?))
     }
 
     async fn add_osd(&self, request: Request<pb::AddOsdRequest>) -> Answer<pb::AddOsdReply> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let disk = convert::identity("disk", &r.disk).map_err(invalid)?;
         let command = Command::AddOsd {
             disk,
@@ -101,7 +110,7 @@ impl pb::admin_service_server::AdminService for Monitor {
             weight: r.weight,
             capacity_bytes: r.capacity_bytes,
         };
-        match self.propose(command).await? {
+        match self.propose_for(id, command).await? {
             Reply::Osd(id) => {
                 let cluster = self.state().map.cluster.0.to_vec();
                 Ok(Response::new(pb::AddOsdReply { id: id.0, cluster }))
@@ -111,33 +120,37 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn list_osds(&self, _: Request<Empty>) -> Answer<pb::ListOsdsReply> {
+        self.confirm().await?;
         let osds = view::osds(&self.state(), &self.0.volatile.lock());
         Ok(Response::new(pb::ListOsdsReply { osds }))
     }
 
     async fn out_osd(&self, request: Request<pb::OsdRequest>) -> Answer<Empty> {
-        self.propose(Command::OutOsd { osd: OsdId(request.into_inner().id), automatic: false }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::OutOsd { osd: OsdId(r.id), automatic: false }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn in_osd(&self, request: Request<pb::OsdRequest>) -> Answer<Empty> {
-        self.propose(Command::InOsd { osd: OsdId(request.into_inner().id) }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::InOsd { osd: OsdId(r.id) }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn reweight_osd(&self, request: Request<pb::ReweightOsdRequest>) -> Answer<Empty> {
-        let r = request.into_inner();
-        self.propose(Command::ReweightOsd { osd: OsdId(r.id), weight: r.weight }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::ReweightOsd { osd: OsdId(r.id), weight: r.weight }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn remove_osd(&self, request: Request<pb::RemoveOsdRequest>) -> Answer<Empty> {
-        let r = request.into_inner();
-        self.propose(Command::RemoveOsd { osd: OsdId(r.id), force: r.force }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemoveOsd { osd: OsdId(r.id), force: r.force }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn list_pgs(&self, request: Request<pb::ListPgsRequest>) -> Answer<pb::ListPgsReply> {
+        self.confirm().await?;
         let state = self.state();
         let pool = match request.into_inner().pool.as_str() {
             "" => None,
@@ -148,31 +161,35 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Answer<pb::VolumeInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let command = Command::CreateVolume { name: r.name.clone(), pool: r.pool, size_bytes: r.size_bytes };
-        self.propose(command).await?;
+        self.propose_for(id, command).await?;
         Ok(Response::new(self.volume_info(&r.name)?))
     }
 
     async fn list_volumes(&self, _: Request<Empty>) -> Answer<pb::ListVolumesReply> {
+        self.confirm().await?;
         let state = self.state();
         let volumes = state.volumes.keys().filter_map(|id| view::volume(&state, *id)).collect();
         Ok(Response::new(pb::ListVolumesReply { volumes }))
     }
 
     async fn get_volume(&self, request: Request<pb::NameRequest>) -> Answer<pb::VolumeInfo> {
+        self.confirm().await?;
         Ok(Response::new(self.volume_info(&request.into_inner().name)?))
     }
 
     async fn remove_volume(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
-        self.propose(Command::RemoveVolume { name: request.into_inner().name }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemoveVolume { name: r.name }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn fence_volume(&self, request: Request<pb::NameRequest>) -> Answer<pb::VolumeInfo> {
-        let name = request.into_inner().name;
-        let Reply::Fenced { epoch } = self.propose(Command::FenceVolume { volume: name.clone() }).await?
-        else {
+        let (id, r) = open(request)?;
+        let name = r.name;
+        let fence = Command::FenceVolume { volume: name.clone() };
+        let Reply::Fenced { epoch } = self.propose_for(id, fence).await? else {
             return Err(Status::internal("unexpected answer"));
         };
         self.in_force(epoch, |_, _| true).await?;
@@ -180,24 +197,29 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn add_export(&self, request: Request<pb::AddExportRequest>) -> Answer<pb::ExportInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let kind = match pb::ExportKind::try_from(r.kind) {
             Ok(pb::ExportKind::Nbd) => ExportKind::Nbd,
             Ok(pb::ExportKind::VhostUser) => ExportKind::VhostUser,
             _ => return Err(invalid("kind: must be NBD or vhost-user")),
         };
-        let hosts = self.0.volatile.lock().gateways.keys().cloned().collect();
-        let host = self.only_host(r.host, "gateway", hosts)?;
-        let command = Command::AddExport { volume: r.volume, kind, read_only: r.read_only, host };
-        let Reply::Export(id) = self.propose(command).await? else {
-            return Err(Status::internal("unexpected answer"));
+        let reply = match self.answered(id).await? {
+            Some(reply) => reply,
+            None => {
+                let hosts = self.0.volatile.lock().gateways.keys().cloned().collect();
+                let host = self.only_host(r.host, "gateway", hosts)?;
+                let command = Command::AddExport { volume: r.volume, kind, read_only: r.read_only, host };
+                self.propose_for(id, command).await?
+            }
         };
+        let Reply::Export(id) = reply else { return Err(Status::internal("unexpected answer")) };
         let state = self.state();
         let export = state.exports.get(&id).ok_or_else(|| gone("export"))?;
         Ok(Response::new(view::export(&state, &self.0.volatile.lock(), id, export)))
     }
 
     async fn list_exports(&self, _: Request<Empty>) -> Answer<pb::ListExportsReply> {
+        self.confirm().await?;
         let state = self.state();
         let volatile = self.0.volatile.lock();
         let exports = state.exports.iter().map(|(id, e)| view::export(&state, &volatile, *id, e)).collect();
@@ -205,11 +227,13 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn remove_export(&self, request: Request<pb::ExportRequest>) -> Answer<Empty> {
-        self.propose(Command::RemoveExport { id: request.into_inner().id }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemoveExport { id: r.id }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn list_hosts(&self, _: Request<Empty>) -> Answer<pb::ListHostsReply> {
+        self.confirm().await?;
         let state = self.state();
         let volatile = self.0.volatile.lock();
         let mut names: BTreeSet<&String> = volatile.gateways.keys().chain(volatile.agents.keys()).collect();
@@ -233,10 +257,13 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn create_vm(&self, request: Request<pb::CreateVmRequest>) -> Answer<pb::VmInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
+        if self.answered(id).await?.is_some() {
+            return Ok(Response::new(self.vm_info(&r.name)?));
+        }
         let hosts = self.0.volatile.lock().agents.keys().cloned().collect();
         let host = self.only_host(r.host, "host agent", hosts)?;
-        self.propose(Command::CreateVm {
+        self.propose_for(id, Command::CreateVm {
             name: r.name.clone(),
             cpus: r.cpus,
             memory_bytes: r.memory_bytes,
@@ -249,6 +276,7 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn list_vms(&self, _: Request<Empty>) -> Answer<pb::ListVmsReply> {
+        self.confirm().await?;
         let state = self.state();
         let volatile = self.0.volatile.lock();
         let vms = state.vms.iter().map(|(name, vm)| view::vm(&state, &volatile, name, vm)).collect();
@@ -256,41 +284,65 @@ impl pb::admin_service_server::AdminService for Monitor {
     }
 
     async fn get_vm(&self, request: Request<pb::NameRequest>) -> Answer<pb::VmInfo> {
+        self.confirm().await?;
         Ok(Response::new(self.vm_info(&request.into_inner().name)?))
     }
 
     async fn set_vm_state(&self, request: Request<pb::SetVmStateRequest>) -> Answer<pb::VmInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let action = match pb::VmAction::try_from(r.action) {
             Ok(pb::VmAction::Start) => VmAction::Start,
             Ok(pb::VmAction::Stop) => VmAction::Stop,
             Ok(pb::VmAction::Kill) => VmAction::Kill,
             _ => return Err(invalid("action: must be start, stop or kill")),
         };
+        if self.answered(id).await?.is_some() {
+            return Ok(Response::new(self.vm_info(&r.name)?));
+        }
         let now = self.vm_info(&r.name)?;
         let running = matches!(now.state(), pb::VmState::Starting | pb::VmState::Running);
         if action == VmAction::Start && now.wanted() == pb::VmState::Running && running {
             return Ok(Response::new(now));
         }
-        self.propose(Command::SetVmState { name: r.name.clone(), action }).await?;
+        self.propose_for(id, Command::SetVmState { name: r.name.clone(), action }).await?;
         Ok(Response::new(self.vm_info(&r.name)?))
     }
 
     async fn attach_disk(&self, request: Request<pb::AttachDiskRequest>) -> Answer<pb::VmInfo> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let disk = disk(r.disk.ok_or_else(|| invalid("disk: must be given"))?);
-        self.propose(Command::AttachDisk { vm: r.vm.clone(), disk }).await?;
+        self.propose_for(id, Command::AttachDisk { vm: r.vm.clone(), disk }).await?;
         Ok(Response::new(self.vm_info(&r.vm)?))
     }
 
     async fn detach_disk(&self, request: Request<pb::DetachDiskRequest>) -> Answer<pb::VmInfo> {
-        let r = request.into_inner();
-        self.propose(Command::DetachDisk { vm: r.vm.clone(), volume: r.volume }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::DetachDisk { vm: r.vm.clone(), volume: r.volume }).await?;
         Ok(Response::new(self.vm_info(&r.vm)?))
     }
 
     async fn remove_vm(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {
-        self.propose(Command::RemoveVm { name: request.into_inner().name }).await?;
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemoveVm { name: r.name }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn list_monitors(&self, _: Request<Empty>) -> Answer<pb::ListMonitorsReply> {
+        self.confirm().await?;
+        let monitors = self.0.consensus.members().into_iter().map(member).collect();
+        Ok(Response::new(pb::ListMonitorsReply { monitors }))
+    }
+
+    async fn add_monitor(&self, request: Request<pb::AddMonitorRequest>) -> Answer<pb::MonitorStatus> {
+        let addr = request.into_inner().addr;
+        let id = self.0.consensus.add_monitor(&addr).await.map_err(|e| self.membership_failed(e))?;
+        let added = self.0.consensus.members().into_iter().find(|m| m.id == id);
+        Ok(Response::new(member(added.ok_or_else(|| gone("monitor"))?)))
+    }
+
+    async fn remove_monitor(&self, request: Request<pb::RemoveMonitorRequest>) -> Answer<Empty> {
+        let (id, r) = open(request)?;
+        self.0.consensus.remove_monitor(r.id, id).await.map_err(|e| self.membership_failed(e))?;
         Ok(Response::new(Empty {}))
     }
 }

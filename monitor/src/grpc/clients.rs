@@ -1,6 +1,8 @@
 //! `ClientService`: sessions of gateways, and attachments with their fences (rules C1 to C3).
 
 use super::Monitor;
+use super::leadership::open;
+use crate::raft::ConsensusError;
 use crate::state::{Command, MonitorState, Reply};
 use gabion_proto::ids::*;
 use gabion_proto::pb::{self, Empty};
@@ -14,11 +16,14 @@ const FENCE_TIMEOUT: Duration = Duration::from_secs(15);
 
 impl Monitor {
     /// Waits until every OSD that `counts` picks has `epoch` in force or is down (its lease has run out).
+    ///
+    /// What is waited for are facts, whoever leads: an acknowledgement stays one, and down is agreed on.
     pub(super) async fn in_force(
         &self,
         epoch: Epoch,
         counts: impl Fn(&MonitorState, OsdId) -> bool + Send,
     ) -> Result<(), Status> {
+        let mut standing = self.0.consensus.standing();
         let mut reports = self.0.osd_reports.subscribe();
         let mut states = self.0.consensus.watch();
         let deadline = tokio::time::Instant::now() + FENCE_TIMEOUT;
@@ -30,6 +35,10 @@ impl Monitor {
             tokio::select! {
                 changed = reports.changed() => changed.map_err(|_| stopping())?,
                 changed = states.changed() => changed.map_err(|_| stopping())?,
+                // Acknowledgements go to the leader.
+                _ = standing.wait_for(|s| s.leads.is_none()) => {
+                    return Err(self.failed(ConsensusError::NotLeader));
+                }
                 () = tokio::time::sleep_until(deadline) => {
                     return Err(Status::unavailable(format!("{behind} has not put epoch {epoch} in force: try again")));
                 }
@@ -41,8 +50,9 @@ impl Monitor {
 #[tonic::async_trait]
 impl pb::client_service_server::ClientService for Monitor {
     async fn open_session(&self, request: Request<pb::OpenSessionRequest>) -> Answer<pb::OpenSessionReply> {
-        let r = request.into_inner();
-        match self.propose(Command::OpenSession { client: ClientId(r.client), host: r.host }).await? {
+        let (id, r) = open(request)?;
+        let command = Command::OpenSession { client: ClientId(r.client), host: r.host };
+        match self.propose_for(id, command).await? {
             Reply::Session { client, session } => Ok(Response::new(pb::OpenSessionReply {
                 client: client.0,
                 session: session.0,
@@ -57,6 +67,7 @@ impl pb::client_service_server::ClientService for Monitor {
         request: Request<pb::AttachVolumeRequest>,
     ) -> Answer<pb::AttachVolumeReply> {
         let r = request.into_inner();
+        let term = self.confirm().await?;
         let name = r.volume.clone();
         let command = Command::AttachVolume {
             volume: r.volume,
@@ -68,10 +79,11 @@ impl pb::client_service_server::ClientService for Monitor {
             return Err(Status::internal("unexpected answer"));
         };
         if let Err(late) = self.in_force(epoch, |_, _| true).await {
-            // Nobody was told of it, and who asked may not ask again: it must not stay.
-            let client = ClientId(r.client);
-            if let Err(e) = self.propose(Command::DetachVolume { volume: name, client, generation }).await {
-                tracing::warn!(%volume, %generation, error = e.message(), "an attachment that came too late stays");
+            // Nobody was told of it, and who asked may not ask again: it must not stay. But under another
+            // leader who asked may have been answered meanwhile, with the same generation.
+            let detach = Command::DetachVolume { volume: name, client: ClientId(r.client), generation };
+            if let Err(error) = self.0.consensus.propose_in(term, detach).await {
+                tracing::warn!(%volume, %generation, %error, "an attachment that came too late stays");
             }
             return Err(late);
         }

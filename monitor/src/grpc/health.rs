@@ -1,5 +1,6 @@
 //! Health: each problem with a stable code, one sentence on what is wrong and one on what to do.
 
+use super::monitors::Quorum;
 use super::view;
 use super::volatile::Volatile;
 use crate::state::MonitorState;
@@ -74,7 +75,7 @@ fn free_percent(o: &OsdDetail) -> Option<u64> {
     (o.capacity_bytes > 0).then(|| (u128::from(free) * 100 / u128::from(o.capacity_bytes)) as u64)
 }
 
-pub(super) fn report(state: &MonitorState, volatile: &Volatile) -> HealthReport {
+pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum) -> HealthReport {
     use Severity::{Error, Ok as Info, Warn};
     let osds = view::osds(state, volatile);
     let of = |pick: &dyn Fn(&OsdDetail) -> Option<String>| osds.iter().filter_map(pick).collect::<Vec<_>>();
@@ -116,7 +117,26 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile) -> HealthReport 
             Some(format!("osd.{} has {free}% free", o.id))
         }
     };
+    let down = quorum.members.iter().filter(|m| !m.up).map(|m| match m.error.as_str() {
+        "" => format!("monitor.{} at {}", m.id, m.addr),
+        why => format!("monitor.{} at {}: {why}", m.id, m.addr),
+    });
+    let lost = (!quorum.held).then(|| quorum.words.clone());
     let checks = [
+        check(
+            "MON_QUORUM_LOST",
+            Error,
+            "The monitors have no quorum: nothing can be changed and I/O waits; all else here is what was last known",
+            "Start the monitors that are down.",
+            lost.into_iter().collect(),
+        ),
+        check(
+            "MON_DOWN",
+            Warn,
+            "{n} monitors are down",
+            "Start the daemon, or remove the monitor and add another one before a second one fails.",
+            down.collect(),
+        ),
         check(
             "OSD_FATAL",
             Error,

@@ -97,7 +97,8 @@ impl pb::host_service_server::HostService for Monitor {
         if !valid_name(&host) {
             return Err(invalid(format!("{host:?} cannot be the name of a host")));
         }
-        Ok(Response::new(self.stream(|tx| follow(self.clone(), host, tx))))
+        let term = self.confirm().await?;
+        Ok(Response::new(self.stream(self.deposed(term), |tx| follow(self.clone(), host, tx))))
     }
 
     async fn report_host(&self, request: Request<pb::HostReport>) -> Result<Response<Empty>, Status> {
@@ -105,6 +106,7 @@ impl pb::host_service_server::HostService for Monitor {
         if !valid_name(&host) {
             return Err(invalid(format!("{host:?} cannot be the name of a host")));
         }
+        self.seems_to_lead()?;
         let state = self.state();
         let now = boottime_ms();
         let mut commands = Vec::new();

@@ -1,6 +1,11 @@
-//! `MapService`: the map as a stream.
+//! `MapService`: the map as a stream, from any monitor that is in touch with the leader.
+//!
+//! A follower's map may be a moment old, as every receiver's is; it never goes back on one stream, and a
+//! client that has a newer one refuses it and asks elsewhere. A monitor that has lost touch ends its
+//! streams, so that nobody waits there for maps that never come.
 
 use super::{Answers, Monitor, Sender};
+use crate::raft::ConsensusError;
 use gabion_proto::ids::Epoch;
 use gabion_proto::pb::{self, map_update::Update};
 use tonic::{Request, Response, Status};
@@ -24,6 +29,8 @@ async fn follow(monitor: Monitor, mut have: Epoch, tx: Sender<pb::MapUpdate>) {
                     }
                 }
             }
+            // Before the first map of all there is nothing to send.
+            None if newest.map.epoch == Epoch(0) => {}
             None => {
                 have = newest.map.epoch;
                 let update = Some(Update::Full(pb::ClusterMap::from(&newest.map)));
@@ -47,6 +54,9 @@ impl pb::map_service_server::MapService for Monitor {
         request: Request<pb::WatchMapRequest>,
     ) -> Result<Response<Self::WatchMapStream>, Status> {
         let have = Epoch(request.into_inner().have_epoch);
-        Ok(Response::new(self.stream(|tx| follow(self.clone(), have, tx))))
+        if !self.0.consensus.standing().borrow().in_touch {
+            return Err(self.failed(ConsensusError::NotLeader));
+        }
+        Ok(Response::new(self.stream(self.adrift(), |tx| follow(self.clone(), have, tx))))
     }
 }

@@ -1,28 +1,31 @@
 //! The gRPC face of a monitor: everything of `proto/gabion/v1` but consoles.
 //!
 //! [`Monitor`] ties the agreed state to what daemons report between changes ([`volatile`]), and
-//! runs the failure detector. Every stream ends when the daemon stops.
+//! runs the failure detector while it leads ([`leadership`]). Only the leader answers; a monitor that
+//! does not lead says where the leader is, and serves nothing but the map's stream. Every stream ends
+//! when the daemon stops; those of a leader also when it no longer leads.
 
 mod admin;
 mod clients;
 mod health;
 mod hosts;
+mod leadership;
 mod maps;
+mod monitors;
 mod osds;
 mod rebuild;
 mod status;
 mod view;
 mod volatile;
 
-use crate::decide::{Event, FailureDetector, Timing};
-use crate::raft::{Consensus, ConsensusError};
-use crate::state::{Command, MonitorState, Refusal, RefusalKind, Reply};
-use gabion_common::clock::boottime_ms;
+use crate::decide::Timing;
+use crate::raft::{Consensus, ConsensusError, Standing};
+use crate::state::{MonitorState, Refusal, RefusalKind};
 use gabion_proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use gabion_proto::pb;
+use leadership::Lead;
 use parking_lot::Mutex;
 use std::future::Future;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,10 +35,10 @@ use tonic::Status;
 use tonic::transport::server::{Server, TcpIncoming};
 use volatile::Volatile;
 
-/// How often the failure detector looks.
-const TICK: Duration = Duration::from_millis(200);
-/// Heartbeats whose reports of stuck peers are dealt with at the same time.
-const STUCK_TURNS: usize = 16;
+/// How long the word that this monitor leads may lag behind the proof of it.
+const STANDING_LAG: Duration = Duration::from_secs(1);
+/// Reports of stuck peers that are acted on at a time; the rest is reported again.
+const STUCK_REPORTS_MAX: usize = 16;
 /// Messages of one stream that wait for a slow reader.
 const STREAM_DEPTH: usize = 16;
 
@@ -45,18 +48,18 @@ type Sender<T> = mpsc::Sender<Result<T, Status>>;
 
 struct Inner {
     consensus: Consensus,
-    detector: Mutex<FailureDetector>,
+    timing: Timing,
+    // Held to read or change it only; taken before `volatile`.
+    lead: Mutex<Option<Lead>>,
     volatile: Mutex<Volatile>,
+    stuck_reports: Arc<Semaphore>,
     /// Counts reports of OSDs: who waits for acknowledgements looks again.
     osd_reports: watch::Sender<u64>,
-    /// Heartbeats whose reports of stuck peers are being dealt with.
-    stuck_turns: Arc<Semaphore>,
     /// Counts reports of hosts that changed something.
     host_reports: watch::Sender<u64>,
     /// Numbers of host specifications.
     revision: AtomicU64,
     stop: watch::Receiver<bool>,
-    addr: SocketAddr,
 }
 
 /// A running monitor; clones share it.
@@ -76,36 +79,27 @@ fn refused(refusal: Refusal) -> Status {
     }
 }
 
-fn failed(e: ConsensusError) -> Status {
-    Status::unavailable(e.to_string())
-}
-
 fn invalid(e: impl std::fmt::Display) -> Status {
     Status::invalid_argument(e.to_string())
 }
 
 impl Monitor {
-    /// A monitor that serves on `addr` and ends when `stop` turns true.
-    pub fn new(
-        consensus: Consensus,
-        timing: Timing,
-        addr: SocketAddr,
-        stop: watch::Receiver<bool>,
-    ) -> Monitor {
+    /// A monitor that ends when `stop` turns true.
+    pub fn new(consensus: Consensus, timing: Timing, stop: watch::Receiver<bool>) -> Monitor {
         let revision = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(1, |d| d.as_millis() as u64);
         Monitor(Arc::new(Inner {
             consensus,
-            detector: Mutex::new(FailureDetector::new(timing)),
+            timing,
+            lead: Mutex::default(),
             volatile: Mutex::default(),
+            stuck_reports: Arc::new(Semaphore::new(STUCK_REPORTS_MAX)),
             osd_reports: watch::Sender::new(0),
-            stuck_turns: Arc::new(Semaphore::new(STUCK_TURNS)),
             host_reports: watch::Sender::new(0),
             // Grows over restarts too, as long as the clock does.
             revision: AtomicU64::new(revision),
             stop,
-            addr,
         }))
     }
 
@@ -113,16 +107,17 @@ impl Monitor {
         self.0.consensus.state()
     }
 
-    async fn propose(&self, command: Command) -> Result<Reply, Status> {
-        self.0.consensus.propose(command).await.map_err(failed)?.map_err(refused)
-    }
-
     fn next_revision(&self) -> u64 {
         self.0.revision.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A stream that `feed` fills until it returns, the reader leaves or the daemon stops.
-    fn stream<T, F>(&self, feed: impl FnOnce(Sender<T>) -> F) -> Answers<T>
+    /// A stream that `feed` fills until it returns, the reader leaves, the daemon stops or `over` ends;
+    /// then the reader is told where to go.
+    fn stream<T, F>(
+        &self,
+        over: impl Future<Output = ()> + Send + 'static,
+        feed: impl FnOnce(Sender<T>) -> F,
+    ) -> Answers<T>
     where
         T: Send + 'static,
         F: Future<Output = ()> + Send + 'static,
@@ -131,48 +126,40 @@ impl Monitor {
         let mut stop = self.0.stop.clone();
         let gone = tx.clone();
         let feed = feed(tx);
+        let monitor = self.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = feed => {}
                 () = gone.closed() => {}
                 _ = stop.wait_for(|s| *s) => {}
+                () = over => {
+                    // A reader that is behind finds out by itself.
+                    let _ = gone.try_send(Err(monitor.failed(ConsensusError::NotLeader)));
+                }
             }
         });
         ReceiverStream::new(rx)
     }
 
-    /// Lets the detector act on an event, and has its decisions agreed on.
-    async fn detect(&self, event: Event) {
-        let commands = {
-            let mut detector = self.0.detector.lock();
-            detector.step(boottime_ms(), &self.state(), event)
-        };
-        for command in commands {
-            let shown = format!("{command:?}");
-            match self.0.consensus.propose(command).await {
-                Ok(Ok(_)) => tracing::warn!(decision = shown, "failure handling"),
-                Ok(Err(refusal)) => tracing::debug!(decision = shown, %refusal, "overtaken"),
-                Err(error) => tracing::error!(decision = shown, %error, "a decision could not be agreed on"),
+    /// Ends when this monitor no longer leads in `term`.
+    fn deposed(&self, term: u64) -> impl Future<Output = ()> + Send + 'static {
+        let mut standing = self.0.consensus.standing();
+        async move {
+            let in_term = |s: &Standing| s.leads == Some(term);
+            // What is believed may not have caught up with what was proved.
+            let seen = tokio::time::timeout(STANDING_LAG, standing.wait_for(in_term)).await.is_ok();
+            if seen {
+                // An error means that the monitor has ended.
+                let _ = standing.wait_for(|s| !in_term(s)).await;
             }
         }
     }
 
-    /// Runs the failure detector and the meters until the daemon stops.
-    async fn watch_over(self) {
-        let mut stop = self.0.stop.clone();
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = tick.tick() => {}
-                _ = stop.wait_for(|s| *s) => return,
-            }
-            self.detect(Event::Tick).await;
-            let state = self.state();
-            let forgot = self.0.volatile.lock().tick(boottime_ms(), &state);
-            if forgot {
-                self.0.host_reports.send_modify(|n| *n += 1);
-            }
+    /// Ends when this monitor has lost touch with the others.
+    fn adrift(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut standing = self.0.consensus.standing();
+        async move {
+            let _ = standing.wait_for(|s| !s.in_touch).await;
         }
     }
 
@@ -208,6 +195,7 @@ impl Monitor {
             .add_service(service!(MapServiceServer))
             .add_service(service!(OsdServiceServer))
             .add_service(service!(StatusServiceServer))
+            .add_service(self.0.consensus.peer_service())
             .serve_with_incoming_shutdown(incoming, async move {
                 // An error means that the sender is gone, which is a stop too.
                 let _ = stop.wait_for(|s| *s).await;

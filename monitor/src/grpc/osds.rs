@@ -1,7 +1,9 @@
 //! `OsdService`: boots, leases, reports of groups.
 
+use super::leadership::open;
 use super::{Monitor, invalid};
 use crate::decide::Event;
+use crate::raft::ConsensusError;
 use crate::state::intervals::earlier_primaries;
 use crate::state::{Command, Reply};
 use gabion_common::clock::boottime_ms;
@@ -16,13 +18,40 @@ type Answer<T> = Result<Response<T>, Status>;
 /// Peers that one heartbeat may report; the rest comes with the next.
 const STUCK_MAX: usize = 64;
 
+impl Monitor {
+    /// Acts on peers that do not work, aside: a lease does not wait for agreement on what was reported.
+    /// While the reports of earlier heartbeats are dealt with, these are dropped: the next one brings them
+    /// again.
+    fn report_stuck(&self, osd: OsdId, incarnation: Incarnation, stuck: Vec<pb::StuckPeer>) {
+        if stuck.is_empty() {
+            return;
+        }
+        let Ok(permit) = self.0.stuck_reports.clone().try_acquire_owned() else { return };
+        let monitor = self.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            for s in stuck.into_iter().take(STUCK_MAX) {
+                let event = Event::Stuck {
+                    osd,
+                    incarnation,
+                    pg: PgId { pool: PoolId(s.pool), index: s.pg },
+                    interval: Epoch(s.interval),
+                    peer: OsdId(s.peer),
+                    peer_incarnation: Incarnation(s.peer_incarnation),
+                    age_ms: s.age_ms,
+                };
+                monitor.detect(event).await;
+            }
+        });
+    }
+}
+
 #[tonic::async_trait]
 impl pb::osd_service_server::OsdService for Monitor {
     async fn boot(&self, request: Request<pb::BootRequest>) -> Answer<pb::BootReply> {
-        let r = request.into_inner();
+        let (id, r) = open(request)?;
         let cluster = convert::identity("cluster", &r.cluster).map_err(invalid)?;
-        let mine = self.state().map.cluster;
-        if cluster != mine {
+        if let Some(mine) = self.0.consensus.cluster().filter(|mine| *mine != cluster) {
             return Err(Status::failed_precondition(format!(
                 "this is cluster {mine}, the disk belongs to {cluster}"
             )));
@@ -36,7 +65,7 @@ impl pb::osd_service_server::OsdService for Monitor {
             rack: r.rack,
             capacity_bytes: r.capacity_bytes,
         };
-        match self.propose(command).await? {
+        match self.propose_for(id, command).await? {
             Reply::Booted { incarnation, epoch } => {
                 tracing::info!(osd = r.id, incarnation = incarnation.0, "booted");
                 Ok(Response::new(pb::BootReply { incarnation: incarnation.0, epoch: epoch.0 }))
@@ -48,40 +77,25 @@ impl pb::osd_service_server::OsdService for Monitor {
     async fn heartbeat(&self, request: Request<pb::HeartbeatRequest>) -> Answer<pb::HeartbeatReply> {
         let mut r = request.into_inner();
         let (osd, incarnation) = (OsdId(r.id), Incarnation(r.incarnation));
-        let state = {
-            // The state is read under the lock: an older one may call up who was marked down since.
-            let mut detector = self.0.detector.lock();
-            let state = self.state();
-            if !detector.renew(boottime_ms(), &state, osd, incarnation) {
-                return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
+        // Rule P6, see `decide`: the proof begins after the request has come.
+        let term = self.confirm().await?;
+        let (state, renewed) = match &mut *self.0.lead.lock() {
+            Some(lead) if lead.term == term => {
+                // The state is read under the lock: an older one may call up who was marked down since.
+                let state = self.state();
+                let renewed = lead.detector.renew(boottime_ms(), &state, osd, incarnation);
+                (state, renewed)
             }
-            state
+            // A later term has begun meanwhile: the OSD asks again.
+            _ => return Err(self.failed(ConsensusError::NotLeader)),
         };
+        if !renewed {
+            return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
+        }
         let stuck = std::mem::take(&mut r.stuck);
         self.0.volatile.lock().heartbeat(&state, osd, r);
         self.0.osd_reports.send_modify(|n| *n += 1);
-        // The lease does not wait for agreement on what was reported. While the reports of an earlier
-        // heartbeat are dealt with, these are dropped: the next one brings them again.
-        if !stuck.is_empty()
-            && let Ok(turn) = self.0.stuck_turns.clone().try_acquire_owned()
-        {
-            let monitor = self.clone();
-            tokio::spawn(async move {
-                for s in stuck.into_iter().take(STUCK_MAX) {
-                    let event = Event::Stuck {
-                        osd,
-                        incarnation,
-                        pg: PgId { pool: PoolId(s.pool), index: s.pg },
-                        interval: Epoch(s.interval),
-                        peer: OsdId(s.peer),
-                        peer_incarnation: Incarnation(s.peer_incarnation),
-                        age_ms: s.age_ms,
-                    };
-                    monitor.detect(event).await;
-                }
-                drop(turn);
-            });
-        }
+        self.report_stuck(osd, incarnation, stuck);
         Ok(Response::new(pb::HeartbeatReply { lease_ms: LEASE.as_millis() as u64, epoch: state.map.epoch.0 }))
     }
 
@@ -118,6 +132,7 @@ impl pb::osd_service_server::OsdService for Monitor {
 
     async fn goodbye(&self, request: Request<pb::GoodbyeRequest>) -> Answer<Empty> {
         let r = request.into_inner();
+        self.confirm().await?;
         self.detect(Event::Goodbye { osd: OsdId(r.id), incarnation: Incarnation(r.incarnation) }).await;
         Ok(Response::new(Empty {}))
     }

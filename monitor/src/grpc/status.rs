@@ -1,7 +1,9 @@
 //! `StatusService`: status, health, rebuilds and events.
 
+use super::monitors::member;
 use super::{Answers, Monitor, Sender, health, view};
 use crate::state::{EVENTS_MAX, EventSeverity};
+use gabion_common::monitor_client::headers;
 use gabion_proto::pb::{self, Empty};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -52,12 +54,29 @@ async fn events(monitor: Monitor, last: usize, follow: bool, tx: Sender<pb::Even
     }
 }
 
+impl Monitor {
+    /// Whether there is proof of a quorum; without one it is an error, unless the caller takes an old
+    /// answer.
+    async fn confirm_or_stale(&self, request: &Request<Empty>) -> Result<bool, Status> {
+        match self.confirm().await {
+            Ok(_) => Ok(true),
+            Err(status)
+                if headers::is_no_quorum(&status) && request.metadata().contains_key(headers::STALE_OK) =>
+            {
+                Ok(false)
+            }
+            Err(status) => Err(status),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl pb::status_service_server::StatusService for Monitor {
     type WatchRebuildsStream = Answers<pb::RebuildStatus>;
     type WatchEventsStream = Answers<pb::Event>;
 
-    async fn get_status(&self, _: Request<Empty>) -> Result<Response<pb::ClusterStatus>, Status> {
+    async fn get_status(&self, request: Request<Empty>) -> Result<Response<pb::ClusterStatus>, Status> {
+        let quorum = self.quorum(self.confirm_or_stale(&request).await?);
         let state = self.state();
         let volatile = self.0.volatile.lock();
         let osds = view::osds(&state, &volatile);
@@ -71,13 +90,9 @@ impl pb::status_service_server::StatusService for Monitor {
         Ok(Response::new(pb::ClusterStatus {
             cluster: state.map.cluster.to_string(),
             epoch: state.map.epoch.0,
-            health: Some(health::report(&state, &volatile)),
-            monitors: vec![pb::MonitorStatus {
-                id: self.0.consensus.id(),
-                addr: self.0.addr.to_string(),
-                leader: true,
-                up: true,
-            }],
+            health: Some(health::report(&state, &volatile, &quorum)),
+            monitors: quorum.members.into_iter().map(member).collect(),
+            stale: !quorum.held,
             osds: osds.len() as u32,
             osds_up: osds.iter().filter(|o| o.up).count() as u32,
             osds_in: counted().count() as u32,
@@ -98,8 +113,9 @@ impl pb::status_service_server::StatusService for Monitor {
         }))
     }
 
-    async fn get_health(&self, _: Request<Empty>) -> Result<Response<pb::HealthReport>, Status> {
-        Ok(Response::new(health::report(&self.state(), &self.0.volatile.lock())))
+    async fn get_health(&self, request: Request<Empty>) -> Result<Response<pb::HealthReport>, Status> {
+        let quorum = self.quorum(self.confirm_or_stale(&request).await?);
+        Ok(Response::new(health::report(&self.state(), &self.0.volatile.lock(), &quorum)))
     }
 
     async fn watch_rebuilds(
@@ -107,7 +123,8 @@ impl pb::status_service_server::StatusService for Monitor {
         request: Request<pb::WatchRebuildsRequest>,
     ) -> Result<Response<Self::WatchRebuildsStream>, Status> {
         let until_clean = request.into_inner().until_clean;
-        Ok(Response::new(self.stream(|tx| rebuilds(self.clone(), until_clean, tx))))
+        let term = self.confirm().await?;
+        Ok(Response::new(self.stream(self.deposed(term), |tx| rebuilds(self.clone(), until_clean, tx))))
     }
 
     async fn watch_events(
@@ -119,6 +136,7 @@ impl pb::status_service_server::StatusService for Monitor {
             0 => EVENTS_DEFAULT,
             n => (n as usize).min(EVENTS_MAX),
         };
-        Ok(Response::new(self.stream(|tx| events(self.clone(), last, r.follow, tx))))
+        let term = self.confirm().await?;
+        Ok(Response::new(self.stream(self.deposed(term), |tx| events(self.clone(), last, r.follow, tx))))
     }
 }

@@ -4,14 +4,14 @@
 //! On start the last snapshot is loaded and openraft applies the log after it again.
 
 use super::log::{family, other, synced};
-use super::{Database, Types};
+use super::{Database, MonitorNode, Types};
 use crate::state::{CommandResult, MonitorState, Reply};
 use gabion_proto::ids::Epoch;
 use gabion_proto::map::MapIncrement;
 use openraft::storage::RaftStateMachine;
 use openraft::{
-    BasicNode, Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta,
-    StorageError, StorageIOError, StoredMembership,
+    Entry, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageError,
+    StorageIOError, StoredMembership,
 };
 use parking_lot::Mutex;
 use rocksdb::DB;
@@ -76,7 +76,7 @@ impl Published {
 
 #[derive(Serialize, Deserialize)]
 struct Stored {
-    meta: SnapshotMeta<u64, BasicNode>,
+    meta: SnapshotMeta<u64, MonitorNode>,
     data: Vec<u8>,
 }
 
@@ -84,7 +84,7 @@ pub(crate) struct Machine {
     db: Arc<Database>,
     state: Arc<MonitorState>,
     last_applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MonitorNode>,
     published: Arc<Published>,
 }
 
@@ -131,7 +131,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn applied_state(
         &mut self,
-    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>), Failure> {
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, MonitorNode>), Failure> {
         Ok((self.last_applied, self.membership.clone()))
     }
 
@@ -152,7 +152,8 @@ impl RaftStateMachine<Types> for Machine {
                 }
                 EntryPayload::Normal(stamped) => {
                     let old = self.state.clone();
-                    let answer = Arc::make_mut(&mut self.state).apply(stamped.unix_ms, stamped.command);
+                    let term = entry.log_id.leader_id.term;
+                    let answer = Arc::make_mut(&mut self.state).apply_agreed(term, stamped);
                     if old.map.epoch != self.state.map.epoch {
                         increments.push(MapIncrement::between(&old.map, &self.state.map));
                     }
@@ -179,7 +180,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn install_snapshot(
         &mut self,
-        meta: &SnapshotMeta<u64, BasicNode>,
+        meta: &SnapshotMeta<u64, MonitorNode>,
         snapshot: Box<Cursor<Vec<u8>>>,
     ) -> Result<(), Failure> {
         let stored = Stored { meta: meta.clone(), data: snapshot.into_inner() };
@@ -202,7 +203,7 @@ pub(crate) struct Builder {
     db: Arc<Database>,
     state: Arc<MonitorState>,
     last_applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, BasicNode>,
+    membership: StoredMembership<u64, MonitorNode>,
 }
 
 impl RaftSnapshotBuilder<Types> for Builder {

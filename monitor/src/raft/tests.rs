@@ -1,5 +1,4 @@
 use super::*;
-use gabion_proto::ids::ClusterId;
 use openraft::StorageError;
 use openraft::testing::{StoreBuilder, Suite};
 use tempfile::TempDir;
@@ -19,12 +18,14 @@ fn storage_conforms() {
     Suite::test_all(Build).unwrap();
 }
 
+async fn open(dir: &TempDir, start: Start) -> Result<Consensus, ConsensusError> {
+    Consensus::open(dir.path(), Setup::new(1, "127.0.0.1:1", start)).await
+}
+
 #[tokio::test]
 async fn what_was_answered_is_there_after_a_restart() {
     let dir = TempDir::new().unwrap();
-    let consensus = Consensus::open(dir.path(), 1, "127.0.0.1:1", true).await.unwrap();
-    let cluster = ClusterId([3; 16]);
-    consensus.propose(Command::Bootstrap { cluster }).await.unwrap().unwrap();
+    let consensus = open(&dir, Start::Bootstrap).await.unwrap();
     // More than one snapshot's worth, so that the start reads a snapshot and the log after it.
     for n in 0..SNAPSHOT_EVERY + 10 {
         let command =
@@ -32,21 +33,69 @@ async fn what_was_answered_is_there_after_a_restart() {
         consensus.propose(command).await.unwrap().unwrap();
     }
     let before = consensus.state();
-    consensus.shutdown().await;
-    drop(consensus);
-    let again = Consensus::open(dir.path(), 1, "127.0.0.1:1", false).await.unwrap();
+    consensus.close().await;
+    let again = open(&dir, Start::Resume).await.unwrap();
     assert_eq!(*again.state(), *before);
-    again.shutdown().await;
+    again.close().await;
 }
 
 #[tokio::test]
 async fn an_empty_directory_needs_bootstrap_and_a_full_one_refuses_it() {
     let dir = TempDir::new().unwrap();
-    let refused = Consensus::open(dir.path(), 1, "127.0.0.1:1", false).await.unwrap_err();
-    assert!(matches!(refused, ConsensusError::NotInitialised(_)), "{refused}");
-    let consensus = Consensus::open(dir.path(), 1, "127.0.0.1:1", true).await.unwrap();
-    consensus.shutdown().await;
-    drop(consensus);
-    let refused = Consensus::open(dir.path(), 1, "127.0.0.1:1", true).await.unwrap_err();
-    assert!(matches!(refused, ConsensusError::Initialised(_)), "{refused}");
+    let refused = open(&dir, Start::Resume).await.unwrap_err();
+    assert!(matches!(refused, ConsensusError::NotInitialised), "{refused}");
+    open(&dir, Start::Bootstrap).await.unwrap().close().await;
+    let refused = open(&dir, Start::Bootstrap).await.unwrap_err();
+    assert!(matches!(refused, ConsensusError::Initialised), "{refused}");
+    let other = Consensus::open(dir.path(), Setup::new(2, "127.0.0.1:1", Start::Resume)).await.unwrap_err();
+    assert!(matches!(other, ConsensusError::OtherMonitor { kept: 1, asked: 2 }), "{other}");
+}
+
+/// Entries in the log, by its column family and not by what openraft says.
+fn entries(dir: &TempDir) -> usize {
+    let db = open_db(&dir.path().join("raft")).unwrap();
+    db.iterator_cf(log::family(&db, log::FAMILY).unwrap(), rocksdb::IteratorMode::Start).count()
+}
+
+#[tokio::test]
+async fn the_log_does_not_grow_without_bound() {
+    let dir = TempDir::new().unwrap();
+    let setup = Setup { snapshot_every: 100, ..Setup::new(1, "127.0.0.1:1", Start::Bootstrap) };
+    let consensus = Consensus::open(dir.path(), setup).await.unwrap();
+    for n in 0..1_000 {
+        let text = n.to_string();
+        consensus.propose(Command::Announce { text }).await.unwrap().unwrap();
+    }
+    // Snapshots are made aside; the last one may still be under way.
+    let mut metrics = consensus.raft().metrics();
+    metrics.wait_for(|m| m.purged.is_some_and(|p| p.index >= 800)).await.unwrap();
+    drop(metrics);
+    consensus.close().await;
+    assert!(entries(&dir) <= 300, "{} entries are left", entries(&dir));
+}
+
+#[tokio::test]
+async fn a_request_that_is_too_large_is_refused_and_changes_nothing() {
+    let dir = TempDir::new().unwrap();
+    let consensus = open(&dir, Start::Bootstrap).await.unwrap();
+    let before = consensus.state();
+    let text = "x".repeat(COMMAND_BYTES_MAX);
+    let refused = consensus.propose(Command::Announce { text }).await.unwrap().unwrap_err();
+    assert_eq!(refused.kind, crate::state::RefusalKind::Invalid);
+    assert_eq!(consensus.state(), before);
+    consensus.close().await;
+}
+
+#[tokio::test]
+async fn the_only_monitor_cannot_be_removed_and_nobody_is_not_added() {
+    let dir = TempDir::new().unwrap();
+    let consensus = open(&dir, Start::Bootstrap).await.unwrap();
+    let refused = consensus.remove_monitor(1, None).await.unwrap_err();
+    assert!(matches!(refused, MembershipError::Precondition(_)), "{refused}");
+    assert!(matches!(consensus.remove_monitor(7, None).await, Err(MembershipError::NotFound(7))));
+    assert!(matches!(consensus.add_monitor("localhost").await, Err(MembershipError::Invalid(_))));
+    let refused = consensus.add_monitor("127.0.0.1:1").await.unwrap_err();
+    assert!(refused.to_string().contains("127.0.0.1:1"), "{refused}");
+    assert_eq!(consensus.members().len(), 1);
+    consensus.close().await;
 }

@@ -201,12 +201,23 @@ pub enum Command {
     RemoveVm {
         name: String,
     },
+
+    /// Something for the events only.
+    Announce {
+        text: String,
+    },
 }
 
-/// A command with the wall-clock time at which it was proposed, for events.
+/// A command with what it was proposed under.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamped {
+    /// Wall-clock time of the proposal, for events.
     pub unix_ms: u64,
+    /// The request that it belongs to: carried out once, however often it is proposed.
+    pub request: Option<u128>,
+    /// The leader's term in which it was decided, when what it is based on holds only under that leader:
+    /// agreed on under another one, it has no effect.
+    pub term: Option<u64>,
     pub command: Command,
 }
 

@@ -10,6 +10,7 @@ pub mod intervals;
 mod osds;
 mod pgs;
 mod pools;
+mod requests;
 mod volumes;
 
 pub use command::*;
@@ -132,6 +133,7 @@ pub struct MonitorState {
     /// Grows with every change of exports or VMs.
     pub host_revision: u64,
     pub events: VecDeque<Event>,
+    answered: requests::Answered,
     counters: Counters,
 }
 
@@ -200,6 +202,10 @@ impl MonitorState {
             Command::VmStopped { name, action_number } => self.vm_stopped(&name, action_number),
             Command::DiskReleased { vm, volume } => self.disk_released(&vm, volume),
             Command::RemoveVm { name } => self.remove_vm(&name),
+            Command::Announce { text } => {
+                self.event(EventSeverity::Ok, text);
+                Ok(Reply::Done)
+            }
         }
     }
 

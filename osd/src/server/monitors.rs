@@ -6,8 +6,12 @@ use gabion_common::monitor_client::MonitorClient;
 use gabion_proto::ids::*;
 use gabion_proto::limits::LEASE;
 use gabion_proto::pb::{BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport};
+use std::time::Duration;
 use tonic::Status;
 use tracing::warn;
+
+/// A monitor that holds a heartbeat for longer is taken for gone.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The monitors, as one OSD sees them. Cheap to clone.
 #[derive(Clone)]
@@ -35,7 +39,9 @@ impl Monitors {
 
     /// One try: an answer that comes later than a lease is of no use.
     pub async fn heartbeat(&self, request: HeartbeatRequest) -> Result<HeartbeatReply, Status> {
-        let call = self.client.once(|m| {
+        // A leader that hangs must be left while the lease still runs.
+        let call = self.client.with_call_timeout(HEARTBEAT_TIMEOUT);
+        let call = call.once(|m| {
             let request = request.clone();
             async move { m.osd().heartbeat(request).await }
         });

@@ -150,23 +150,25 @@ async fn watch_specs(host: &Host, specs: watch::Sender<Option<pb::HostSpec>>) {
                             backoff.reset();
                             specs.send_replace(Some(spec));
                         }
-                        Ok(None) => break,
+                        Ok(None) => break host.monitors.rotate(),
                         Err(status) => {
                             tracing::warn!(
                                 error = status.message(),
                                 "lost the monitor's wishes; asking again"
                             );
-                            break;
+                            break host.monitors.failed(&status);
                         }
                     }
                 }
             }
-            Err(status) if backoff.is_first() => {
-                tracing::warn!(error = status.message(), "no monitor says what to run; asking again");
+            Err(status) => {
+                if backoff.is_first() {
+                    tracing::warn!(error = status.message(), "no monitor says what to run; asking again");
+                }
+                // Not the leader: it said who is.
+                host.monitors.failed(&status);
             }
-            Err(_) => {}
         }
-        host.monitors.rotate();
         tokio::time::sleep(backoff.next()).await;
     }
 }
