@@ -58,7 +58,8 @@ for tool in jq nbdcopy debugfs qemu-system-x86_64 mmdebstrap; do
 done
 step="building"
 say "building"
-cargo build --locked --release --workspace --bins
+# The daemons and the command only: no tests, no benchmarks.
+cargo build --locked --release --bins -p gabion-cli -p gabion-monitor -p gabion-osd -p gabion-gateway -p gabion-vmm-shim
 
 start=$(now)
 step="making the Debian root"

@@ -4,7 +4,8 @@ use prost::Message as _;
 use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["admin", "cluster", "host", "map", "monitor_peer", "osd", "status"].map(|f| format!("gabion/v1/{f}.proto"));
+    let files = ["admin", "cluster", "host", "map", "monitor_peer", "osd", "status"]
+        .map(|f| format!("gabion/v1/{f}.proto"));
     for f in &files {
         println!("cargo:rerun-if-changed=proto/{f}");
     }

@@ -39,7 +39,9 @@ impl Monitors {
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let answer = match self.client.with_retry_for(ELECTION_WITHIN).once(&mut call).await {
-            Err(status) if headers::is_no_quorum(&status) => self.client.with_stale_ok().once(&mut call).await,
+            Err(status) if headers::is_no_quorum(&status) => {
+                self.client.with_stale_ok().once(&mut call).await
+            }
             answer => answer,
         };
         answer.map_err(|status| self.error(thing, &status))

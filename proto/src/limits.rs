@@ -95,8 +95,7 @@ const _: () = assert!(OP_DATA_BYTES_MAX <= OBJECT_BYTES_MIN);
 const _: () = assert!(RECOVERY_FREE_PERCENT < FULL_FREE_PERCENT);
 const _: () = assert!(FULL_FREE_PERCENT < NEARFULL_FREE_PERCENT);
 const _: () = assert!(HEARTBEAT.as_millis() * 3 <= LEASE.as_millis());
-const _: () =
-    assert!(2 * COMMAND_BYTES_MAX * MONITOR_APPEND_ENTRIES_MAX <= MONITOR_PEER_MESSAGE_BYTES_MAX);
+const _: () = assert!(2 * COMMAND_BYTES_MAX * MONITOR_APPEND_ENTRIES_MAX <= MONITOR_PEER_MESSAGE_BYTES_MAX);
 // An encoded byte takes at most two.
 const _: () = assert!(2 * MONITOR_SNAPSHOT_PIECE_BYTES < MONITOR_PEER_MESSAGE_BYTES_MAX);
 // One CRC and one state per block of the largest object fit in a frame's metadata.

@@ -48,7 +48,8 @@ fn monitors_are_killed_under_verified_writes() -> Result<()> {
         // Operators notice at most a moment's wait.
         cluster.run(&["volume", "create", &format!("n{n}"), "--size", "1M", "--pool", "p"])?;
         cluster.wait_for("health names it", WITHIN, |s| {
-            let details = |c: &Value| c["code"] == "MON_DOWN" && c["details"].to_string().contains(victim.as_str());
+            let details =
+                |c: &Value| c["code"] == "MON_DOWN" && c["details"].to_string().contains(victim.as_str());
             Some(s["quorum"] == true && s["health"]["checks"].as_array()?.iter().any(details))
         })?;
         cluster.revive(victim)?;
@@ -56,7 +57,8 @@ fn monitors_are_killed_under_verified_writes() -> Result<()> {
         fio.finish().with_context(|| format!("while {victim} was killed"))?;
     }
     let volumes = cluster.json(&["volume", "ls"])?;
-    let names: Vec<_> = volumes["volumes"].as_array().context("no volumes")?.iter().map(|v| &v["name"]).collect();
+    let names: Vec<_> =
+        volumes["volumes"].as_array().context("no volumes")?.iter().map(|v| &v["name"]).collect();
     ensure!(names.len() == 4, "v and one for each monitor, not {names:?}");
 
     // Two of three gone.

@@ -166,7 +166,10 @@ fn spawn(spec: &Spec) -> std::io::Result<Child> {
     // Asked at every start: a monitor that has its state goes on with it.
     if spec.kind == Kind::Monitor && is_empty(&spec.data_dir)? {
         // One whose data is lost must not make a new cluster while others still are the old one.
-        let alone = spec.siblings.iter().try_fold(true, |alone, dir| Ok::<_, std::io::Error>(alone && is_empty(dir)?))?;
+        let alone = spec
+            .siblings
+            .iter()
+            .try_fold(true, |alone, dir| Ok::<_, std::io::Error>(alone && is_empty(dir)?))?;
         command.arg(if spec.id == "1" && alone { "--bootstrap" } else { "--join" });
     }
     command.args(&spec.args).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()

@@ -108,7 +108,10 @@ impl Supervisor {
         }
         match tokio::time::timeout(MONITOR_WITHIN * 2, join_monitors(&addrs)).await {
             Ok(joined) => joined,
-            Err(_) => bail!("the monitors do not find together: see the logs of monitor.1 to monitor.{}", addrs.len()),
+            Err(_) => bail!(
+                "the monitors do not find together: see the logs of monitor.1 to monitor.{}",
+                addrs.len()
+            ),
         }
     }
 

@@ -31,7 +31,9 @@ impl RequestId {
     pub fn of(metadata: &MetadataMap) -> Result<Option<RequestId>, Status> {
         let Some(value) = metadata.get(REQUEST_ID) else { return Ok(None) };
         let parsed = value.to_str().ok().and_then(|t| t.parse().ok());
-        parsed.map(Some).ok_or_else(|| Status::invalid_argument(format!("{REQUEST_ID}: not 32 hexadecimal digits")))
+        parsed
+            .map(Some)
+            .ok_or_else(|| Status::invalid_argument(format!("{REQUEST_ID}: not 32 hexadecimal digits")))
     }
 }
 

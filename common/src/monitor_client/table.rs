@@ -151,10 +151,12 @@ mod tests {
             assert_eq!(table.current().addr.port(), port);
         }
         assert_eq!(table.len(), MONITORS_MAX);
-        let ports: Vec<u16> = (0..MONITORS_MAX).map(|_| {
-            table.leave(None);
-            table.current().addr.port()
-        }).collect();
+        let ports: Vec<u16> = (0..MONITORS_MAX)
+            .map(|_| {
+                table.leave(None);
+                table.current().addr.port()
+            })
+            .collect();
         assert!(ports.contains(&1), "{ports:?}");
     }
 

@@ -69,14 +69,17 @@ impl pb::admin_service_server::AdminService for Monitor {
             r.redundancy.ok_or_else(|| invalid("redundancy: must name replicas or an erasure code"))?;
         let redundancy = Redundancy::try_from(redundancy).map_err(invalid)?;
         let domain = convert::failure_domain(r.failure_domain).map_err(invalid)?;
-        self.propose_for(id, Command::CreatePool {
-            name: r.name.clone(),
-            redundancy,
-            min_size: r.min_size,
-            failure_domain: domain.unwrap_or(FailureDomain::Host),
-            pg_count: r.pg_count,
-            object_bytes: r.object_bytes,
-        })
+        self.propose_for(
+            id,
+            Command::CreatePool {
+                name: r.name.clone(),
+                redundancy,
+                min_size: r.min_size,
+                failure_domain: domain.unwrap_or(FailureDomain::Host),
+                pg_count: r.pg_count,
+                object_bytes: r.object_bytes,
+            },
+        )
         .await?;
         Ok(Response::new(self.pool_info(&r.name)?))
     }
@@ -263,14 +266,17 @@ impl pb::admin_service_server::AdminService for Monitor {
         }
         let hosts = self.0.volatile.lock().agents.keys().cloned().collect();
         let host = self.only_host(r.host, "host agent", hosts)?;
-        self.propose_for(id, Command::CreateVm {
-            name: r.name.clone(),
-            cpus: r.cpus,
-            memory_bytes: r.memory_bytes,
-            disks: r.disks.into_iter().map(disk).collect(),
-            host,
-            kernel_args: r.kernel_args,
-        })
+        self.propose_for(
+            id,
+            Command::CreateVm {
+                name: r.name.clone(),
+                cpus: r.cpus,
+                memory_bytes: r.memory_bytes,
+                disks: r.disks.into_iter().map(disk).collect(),
+                host,
+                kernel_args: r.kernel_args,
+            },
+        )
         .await?;
         Ok(Response::new(self.vm_info(&r.name)?))
     }

@@ -100,7 +100,9 @@ impl Monitor {
         let all: Vec<String> = consensus.members().into_iter().map(|m| m.addr).collect();
         headers::put(metadata, headers::MONITORS, &all.join(","));
         match (&e, standing.leader_addr) {
-            (ConsensusError::NotLeader, Some(addr)) if !lost => headers::put(metadata, headers::LEADER, &addr),
+            (ConsensusError::NotLeader, Some(addr)) if !lost => {
+                headers::put(metadata, headers::LEADER, &addr)
+            }
             _ if lost => headers::put(metadata, headers::NO_QUORUM, "1"),
             _ => {}
         }

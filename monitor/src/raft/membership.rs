@@ -62,7 +62,6 @@ fn write_failed(e: RaftError<u64, ClientWriteError<u64, MonitorNode>>) -> Member
     }
 }
 
-
 impl Consensus {
     fn nodes(&self) -> (BTreeMap<u64, MonitorNode>, BTreeSet<u64>) {
         let membership = self.0.raft.server_metrics().borrow().membership_config.clone();

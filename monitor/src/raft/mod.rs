@@ -87,7 +87,9 @@ const _: () = assert!(2 * ELECTION_MS.1 < LEASE.as_millis() as u64);
 /// Why a proposal or a start failed. A refusal by the state is not an error here.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConsensusError {
-    #[error("there is no monitor's data here: start with --bootstrap to make a new cluster, or with --join to be added to one")]
+    #[error(
+        "there is no monitor's data here: start with --bootstrap to make a new cluster, or with --join to be added to one"
+    )]
     NotInitialised,
     #[error("there is a monitor's data here already: start without --bootstrap")]
     Initialised,

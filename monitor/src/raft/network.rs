@@ -70,8 +70,9 @@ impl Shared {
         if let Some(channel) = channels.get(addr) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{addr}"))
-            .map_err(|_| Status::invalid_argument(format!("{addr:?} is not an address of the form ip:port")))?;
+        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|_| {
+            Status::invalid_argument(format!("{addr:?} is not an address of the form ip:port"))
+        })?;
         let channel = endpoint
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)

@@ -99,7 +99,8 @@ pub(super) fn follow(raft: &Raft<Types>, shared: Arc<Shared>) -> watch::Receiver
             if good {
                 in_touch_ms = Some(boottime_ms());
             }
-            let node = |id: u64| now.membership_config.nodes().find(|(i, _)| **i == id).map(|(_, n)| n.clone());
+            let node =
+                |id: u64| now.membership_config.nodes().find(|(i, _)| **i == id).map(|(_, n)| n.clone());
             let other = now.current_leader.filter(|l| *l != me);
             let new = Standing {
                 leads: leads.then_some(now.vote.leader_id().term),
@@ -138,10 +139,7 @@ fn report(me: u64, old: &Standing, new: &Standing, words: impl Fn() -> String) {
     }
 }
 
-fn has_majority(
-    membership: &openraft::StoredMembership<u64, MonitorNode>,
-    up: impl Fn(u64) -> bool,
-) -> bool {
+fn has_majority(membership: &openraft::StoredMembership<u64, MonitorNode>, up: impl Fn(u64) -> bool) -> bool {
     let joint = membership.membership().get_joint_config();
     joint.iter().all(|voters| voters.iter().filter(|v| up(**v)).count() * 2 > voters.len())
 }

@@ -155,9 +155,8 @@ impl Cluster {
 
     pub async fn members(&self) -> Vec<pb::MonitorStatus> {
         let client = self.client();
-        let call = client.until_answered("list", |m| async move {
-            m.admin().list_monitors(pb::Empty {}).await
-        });
+        let call =
+            client.until_answered("list", |m| async move { m.admin().list_monitors(pb::Empty {}).await });
         call.await.unwrap().monitors
     }
 

@@ -13,7 +13,8 @@ use tonic::Code;
 async fn boot(monitors: &MonitorClient) -> (u32, u64) {
     let added = monitors.once(|m| async move {
         let disk = vec![1; 16];
-        let request = pb::AddOsdRequest { disk, host: "h".into(), capacity_bytes: 1 << 34, ..Default::default() };
+        let request =
+            pb::AddOsdRequest { disk, host: "h".into(), capacity_bytes: 1 << 34, ..Default::default() };
         m.admin().add_osd(request).await
     });
     let added = added.await.unwrap();

@@ -119,9 +119,8 @@ impl Load {
             fates.extend(operator.await.unwrap());
         }
         let client = cluster.client();
-        let listed = client.until_answered("list", |m| async move {
-            m.admin().list_volumes(pb::Empty {}).await
-        });
+        let listed =
+            client.until_answered("list", |m| async move { m.admin().list_volumes(pb::Empty {}).await });
         let listed = listed.await.unwrap().volumes;
         let there: BTreeMap<String, u64> = listed.iter().map(|v| (v.name.clone(), v.id)).collect();
         assert_eq!(there.len(), listed.len(), "a name is there twice");
@@ -141,7 +140,11 @@ impl Load {
         let unknown = fates.values().filter(|f| **f == Fate::Unknown).count();
         let probe = create(&cluster.client(), "probe").await.unwrap() as usize;
         let certain = fates.len() - unknown + 1;
-        assert!((certain..=certain + unknown).contains(&probe), "{probe} ids for {certain} to {} volumes", certain + unknown);
+        assert!(
+            (certain..=certain + unknown).contains(&probe),
+            "{probe} ids for {certain} to {} volumes",
+            certain + unknown
+        );
         assert!(unknown * 10 <= fates.len(), "{unknown} of {} changes got no answer", fates.len());
     }
 }

@@ -467,7 +467,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             .flat_map(|c| c.fresh.iter())
             .filter(|f| f.slot == slot)
             .map(|f| (f.first, f.data.clone()))
-            .last();
+            .next_back();
         for (bit, len) in runs(rest) {
             let at = (bit - first) as usize;
             match &fresh {

@@ -292,7 +292,7 @@ impl Generator {
             33 => TxnOp::PurgeTombstone { object, version: v(now.version) },
             34 => TxnOp::Purge { object },
             35 => TxnOp::SetMeta(PgMeta { promised: Epoch(version.raw()), activated: Epoch(prev.raw()) }),
-            36 => TxnOp::AddMissing { object, needed: Needed { version, deleted: wrong } },
+            36 => TxnOp::AddMissing { object, needed: Needed::certain(version, wrong) },
             37 => TxnOp::DropMissing { object },
             38 => TxnOp::ClearMissing,
             _ if self.rng.random_range(0..4) == 0 => TxnOp::RemovePg,
