@@ -31,7 +31,22 @@ pub fn of_children_s() -> f64 {
     usage_s(libc::RUSAGE_CHILDREN)
 }
 
+/// User and system time of this process, apart.
+pub fn of_self_parts_s() -> (f64, f64) {
+    parts_s(libc::RUSAGE_SELF)
+}
+
+/// The same of its children that have been waited for.
+pub fn of_children_parts_s() -> (f64, f64) {
+    parts_s(libc::RUSAGE_CHILDREN)
+}
+
 fn usage_s(who: libc::c_int) -> f64 {
+    let (user, system) = parts_s(who);
+    user + system
+}
+
+fn parts_s(who: libc::c_int) -> (f64, f64) {
     // SAFETY: rusage is plain data that the call fills; it lives on this frame.
     let usage = unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -39,7 +54,7 @@ fn usage_s(who: libc::c_int) -> f64 {
         usage
     };
     let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
-    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+    (seconds(usage.ru_utime), seconds(usage.ru_stime))
 }
 
 #[cfg(test)]

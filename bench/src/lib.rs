@@ -9,5 +9,6 @@ pub mod fio;
 pub mod harness;
 pub mod job;
 pub mod report;
+pub mod store;
 pub mod target;
 pub mod vhost;

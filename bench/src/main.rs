@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 use gabion_bench::cluster::{self, ClusterOptions};
 use gabion_bench::harness::{self, Plan};
 use gabion_bench::job::{Job, Pattern};
+use gabion_bench::store::{self, StoreOptions};
 use gabion_bench::target::{Pids, Target};
 use gabion_bench::vhost::load::{self, Load};
 
@@ -56,6 +57,11 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         flush_every: u64,
     },
+    /// Measure one object store beside fio on a file of the same disk.
+    Store {
+        #[command(flatten)]
+        options: StoreOptions,
+    },
     /// Start a development cluster, export volumes by NBD and vhost-user, and run the jobs on them and on a raw file.
     Cluster {
         #[command(flatten)]
@@ -81,6 +87,7 @@ fn main() -> Result<()> {
             let result = load::run(&Load { socket, job, secs, size_bytes: size, flush_every })?;
             writeln!(out, "{}", serde_json::to_string(&result)?)?;
         }
+        Command::Store { options } => store::run(&options, &mut out)?,
         Command::Cluster { cluster, plan } => cluster::run(&cluster, &plan, &mut out)?,
     }
     Ok(())

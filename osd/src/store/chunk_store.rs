@@ -46,8 +46,9 @@ const PURPOSE_SHIFT: u32 = 60;
 
 /// See the module docs.
 pub struct ChunkStore<D: Device, K: Kv> {
-    pub(super) device: D,
+    // Before the device, which holds the lock of the directory, so that it is closed when the lock is free.
     pub(super) index: Index<K>,
+    pub(super) device: D,
     pub(super) superblock: Superblock,
     pub(super) geometry: Geometry,
     pub(super) slots: Slots,
@@ -158,11 +159,6 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
     }
 
-    /// What the store did since it was opened.
-    pub fn stats(&self) -> Stats {
-        Stats { traffic: self.device.traffic(), ..self.stats }
-    }
-
     pub(super) fn submit(&mut self, purpose: Purpose, number: u64, request: Request) {
         self.in_flight += 1;
         self.device.submit((purpose as u64) << PURPOSE_SHIFT | number, request);
@@ -229,6 +225,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         moved |= self.watch(result).unwrap_or(true);
         let result = self.fill();
         moved |= self.watch(result).unwrap_or(true);
+        if self.want_checkpoint && self.checkpoint.is_none() && self.dead.is_none() {
+            // Writers have just found that they must wait for one.
+            let result = self.advance_checkpoint();
+            moved |= self.watch(result).unwrap_or(true);
+        }
         moved |= self.start_deferred();
         moved
     }
@@ -255,7 +256,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
 
     /// Something is going on that ends by itself.
     pub(super) fn is_busy(&self) -> bool {
-        self.in_flight > 0 || self.checkpoint.is_some()
+        self.in_flight > 0 || (self.checkpoint.is_some() && self.dead.is_none())
     }
 
     /// Waits until the device, the index or the waker has something.
@@ -461,6 +462,10 @@ impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
         if !self.index_ready() {
             self.device.wait();
         }
+    }
+
+    fn stats(&self) -> Stats {
+        Stats { traffic: self.device.traffic(), ..self.stats }
     }
 
     fn waker(&self) -> Waker {

@@ -132,9 +132,9 @@ fn crash_everywhere(seed: u64, steps: usize, samples: u64) -> u64 {
 
 #[test]
 fn a_crash_at_every_point_keeps_what_was_acknowledged() {
-    let crashes: u64 = (0..16).map(|seed| crash_everywhere(seed, 14, 3)).sum();
+    let crashes: u64 = (0..10).map(|seed| crash_everywhere(seed, 14, 3)).sum();
     println!("{crashes} crashes");
-    assert!(crashes > 6000, "only {crashes} crashes");
+    assert!(crashes > 4000, "only {crashes} crashes");
 }
 
 /// `GABION_CRASH_SEEDS=first..end` chooses the seeds.

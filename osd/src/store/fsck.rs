@@ -21,8 +21,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 };
                 let value = value.record()?;
                 let owner = || -> Option<ObjectRecord> {
-                    let value = self.index.kv.get(&layout::object_key(kind::OBJECT, pg, object)).ok()??;
-                    layout::decode(&value).ok()
+                    let key = layout::object_key(kind::OBJECT, pg, object);
+                    match self.index.in_memory(&key) {
+                        Some(value) => layout::decode(value.as_ref()?.record().ok()?).ok(),
+                        None => layout::decode(&self.index.kv.get(&key).ok()??).ok(),
+                    }
                 };
                 let ok = match k {
                     kind::OBJECT => {

@@ -15,7 +15,11 @@ mod chunk_store;
 mod commit;
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod decoder_tests;
 mod device;
+#[cfg(test)]
+mod fault_tests;
 mod fsck;
 mod group;
 mod journal;
@@ -34,6 +38,8 @@ mod stage;
 #[cfg(test)]
 mod tests;
 pub mod thread;
+#[cfg(test)]
+mod thread_tests;
 mod uring;
 mod view;
 mod wake;
@@ -235,6 +241,8 @@ pub trait ConcurrentStore: Store {
     fn busy(&self) -> bool;
     /// Waits until [`ConcurrentStore::progress`] may have something or the armed waker was used.
     fn wait(&mut self);
+    /// What it did since it was opened.
+    fn stats(&self) -> Stats;
     /// Ends [`ConcurrentStore::wait`] from other threads; the caller arms it.
     fn waker(&self) -> Waker;
 }

@@ -485,4 +485,8 @@ impl SimDisk {
         let mut state = self.0.lock();
         state.image.put(block, bytes, |_| true);
     }
+
+    pub(super) fn edit_index(&self, edit: impl FnOnce(&mut BTreeMap<Vec<u8>, Vec<u8>>)) {
+        edit(&mut self.0.lock().image.index);
+    }
 }

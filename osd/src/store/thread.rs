@@ -6,7 +6,7 @@
 //! A [watchdog](super::watchdog) stops the OSD when the disk does not answer (rule S9).
 
 use super::watchdog::{OnFatal, Watchdog};
-use super::{ConcurrentStore, Done, ObjectState, PgMeta, StoreError, Txn, Usage, Waker, Work};
+use super::{ConcurrentStore, Done, ObjectState, PgMeta, Stats, StoreError, Txn, Usage, Waker, Work};
 use crate::core::Listing;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -30,6 +30,7 @@ enum Request {
     ReadObject(PgId, ObjectId, Answer<(ObjectState, Content)>),
     List(PgId, Answer<Listing>),
     Pgs(Answer<Vec<(PgId, PgMeta)>>),
+    Settle(Answer<Stats>),
 }
 
 impl Request {
@@ -40,6 +41,7 @@ impl Request {
             Request::ReadObject(_, _, answer) => answer(Err(e)),
             Request::List(_, answer) => answer(Err(e)),
             Request::Pgs(answer) => answer(Err(e)),
+            Request::Settle(answer) => answer(Err(e)),
         }
     }
 }
@@ -93,6 +95,11 @@ impl StoreHandle {
         self.send(Request::Pgs(Box::new(answer)));
     }
 
+    /// Answers when everything so far is in its final place, with what the store did since it was opened.
+    pub fn settle(&self, answer: impl FnOnce(Result<Stats, StoreError>) + Send + 'static) {
+        self.send(Request::Settle(Box::new(answer)));
+    }
+
     /// As of the last group.
     pub fn usage(&self) -> Usage {
         *self.usage.lock()
@@ -107,7 +114,7 @@ enum Pending {
     Commit(Answer<()>),
     Read(Answer<Content>),
     ReadObject(Answer<(ObjectState, Content)>),
-    Settle,
+    Settle(Option<Answer<Stats>>),
 }
 
 struct Worker<S: ConcurrentStore> {
@@ -214,7 +221,7 @@ impl<S: ConcurrentStore> Worker<S> {
                 self.settled = true;
                 if !self.settling {
                     self.settling = true;
-                    self.start(Work::Settle, Pending::Settle);
+                    self.start(Work::Settle, Pending::Settle(None));
                 }
             }
             Err(RecvTimeoutError::Disconnected) => return false,
@@ -246,6 +253,7 @@ impl<S: ConcurrentStore> Worker<S> {
                 let result = self.list(pg);
                 answer(self.watch(result));
             }
+            Request::Settle(answer) => self.start(Work::Settle, Pending::Settle(Some(answer))),
             Request::Pgs(answer) => {
                 let result = self.store.pgs();
                 answer(self.watch(result));
@@ -265,9 +273,12 @@ impl<S: ConcurrentStore> Worker<S> {
                 }
                 (Some(Pending::Read(answer)), Done::Read(result)) => answer(self.watch(result)),
                 (Some(Pending::ReadObject(answer)), Done::ReadObject(result)) => answer(self.watch(result)),
-                (Some(Pending::Settle), Done::Settled(result)) => {
-                    self.settling = false;
-                    let _ = self.watch(result);
+                (Some(Pending::Settle(answer)), Done::Settled(result)) => {
+                    let result = self.watch(result).map(|()| self.store.stats());
+                    match answer {
+                        Some(answer) => answer(result),
+                        None => self.settling = false,
+                    }
                 }
                 (_, done) => unreachable!("an outcome that nobody waits for: {done:?}"),
             }

@@ -1,0 +1,377 @@
+//! Disks that fail, fill up, rot, lie and mix up: found, reported, and never served as good data.
+
+use super::crash_tests::small_disk;
+use super::layout::{Geometry, kind};
+use super::model::*;
+use super::tests::IDENTITY;
+use super::*;
+use gabion_proto::limits::*;
+
+const PG: PgId = PGS[0];
+const JOURNAL: u32 = 256;
+
+fn txn(ops: Vec<TxnOp>) -> Txn {
+    Txn { pg: PG, ops, reserve: false }
+}
+
+fn blocks(first: u32, count: u32, stamp: u32) -> ModelBlocks {
+    (first..first + count).map(|b| (b, stamp)).collect()
+}
+
+fn write(index: u32, prev: u64, first: u32, count: u32, stamp: u32) -> TxnOp {
+    let content = content(&blocks(first, count, stamp));
+    TxnOp::Write { object: object(index, 0), prev: v(prev), version: v(prev + 1), content }
+}
+
+fn read(store: &mut impl Store, index: u32, first: u32, count: u32) -> Result<ModelBlocks, StoreError> {
+    store.read(PG, object(index, 0), &[], first, count).map(|c| stamps(&c))
+}
+
+/// First block of slot `n` on a [`small_disk`] with this file's journal.
+fn slot(n: u32) -> u64 {
+    Geometry { journal_blocks: JOURNAL, slots: 96 }.slot_block(n)
+}
+
+#[test]
+fn an_unreadable_block_is_named_and_its_neighbours_are_served() {
+    let disk = small_disk(JOURNAL, 1);
+    let mut store = disk.open().expect("opens");
+    assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 7)])]), [Ok(())]);
+    disk.set_unreadable(slot(0) + 5, true);
+    let found = read(&mut store, 0, 0, 32);
+    assert!(matches!(found, Err(StoreError::Unreadable { block: 5, .. })), "{found:?}");
+    assert_eq!(read(&mut store, 0, 0, 5), Ok(blocks(0, 5, 7)));
+    assert_eq!(read(&mut store, 0, 6, 26), Ok(blocks(6, 26, 7)));
+    // Repaired by an overwrite, as replication does it.
+    assert_eq!(store.commit(vec![txn(vec![write(0, 1, 5, 1, 8)])]), [Ok(())]);
+    assert_eq!(read(&mut store, 0, 5, 1), Ok(blocks(5, 1, 8)));
+    disk.set_unreadable(slot(0) + 5, false);
+    assert_eq!(store.background(), Ok(false));
+    assert_eq!(read(&mut store, 0, 4, 3), Ok([(4, 7), (5, 8), (6, 7)].into()));
+}
+
+#[test]
+fn a_failed_write_flush_or_index_stops_the_store_for_good() {
+    let (mut kinds, mut fuse) = (0, 0);
+    loop {
+        let disk = small_disk(64, fuse);
+        let mut store = disk.open().expect("opens");
+        disk.set_fuse(Some(fuse));
+        let mut failed = None;
+        for n in 0..12u64 {
+            let whole = write(1, n, 0, 32, 3);
+            let result = store.commit(vec![txn(vec![write(0, n, 0, 2, 2), whole])]).remove(0);
+            let result = result.and_then(|()| store.background().map(|_| ()));
+            if let Err(e) = result {
+                failed = Some(e);
+                break;
+            }
+        }
+        let Some(StoreError::Fatal(why)) = failed else {
+            assert_eq!(failed, None);
+            break;
+        };
+        kinds += 1;
+        // The disk is well again, but nobody knows what it holds.
+        disk.set_fuse(None);
+        let fatal = Err(StoreError::Fatal(why.clone()));
+        assert_eq!(store.commit(vec![txn(vec![write(2, 0, 0, 1, 1)])]), [fatal.clone()]);
+        assert_eq!(read(&mut store, 0, 0, 1).map(|_| ()), fatal);
+        assert_eq!(store.background().map(|_| ()), fatal);
+        assert_eq!(store.list(PG, None, 1).map(|_| ()), fatal);
+        fuse += 1;
+    }
+    assert!(kinds > 30, "only {kinds} places failed");
+}
+
+#[test]
+fn a_full_disk_rolls_a_transaction_back_whole_whichever_allocation_failed() {
+    for free in 0..4 {
+        let disk = small_disk(JOURNAL, free);
+        let mut store = disk.open().expect("opens");
+        let reserve = |op| Txn { reserve: true, ..txn(vec![op]) };
+        let chunks = (store.usage().capacity_bytes / u64::from(CHUNK_BYTES)) as u32;
+        let kept = (u64::from(chunks) * RECOVERY_FREE_PERCENT).div_ceil(100) as u32;
+        for n in 0..chunks - kept - free as u32 {
+            assert_eq!(store.commit(vec![reserve(write(n, 0, 0, 1, 1))]), [Ok(())]);
+        }
+        let (before, usage) = (Model::of(&mut store), store.usage());
+        // Small, whole, and a pending one: each takes a slot.
+        let ops = vec![
+            write(1000, 0, 0, 1, 2),
+            write(1001, 0, 0, 32, 2),
+            TxnOp::Prepare {
+                object: object(1002, 0),
+                base: v(0),
+                version: v(1),
+                content: content(&blocks(0, 3, 2)),
+            },
+            write(1003, 0, 0, 32, 2),
+        ];
+        let results = store.commit(vec![Txn { pg: PG, ops, reserve: true }, reserve(write(0, 1, 1, 1, 9))]);
+        assert_eq!(results, [Err(StoreError::NoSpace), Ok(())], "{free} free");
+        assert_eq!(store.usage(), usage);
+        let mut expected = before;
+        expected.apply(&txn(vec![write(0, 1, 1, 1, 9)]));
+        assert_eq!(Model::of(&mut store), expected);
+        // Space comes back, and is used again, also when it has to be waited for.
+        for n in 1..4 {
+            let delete = TxnOp::Delete { object: object(n, 0), prev: v(1), version: v(2) };
+            assert_eq!(store.commit(vec![reserve(delete)]), [Ok(())]);
+        }
+        for n in 0..3 {
+            assert_eq!(store.commit(vec![reserve(write(2000 + n, 0, 0, 32, 4))]), [Ok(())]);
+        }
+    }
+}
+
+#[test]
+fn rewriting_whole_chunks_of_an_almost_full_disk_waits_for_slots_instead_of_failing() {
+    let disk = small_disk(64, 3);
+    let mut store = disk.open().expect("opens");
+    let reserve = |op| Txn { reserve: true, ..txn(vec![op]) };
+    for n in 0..90 {
+        assert_eq!(store.commit(vec![reserve(write(n, 0, 0, 32, 1))]), [Ok(())]);
+    }
+    for round in 1..6u64 {
+        for n in 0..90 {
+            let result = store.commit(vec![reserve(write(n, round, 0, 32, 1 + round as u32))]);
+            assert_eq!(result, [Ok(())], "round {round}, object {n}");
+        }
+    }
+    assert_eq!(store.usage().used_bytes, 90 * u64::from(CHUNK_BYTES));
+    assert_eq!(read(&mut store, 89, 0, 32), Ok(blocks(0, 32, 6)));
+}
+
+#[test]
+fn a_full_journal_slows_writers_and_loses_nothing() {
+    let disk = small_disk(64, 5);
+    let mut store = disk.open().expect("opens");
+    for n in 0..400u64 {
+        store.start(n, Work::Commit(vec![txn(vec![write(0, n, (n % 64) as u32, 1, n as u32 + 1)])]));
+    }
+    let (mut done, mut answered) = (Vec::new(), 0);
+    while answered < 400 {
+        assert!(store.progress(&mut done), "nothing moves");
+        assert!(store.ring.used() <= 64);
+        for (tag, done) in done.drain(..) {
+            assert_eq!(tag, answered);
+            assert!(matches!(&done, Done::Commit(r) if r[..] == [Ok(())]), "{done:?}");
+            answered += 1;
+        }
+    }
+    assert!(store.stats().checkpoints > 10);
+    let expected = (0..64).map(|b| (b, if b < 16 { 385 + b } else { 321 + b })).collect();
+    assert_eq!(read(&mut store, 0, 0, 64), Ok(expected));
+}
+
+#[test]
+fn a_misdirected_write_is_found_at_both_places() {
+    let disk = small_disk(JOURNAL, 1);
+    let mut store = disk.open().expect("opens");
+    let ops = vec![write(0, 0, 0, 32, 1), write(1, 0, 0, 32, 2)];
+    assert_eq!(store.commit(vec![txn(ops)]), [Ok(())]);
+    // What was meant for object 1, block 3, went over object 0, block 9.
+    let (meant, hit) = (slot(1) + 3, slot(0) + 9);
+    disk.set_block(hit, &disk.block(meant));
+    disk.set_block(meant, &vec![0; BLOCK_BYTES as usize]);
+    for (object, block) in [(0, 9), (1, 3)] {
+        let found = read(&mut store, object, 0, 32);
+        assert!(matches!(found, Err(StoreError::Unreadable { block: b, .. }) if b == block), "{found:?}");
+    }
+    let mut report = FsckReport::default();
+    store.check(true, &mut report).expect("checks");
+    assert_eq!(report.problem_count, 2, "{report}");
+}
+
+#[test]
+fn a_lying_flush_is_refused_or_leaves_an_earlier_state() {
+    let (mut refused, mut earlier) = (0, 0);
+    for seed in 0..60 {
+        let disk = small_disk(64, seed);
+        let mut store = disk.open().expect("opens");
+        let mut states = vec![Model::default()];
+        for n in 0..30u64 {
+            disk.set_lying(n >= seed % 20);
+            let next =
+                txn(vec![write(0, n, (n % 40) as u32, 2, n as u32 + 1), write(1, n, 0, 32, n as u32 + 1)]);
+            let mut model = states.last().expect("a state").clone();
+            assert!(model.apply(&next));
+            states.push(model);
+            assert_eq!(store.commit(vec![next]), [Ok(())]);
+        }
+        drop(store);
+        disk.set_lying(false);
+        disk.crash();
+        match disk.open() {
+            Err(StoreError::Fatal(_)) => refused += 1,
+            Err(e) => panic!("seed {seed}: {e}"),
+            Ok(mut store) => {
+                // Everything served is something that was written, or a reported error.
+                let (mut all, listed) = (true, store.list(PG, None, 10).expect("lists"));
+                for (o, _) in listed {
+                    match store.read_object(PG, o) {
+                        Ok((_, content)) => _ = stamps(&content),
+                        Err(StoreError::Unreadable { .. }) => all = false,
+                        Err(e) => panic!("seed {seed}: {e}"),
+                    }
+                }
+                if all {
+                    let found = Model::of(&mut store);
+                    assert!(states.contains(&found), "seed {seed}: a state that never was");
+                    earlier += 1;
+                } else {
+                    refused += 1;
+                }
+            }
+        }
+    }
+    println!("{refused} found, {earlier} in an earlier state");
+    assert!(refused > 10, "only {refused} of 60 were found");
+}
+
+#[test]
+fn a_rotten_record_with_acknowledged_ones_behind_it_is_refused() {
+    let disk = small_disk(JOURNAL, 2);
+    let mut store = disk.open().expect("opens");
+    for n in 0..6 {
+        assert_eq!(store.commit(vec![txn(vec![write(0, n, 0, 1, 1)])]), [Ok(())]);
+    }
+    drop(store);
+    // The third record's data; each of them takes two blocks.
+    disk.corrupt((32 + 2 * 2 + 1) * BLOCK_BYTES as usize);
+    let result = disk.open().map(|_| ());
+    assert!(matches!(&result, Err(StoreError::Fatal(why)) if why.contains("acknowledged")), "{result:?}");
+}
+
+#[test]
+fn one_damaged_superblock_is_harmless_two_are_not() {
+    let disk = small_disk(JOURNAL, 2);
+    for at in [0, 16] {
+        let mut store = disk.open().expect("opens");
+        let prev = store.object(PG, object(0, 0)).expect("state").map_or(0, |s| s.version.raw());
+        assert_eq!(store.commit(vec![txn(vec![write(0, prev, 0, 3, at + 1)])]), [Ok(())]);
+        assert_eq!(store.background(), Ok(false));
+        drop(store);
+        disk.corrupt(at as usize * BLOCK_BYTES as usize + 30);
+        let mut store = disk.open().expect("opens from the other");
+        assert_eq!(read(&mut store, 0, 0, 3), Ok(blocks(0, 3, at + 1)));
+    }
+    disk.corrupt(30);
+    disk.corrupt(16 * BLOCK_BYTES as usize + 30);
+    assert!(matches!(disk.open().map(|_| ()), Err(StoreError::Fatal(_))));
+}
+
+#[test]
+fn another_format_and_another_disks_index_are_refused() {
+    let disk = small_disk(JOURNAL, 2);
+    for block in super::layout::SUPERBLOCKS {
+        let mut bytes = disk.block(block);
+        bytes[8] = 1;
+        disk.set_block(block, &bytes);
+    }
+    let result = disk.open().map(|_| ());
+    assert!(matches!(&result, Err(StoreError::Fatal(why)) if why.contains("format 1")), "{result:?}");
+
+    let disk = small_disk(JOURNAL, 2);
+    let other = Identity { osd: OsdId(8), ..IDENTITY };
+    disk.edit_index(|index| {
+        index.insert(vec![kind::IDENTITY], super::layout::encode(&other).expect("encodes"));
+    });
+    assert!(matches!(disk.open().map(|_| ()), Err(StoreError::Fatal(_))));
+}
+
+#[test]
+fn fsck_finds_what_is_wrong_with_the_index() {
+    let key = |k, n| super::layout::numbered_key(k, PG, object(0, 0), n).to_vec();
+    let object_key = |k| super::layout::object_key(k, PG, object(0, 0)).to_vec();
+    type Edit = Box<dyn Fn(&mut std::collections::BTreeMap<Vec<u8>, Vec<u8>>)>;
+    let edits: Vec<(&str, Edit)> = vec![
+        ("a chunk without its object", Box::new(move |i| _ = i.remove(&object_key(kind::OBJECT)))),
+        (
+            "a slot used twice",
+            Box::new(move |i| {
+                let chunk = i[&key(kind::CHUNK, 0)].clone();
+                i.insert(key(kind::CHUNK, 5), chunk);
+            }),
+        ),
+        (
+            "a slot beyond the device",
+            Box::new(move |i| {
+                i.get_mut(&key(kind::CHUNK, 0)).expect("a chunk")[4] = 0xff;
+            }),
+        ),
+        (
+            "a chunk record cut short",
+            Box::new(move |i| {
+                _ = i.get_mut(&key(kind::CHUNK, 0)).expect("a chunk").pop();
+            }),
+        ),
+        (
+            "a wrong checksum",
+            Box::new(move |i| {
+                *i.get_mut(&key(kind::CHUNK, 0)).expect("a chunk").last_mut().expect("bytes") ^= 1;
+            }),
+        ),
+        (
+            "an object record of another version",
+            Box::new(move |i| {
+                i.get_mut(&object_key(kind::OBJECT)).expect("an object")[0] = 99;
+            }),
+        ),
+        (
+            "a pending block without a pending version",
+            Box::new(move |i| {
+                i.insert(key(kind::PENDING, 3), super::layout::pending_zero());
+            }),
+        ),
+        (
+            "a pending chunk without a pending version",
+            Box::new(move |i| {
+                let mut chunk = i[&key(kind::CHUNK, 0)].clone();
+                chunk[2] = 77;
+                i.insert(key(kind::PENDING_CHUNK, 2), chunk);
+            }),
+        ),
+        ("a malformed key", Box::new(|i| _ = i.insert(vec![kind::OBJECT, 1, 2], vec![2]))),
+        (
+            "a damaged missing entry",
+            Box::new(move |i| {
+                i.insert(object_key(kind::MISSING), vec![2, 0xff]);
+            }),
+        ),
+    ];
+    for (what, edit) in edits {
+        let disk = small_disk(JOURNAL, 2);
+        let mut store = disk.open().expect("opens");
+        assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 1)])]), [Ok(())]);
+        assert_eq!(store.background(), Ok(false));
+        drop(store);
+        disk.edit_index(edit);
+        let found = match disk.open() {
+            Err(StoreError::Fatal(_)) => true,
+            Err(e) => panic!("{what}: {e}"),
+            Ok(mut store) => {
+                let mut report = FsckReport::default();
+                let result = store.check(true, &mut report);
+                result.is_err() || !report.is_clean()
+            }
+        };
+        assert!(found, "{what} is not found");
+    }
+}
+
+#[test]
+fn a_disk_that_hangs_stops_its_osd() {
+    use super::watchdog::Watchdog;
+    let (tx, rx) = std::sync::mpsc::channel();
+    let told = Box::new(move |why| tx.send(why).expect("somebody listens"));
+    let watchdog = Watchdog::with_limit(told, std::time::Duration::from_millis(20));
+    watchdog.working();
+    let why = rx.recv_timeout(std::time::Duration::from_secs(60)).expect("it barks");
+    assert!(why.contains("not answered"), "{why}");
+    // Once is enough.
+    watchdog.fatal("again");
+    drop(watchdog);
+    assert!(rx.recv().is_err());
+}
