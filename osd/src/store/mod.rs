@@ -46,6 +46,7 @@ mod wake;
 mod watchdog;
 
 pub use chunk_store::{ChunkStore, Stats};
+pub use device::Traffic;
 pub use open::{DirStore, Engine, FsckReport, Info, format, fsck, info, open, open_with};
 pub use wake::Waker;
 

@@ -3,7 +3,7 @@
 //!
 //! Requests wait in one bounded queue; callers keep to its length, otherwise they block. Every request is answered
 //! exactly once through its callback, on this thread (or on the caller's, with `Fatal`, once the thread is gone).
-//! A [watchdog](super::watchdog) stops the OSD when the disk does not answer (rule S9).
+//! A watchdog stops the OSD when the disk does not answer (rule S9).
 
 use super::watchdog::{OnFatal, Watchdog};
 use super::{ConcurrentStore, Done, ObjectState, PgMeta, Stats, StoreError, Txn, Usage, Waker, Work};
