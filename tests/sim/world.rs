@@ -740,7 +740,14 @@ impl World {
                 self.log(|| format!("osd.{node} pauses for {ms} ms"));
                 self.nodes[node].paused_until = self.now + ms;
             }
-            55..=74 => {
+            55..=57 => {
+                // Alone with the monitor: it keeps its lease and can only accuse the others.
+                self.log(|| format!("cut between {node} and every other node"));
+                for other in (0..self.nodes.len()).filter(|o| *o != node) {
+                    self.cut.extend([(node, other), (other, node)]);
+                }
+            }
+            58..=74 => {
                 // One-way or full, between two nodes or a node and the monitor.
                 let other = self.rng.below(self.nodes.len() as u64 + 1) as usize;
                 if other != node {

@@ -49,6 +49,8 @@ pub struct Context<'a, T> {
     pub lease_until: Millis,
     /// The own store refuses clients' writes.
     pub full: bool,
+    /// What recovery of all other groups may be moving.
+    pub recovery_bytes_elsewhere: u64,
     pub tokens: &'a mut Tokens<T>,
     pub out: &'a mut Vec<Effect>,
 }

@@ -36,6 +36,8 @@ pub struct OsdCore {
     stats: pb::OsdStats,
     /// Client operations in all groups.
     client_ops: usize,
+    /// What recovery of all groups may be moving.
+    recovery_bytes: u64,
     now: Millis,
 }
 
@@ -55,6 +57,7 @@ impl OsdCore {
             tokens: Tokens::default(),
             stats: pb::OsdStats::default(),
             client_ops: 0,
+            recovery_bytes: 0,
             now,
         }
     }
@@ -144,19 +147,24 @@ impl OsdCore {
             map: &self.map,
             lease_until: self.lease_until,
             full: self.full,
+            recovery_bytes_elsewhere: self.recovery_bytes,
             tokens: &mut self.tokens,
             out,
         };
         self.client_ops = 0;
         for pg in self.pgs.values_mut() {
+            cx.recovery_bytes_elsewhere -= pg.recovery_bytes();
             f(pg, &mut cx);
+            cx.recovery_bytes_elsewhere += pg.recovery_bytes();
             self.client_ops += pg.client_ops();
         }
+        self.recovery_bytes = cx.recovery_bytes_elsewhere;
     }
 
     fn with_pg(&mut self, id: PgId, out: &mut Vec<Effect>, f: impl FnOnce(&mut Pg, &mut Context<'_, What>)) {
         let Some(pg) = self.pgs.get_mut(&id) else { return };
         self.client_ops -= pg.client_ops();
+        self.recovery_bytes -= pg.recovery_bytes();
         let mut cx = Context {
             now: self.now,
             id: self.id,
@@ -164,11 +172,13 @@ impl OsdCore {
             map: &self.map,
             lease_until: self.lease_until,
             full: self.full,
+            recovery_bytes_elsewhere: self.recovery_bytes,
             tokens: &mut self.tokens,
             out,
         };
         f(pg, &mut cx);
         self.client_ops += pg.client_ops();
+        self.recovery_bytes += pg.recovery_bytes();
     }
 
     fn answer(

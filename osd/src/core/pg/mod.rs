@@ -188,6 +188,14 @@ impl Pg {
         }
     }
 
+    /// Bytes that recovery may be moving for this group.
+    pub fn recovery_bytes(&self) -> u64 {
+        match &self.phase {
+            Phase::Active(a) => a.recovery.bytes(),
+            _ => 0,
+        }
+    }
+
     pub fn round(&self) -> u64 {
         self.round
     }

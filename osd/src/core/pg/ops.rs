@@ -8,7 +8,7 @@ use gabion_proto::map::Attachment;
 
 /// An operation that has not started for this long is sent back, so that the client looks at its map.
 const WAIT_MS: Millis = 1_000;
-/// Unacknowledged sub-writes are sent again after this long.
+/// Unacknowledged sub-writes are sent again after this long at first, then ever later: a busy member has them already.
 const RESEND_MS: Millis = 500;
 /// From this version counter on, another interval is asked for, long before the versions end.
 const VERSIONS_WORN: u32 = 1 << 31;
@@ -418,7 +418,9 @@ impl Pg {
     pub(super) fn resend_writes(&mut self, cx: &mut Cx<'_>) {
         let Phase::Active(a) = &mut self.phase else { return };
         let mut again = Vec::new();
-        for (tid, w) in a.writes.iter_mut().filter(|(_, w)| cx.now >= w.sent + RESEND_MS) {
+        for (tid, w) in
+            a.writes.iter_mut().filter(|(_, w)| cx.now >= w.sent + RESEND_MS.max(w.sent - w.started))
+        {
             w.sent = cx.now;
             for o in w.waiting.iter().filter(|o| !w.refused.contains_key(o)) {
                 let body = PeerBody::SubWrite {

@@ -11,8 +11,19 @@ use gabion_proto::blocks::Content;
 
 /// Objects under way at once in one group.
 const AT_ONCE: usize = 4;
-/// A step that is not answered is repeated after this long.
+/// Bytes that this OSD moves at once for all its groups: recovery must not fill the queues that clients' operations
+/// wait in. What clients wait for may exceed it.
+const BYTES_AT_ONCE: u64 = 32 << 20;
+/// What went wrong is tried again after this long.
 const AGAIN_MS: Millis = 2_000;
+/// What the own disk cannot read is left alone for longer: every try costs it seconds.
+const UNREADABLE_AGAIN_MS: Millis = 10_000;
+/// A source that does not answer for this long is changed.
+const PULL_PATIENCE_MS: Millis = 4_000;
+/// A push that is not answered is sent again after this long: longer than a busy disk takes for it.
+const PUSH_PATIENCE_MS: Millis = 6_000;
+/// What a member did not answer this long ago is not held against it.
+const FORGIVEN_MS: Millis = 15_000;
 
 #[derive(Debug)]
 enum Stage {
@@ -47,6 +58,8 @@ pub struct Recovery {
     asked_strays: Millis,
     /// How many removed volumes the map named when their objects were last taken out.
     forgotten: usize,
+    /// What one object under way may move.
+    object_bytes: u64,
 }
 
 impl Recovery {
@@ -66,6 +79,7 @@ impl Recovery {
             owing: BTreeMap::new(),
             asked_strays: 0,
             forgotten: 0,
+            object_bytes: 0,
         }
     }
 
@@ -80,6 +94,11 @@ impl Recovery {
 
     pub fn demand(&mut self, object: ObjectId) {
         self.demanded.insert(object);
+    }
+
+    /// What is under way may move that many bytes.
+    pub fn bytes(&self) -> u64 {
+        self.work.len() as u64 * self.object_bytes
     }
 
     pub fn is_done(&self) -> bool {
@@ -116,8 +135,7 @@ impl Recovery {
 
     fn asked(&mut self, member: OsdId, now: Millis) {
         let (since, last) = self.owing.entry(member).or_insert((now, now));
-        // What it did not answer long ago is not held against it.
-        if now > *last + 2 * AGAIN_MS {
+        if now > *last + FORGIVEN_MS {
             *since = now;
         }
         *last = now;
@@ -137,14 +155,15 @@ impl Recovery {
     }
 
     /// The next object to start: in demand first, then uncertain ones, then the one that most members lack.
-    fn next(&self, own: OsdId, now: Millis) -> Option<ObjectId> {
+    fn next(&self, own: OsdId, now: Millis, demanded_only: bool) -> Option<ObjectId> {
         let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
         let due = |o: &ObjectId| self.not_before.get(o).is_none_or(|t| now >= *t);
         let free = |o: &&ObjectId| {
             !self.work.contains_key(o) && due(o) && !self.is_unfound(own, o) && lacking(o) > 0
         };
-        if let Some(o) = self.demanded.iter().find(free) {
-            return Some(*o);
+        let demanded = self.demanded.iter().find(free);
+        if demanded_only || demanded.is_some() {
+            return demanded.copied();
         }
         // Nobody may read or write these, and if the only copy is lost the write goes with it.
         if let Some(o) = self.uncertain.iter().find(free) {
@@ -171,7 +190,9 @@ impl Pg {
     /// Starts what there is room for; reports clean when nothing is left.
     pub(super) fn recover(&mut self, cx: &mut Cx<'_>) {
         self.forget_removed(cx);
+        let object_bytes = cx.map.pools.get(&self.id.pool).map_or(0, |p| u64::from(p.object_bytes));
         let Phase::Active(a) = &mut self.phase else { return };
+        a.recovery.object_bytes = object_bytes;
         if a.recovery.is_done() {
             if !a.clean_reported {
                 a.clean_reported = true;
@@ -180,15 +201,14 @@ impl Pg {
             }
             return;
         }
-        let stale: Vec<ObjectId> = a
-            .recovery
-            .work
-            .iter()
-            .filter(|(_, w)| {
-                cx.now >= w.since + AGAIN_MS && !matches!(w.stage, Stage::Replacing | Stage::Reading)
-            })
-            .map(|(o, _)| *o)
-            .collect();
+        let patience = |s: &Stage| match s {
+            Stage::Pulling { .. } => Some(PULL_PATIENCE_MS),
+            Stage::Pushing { .. } => Some(PUSH_PATIENCE_MS),
+            Stage::Replacing | Stage::Reading => None,
+        };
+        let is_stale = |w: &Work| patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms);
+        let stale: Vec<ObjectId> =
+            a.recovery.work.iter().filter(|(_, w)| is_stale(w)).map(|(o, _)| *o).collect();
         for o in stale {
             // Another source, if there is one; a member that is pushed to is waited for, and reported in the end.
             if let Some(Work { stage: Stage::Pulling { from }, .. }) = a.recovery.work.remove(&o) {
@@ -198,11 +218,11 @@ impl Pg {
         loop {
             let Some(r) = self.recovery() else { return };
             // Wanted objects may overtake even when all places are taken.
-            let room = if r.demanded.is_empty() { AT_ONCE } else { 2 * AT_ONCE };
-            if r.work.len() >= room {
+            if r.work.len() >= 2 * AT_ONCE {
                 break;
             }
-            let Some(object) = r.next(cx.id, cx.now) else { break };
+            let taken = r.work.len() >= AT_ONCE || cx.recovery_bytes_elsewhere + r.bytes() >= BYTES_AT_ONCE;
+            let Some(object) = r.next(cx.id, cx.now, taken) else { break };
             if !self.start_recovery(cx, object) {
                 break;
             }
@@ -362,8 +382,11 @@ impl Pg {
                     tracing::warn!(pg = %self.id, osd = %cx.id, %object, error = %e, result = ?sub_result(&e), "own copy is bad");
                     if let Some(r) = self.recovery() {
                         r.work.remove(&object);
+                        // Others get their turn.
+                        r.not_before.insert(object, cx.now + UNREADABLE_AGAIN_MS);
                     }
                     self.lose_own_copy(cx, object);
+                    self.recover(cx);
                 }
             },
             _ => {}
@@ -434,9 +457,12 @@ impl Pg {
         let own = cx.id;
         let Phase::Active(a) = &mut self.phase else { return false };
         let r = &mut a.recovery;
+        let sources = r.sources.get(&object).into_iter().flatten().copied().filter(|o| *o != own);
         let holders: BTreeSet<OsdId> = others
             .into_iter()
             .filter(|o| !r.missing.get(o).is_some_and(|m| m.contains_key(&object)))
+            // Members of the past that had it when this interval began: while somebody lacks it, nobody writes to it.
+            .chain(sources)
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
         if holders.is_empty() {
@@ -447,6 +473,7 @@ impl Pg {
         let needed = Needed { uncertain, ..Needed::certain(held.version, held.deleted) };
         r.missing.entry(own).or_default().insert(object, needed);
         r.sources.insert(object, holders);
+        r.not_before.remove(&object);
         r.demand(object);
         a.clean_reported = false;
         self.index.missing.insert(object, needed);

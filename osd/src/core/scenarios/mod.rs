@@ -3,6 +3,7 @@
 //! [`Rig`] is osd.1 and its store. It answers store transactions, lists and monitor reports at once unless told to
 //! hold them; reads, messages and answers to clients are collected.
 
+mod credits;
 mod full;
 mod maps;
 mod removed;
@@ -15,7 +16,7 @@ use super::*;
 use crate::store::TxnOp;
 use gabion_proto::map::*;
 use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult, SubWriteKind};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };
 pub const CLUSTER: ClusterId = ClusterId([9; 16]);
@@ -73,6 +74,8 @@ pub struct Rig {
     pub object_reads: VecDeque<(Token, ObjectId)>,
     pub reports: Vec<MonitorRequest>,
     next_client: u64,
+    /// Whom messages and operations are about.
+    pub pg: PgId,
 }
 
 impl Rig {
@@ -117,6 +120,7 @@ impl Rig {
             object_reads: VecDeque::new(),
             reports: Vec::new(),
             next_client: 0,
+            pg: PG,
         }
     }
 
@@ -170,7 +174,8 @@ impl Rig {
             past,
         };
         self.map.epoch = Epoch(epoch);
-        self.map.pgs = [(PG, record)].into();
+        let groups = 0..self.map.pools[&PG.pool].pg_count;
+        self.map.pgs = groups.map(|index| (PgId { index, ..PG }, record.clone())).collect();
         self.publish();
     }
 
@@ -191,8 +196,8 @@ impl Rig {
             to: OsdId(1),
             to_incarnation: Incarnation(1),
             epoch: self.map.epoch,
-            pg: PG,
-            interval: self.map.pgs[&PG].interval,
+            pg: self.pg,
+            interval: self.map.pgs[&self.pg].interval,
             body,
         };
         self.step(Event::Peer { msg, data });
@@ -237,7 +242,7 @@ impl Rig {
         self.next_client += 1;
         let op = ClientOp {
             epoch: self.map.epoch,
-            pg: PG,
+            pg: self.pg,
             client: CLIENT,
             session: Session(1),
             generation: Generation(1),

@@ -41,7 +41,9 @@ fn a_source_that_does_not_answer_is_changed() {
     rig.activates(2);
     rig.activates(3);
     assert_eq!(pulls_from(&rig), [2]);
-    rig.tick(2_000);
+    rig.tick(3_900);
+    assert_eq!(pulls_from(&rig), [2]);
+    rig.tick(100);
     assert_eq!(pulls_from(&rig), [2, 3]);
 }
 
@@ -54,7 +56,7 @@ fn the_only_source_is_asked_again_and_reported() {
     for _ in 0..120 {
         rig.tick(100);
     }
-    assert!(pulls_from(&rig).len() > 2);
+    assert!(pulls_from(&rig).len() > 1);
     assert_eq!(stuck(&rig), [2]);
 }
 
@@ -70,7 +72,7 @@ fn a_member_that_does_not_answer_a_push_is_reported() {
         rig.tick(100);
         read_and_push(&mut rig);
     }
-    assert!(pushes(&rig) > 2, "sent again");
+    assert!(pushes(&rig) > 1, "sent again");
     assert_eq!(stuck(&rig), [2]);
 }
 
