@@ -32,6 +32,7 @@ fn machine(dir: &Path) -> Machine {
         name: "tiny".into(),
         vcpus: 1,
         memory_bytes: 128 << 20,
+        cpu_model: Default::default(),
         kernel: path,
         initrd: None,
         kernel_args: "console=ttyS0".into(),

@@ -213,6 +213,7 @@ impl Vm {
             name: self.name.clone(),
             vcpus: info.cpus,
             memory_bytes: info.memory_bytes,
+            cpu_model: Default::default(),
             kernel,
             initrd: has_initrd.then_some(initrd),
             kernel_args: format!("root={root} ro console=ttyS0 panic=-1 {}", info.kernel_args).trim().into(),

@@ -1,7 +1,11 @@
 //! What the agent asks of whatever runs a guest.
 
+pub mod choice;
+pub mod native;
+pub mod process;
 pub mod qemu;
 
+use crate::vmm::cpuid::CpuModel;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -17,6 +21,8 @@ pub enum EngineError {
     Start { program: String, detail: String },
     #[error(transparent)]
     Qmp(#[from] qemu::qmp::QmpError),
+    #[error(transparent)]
+    Control(#[from] native::control::ControlError),
 }
 
 /// One disk of a guest: the gateway's vhost-user socket of a volume.
@@ -32,6 +38,8 @@ pub struct Machine {
     pub name: String,
     pub vcpus: u32,
     pub memory_bytes: u64,
+    /// For the native engine; QEMU gives its guests the host's processor.
+    pub cpu_model: CpuModel,
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
     pub kernel_args: String,

@@ -112,6 +112,7 @@ mod tests {
             name: "guest".into(),
             vcpus: 2,
             memory_bytes: 512 << 20,
+            cpu_model: Default::default(),
             kernel: "/k".into(),
             initrd: Some("/i".into()),
             kernel_args: "root=/dev/vda console=ttyS0".into(),

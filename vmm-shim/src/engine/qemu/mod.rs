@@ -5,13 +5,12 @@
 //! answers and removed by nobody: the process in it decides whether it still means anything.
 
 pub mod args;
-pub mod process;
 pub mod qmp;
 
+use super::process::Process;
 use super::{Disk, Engine, EngineError, Exit, Guest, Machine};
 use args::Accelerator;
 use async_trait::async_trait;
-use process::Process;
 use qmp::{Event, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! QEMU as a process: it outlives the agent, and a later agent knows it again by its pid *and* the
+//! A guest as a process: it outlives the agent, and a later agent knows it again by its pid *and* the
 //! time it started, so that a reused pid is never taken for it.
 
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ impl Process {
         if let Some(pid) = rustix::process::Pid::from_raw(self.pid)
             && let Err(error) = rustix::process::kill_process(pid, rustix::process::Signal::KILL)
         {
-            tracing::warn!(pid = self.pid, %error, "cannot kill QEMU");
+            tracing::warn!(pid = self.pid, %error, "cannot kill a guest");
         }
     }
 

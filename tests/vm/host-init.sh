@@ -1,0 +1,23 @@
+#!/bin/busybox sh
+# Init of the outer machine: a host with real KVM that runs the tests and powers off.
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin:/usr/sbin HOME=/tmp TMPDIR=/tmp RUST_BACKTRACE=1
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/shm
+mount -t tmpfs -o size=90% tmp /tmp
+ip link set lo up
+for module in irqbypass kvm kvm-amd; do
+    insmod /modules/$module.ko
+done
+ls -l /dev/kvm
+export GABION_VM_IMAGES=/images GABION_VMM=/bin/gabion-vmm GABION_VHOST_FILE=/bin/vhost_file
+failed=0
+for test in /tests/*; do
+    echo "== ${test##*/}"
+    $test --nocapture --test-threads=1 || failed=1
+done
+[ $failed = 0 ] && echo "HOST: all tests passed"
+sync
+poweroff -f

@@ -1,0 +1,81 @@
+#!/bin/bash
+# Runs test programs inside a machine with real KVM: QEMU emulates a processor with SVM, its Linux loads
+# kvm-amd, and the guests of the tests run a stock Debian kernel.
+#
+#   nested.sh GABION_VMM VHOST_FILE TEST...
+#
+# The kernel package is kept in ${XDG_CACHE_HOME:-~/.cache}/gabion.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+vmm=$1 vhost_file=$2
+shift 2
+
+for tool in qemu-system-x86_64 busybox cpio dpkg-deb ldd; do
+    command -v "$tool" >/dev/null || { echo "nested: $tool is not installed" >&2; exit 1; }
+done
+mke2fs=$(PATH=$PATH:/usr/sbin:/sbin command -v mke2fs) || { echo "nested: mke2fs is not installed" >&2; exit 1; }
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/gabion/kernel
+if [ ! -e "$cache/ready" ]; then
+    rm -rf "$cache" && mkdir -p "$cache"
+    package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
+    [ -n "$package" ] || { echo "nested: apt does not know linux-image-cloud-amd64" >&2; exit 1; }
+    (cd "$cache" && apt-get -q download "$package" && dpkg-deb -x "$package"_*.deb . && rm ./*.deb)
+    touch "$cache/ready"
+fi
+kernel=$(echo "$cache"/boot/vmlinuz-*)
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+module() { # NAME TO
+    cp "$(find "$cache/lib/modules" -name "$1.ko" -print -quit)" "$2/"
+}
+initramfs() { # FROM TO
+    (cd "$1" && find . | cpio --quiet -o -H newc >"$2")
+}
+with_libraries() { # PROGRAM TO ROOT
+    cp "$1" "$3$2"
+    # A program without libraries of its own is fine.
+    { ldd "$1" 2>/dev/null || true; } | { grep -o '/[^ ]*' || true; } | while read -r library; do
+        mkdir -p "$3$(dirname "$library")"
+        [ -e "$3$library" ] || cp -L "$library" "$3$library"
+    done
+}
+
+# The guest: an initrd that mounts the root disk, and that disk.
+mkdir -p "$work"/initrd/{bin,dev,proc,root,modules} "$work"/root/{bin,dev,proc,sys,tmp,mnt,modules,boot}
+busybox=$(command -v busybox)
+cp "$busybox" "$work/initrd/bin/busybox"
+cp "$busybox" "$work/root/bin/busybox"
+cp "$here/guest-initrd.sh" "$work/initrd/init"
+cp "$here/guest-init.sh" "$work/root/init"
+for name in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+    module $name "$work/initrd/modules"
+done
+module button "$work/root/modules"
+module evdev "$work/root/modules"
+
+# The host.
+host=$work/host
+mkdir -p "$host"/{bin,dev,proc,sys,tmp,modules,images,tests,lib64}
+initramfs "$work/initrd" "$host/images/initrd"
+cp "$kernel" "$host/images/vmlinuz"
+"$mke2fs" -q -F -t ext4 -d "$work/root" "$host/images/root.ext4" 24M >/dev/null
+cp "$busybox" "$host/bin/busybox"
+cp "$here/host-init.sh" "$host/init"
+for name in irqbypass kvm kvm-amd; do
+    module $name "$host/modules"
+done
+with_libraries "$vmm" /bin/gabion-vmm "$host"
+with_libraries "$vhost_file" /bin/vhost_file "$host"
+for test in "$@"; do
+    with_libraries "$test" "/tests/$(basename "$test")" "$host"
+done
+initramfs "$host" "$work/host.cpio"
+
+limit=${GABION_VM_TIMEOUT:-600}
+timeout --kill-after=5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu qemu64,+svm,+npt \
+    -smp "${GABION_VM_CPUS:-2}" -m 2048 -nographic -no-reboot -nodefaults -net none -serial stdio \
+    -kernel "$kernel" -initrd "$work/host.cpio" -append "console=ttyS0 panic=-1 quiet" </dev/null |
+    tee "$work/console" || echo "nested: QEMU did not end within $limit s"
+grep -q "^HOST: all tests passed" "$work/console"

@@ -1,0 +1,102 @@
+//! Which engine runs a guest: the native one where the processor has hardware virtualization and
+//! `/dev/kvm` opens (a `/dev/kvm` without it does not boot stock kernels), else QEMU. A guest that runs
+//! is adopted by the engine that started it, whatever is chosen now.
+
+use super::native::{self, NativeEngine};
+use super::qemu::QemuEngine;
+use super::qemu::args::Accelerator;
+use super::{Engine, EngineError, Guest, Machine};
+use async_trait::async_trait;
+use serde_json::Value;
+use std::path::Path;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineKind {
+    Native,
+    Qemu,
+}
+
+/// What a host offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer {
+    pub kvm_opens: bool,
+    /// vmx or svm.
+    pub virtualization_flag: bool,
+}
+
+impl Offer {
+    pub fn of_this_host() -> Offer {
+        let kvm_opens = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let virtualization_flag = cpuinfo.split_whitespace().any(|word| word == "vmx" || word == "svm");
+        Offer { kvm_opens, virtualization_flag }
+    }
+
+    pub fn hardware_virtualization(self) -> bool {
+        self.kvm_opens && self.virtualization_flag
+    }
+
+    pub fn engine(self) -> EngineKind {
+        if self.hardware_virtualization() { EngineKind::Native } else { EngineKind::Qemu }
+    }
+}
+
+/// Both engines, with one of them for new guests.
+pub struct Engines {
+    native: NativeEngine,
+    qemu: QemuEngine,
+    chosen: EngineKind,
+}
+
+impl Engines {
+    pub fn detect() -> Engines {
+        let chosen = Offer::of_this_host().engine();
+        Engines { native: NativeEngine::new(), qemu: QemuEngine::detect(), chosen }
+    }
+
+    /// For reports: how guests run here.
+    pub fn accelerator(&self) -> Accelerator {
+        self.qemu.accelerator()
+    }
+
+    fn chosen(&self) -> &dyn Engine {
+        match self.chosen {
+            EngineKind::Native => &self.native,
+            EngineKind::Qemu => &self.qemu,
+        }
+    }
+}
+
+#[async_trait]
+impl Engine for Engines {
+    fn name(&self) -> String {
+        self.chosen().name()
+    }
+
+    async fn start(&self, machine: Machine) -> Result<Box<dyn Guest>, EngineError> {
+        self.chosen().start(machine).await
+    }
+
+    async fn adopt(&self, dir: &Path) -> Result<Option<Box<dyn Guest>>, EngineError> {
+        let Ok(bytes) = std::fs::read(dir.join("machine.json")) else { return Ok(None) };
+        let record = serde_json::from_slice::<Value>(&bytes).unwrap_or_default();
+        // QEMU's records, the older ones, do not name their engine.
+        match record["engine"].as_str() {
+            Some(native::NAME) => self.native.adopt(dir).await,
+            _ => self.qemu.adopt(dir).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn native_needs_the_device_and_the_processor() {
+        let offer = |kvm_opens, virtualization_flag| Offer { kvm_opens, virtualization_flag };
+        assert_eq!(offer(true, true).engine(), EngineKind::Native);
+        assert_eq!(offer(true, false).engine(), EngineKind::Qemu, "a /dev/kvm in software");
+        assert_eq!(offer(false, true).engine(), EngineKind::Qemu);
+    }
+}
