@@ -1,0 +1,256 @@
+//! A stock Linux in `gabion-vmm` on a disk that a gateway serves: what the guest sees on its console
+//! while disks come and go, the gateway dies under load, the agent is replaced, and at the power button.
+//!
+//! Needs hardware virtualization and the images that `tests/vm/nested.sh` makes (it runs this inside a
+//! machine that has both); says that it skips otherwise.
+
+use gabion_vmm_shim::console::{Hub, View};
+use gabion_vmm_shim::engine::choice::Offer;
+use gabion_vmm_shim::engine::native::NativeEngine;
+use gabion_vmm_shim::engine::{Disk, Engine, Exit, Guest, Machine};
+use gabion_vmm_shim::vmm::cpuid::CpuModel;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tokio::sync::broadcast;
+
+/// Emulated processors on a busy machine are slow.
+const LIMIT: Duration = Duration::from_secs(200);
+const MIB: u64 = 1 << 20;
+
+struct Images {
+    dir: PathBuf,
+    vmm: PathBuf,
+    vhost_file: PathBuf,
+}
+
+/// None, loudly, where guests cannot run.
+fn images() -> Option<Images> {
+    let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let all = (path("GABION_VM_IMAGES"), path("GABION_VMM"), path("GABION_VHOST_FILE"));
+    if let (Some(dir), Some(vmm), Some(vhost_file)) = all
+        && Offer::of_this_host().hardware_virtualization()
+    {
+        return Some(Images { dir, vmm, vhost_file });
+    }
+    println!("SKIPPED: no hardware virtualization or no guest images here; `make test-vm` has both");
+    None
+}
+
+/// A gateway process with a file behind it.
+struct Gateway {
+    child: Child,
+}
+
+impl Gateway {
+    fn start(images: &Images, socket: &Path, file: &Path) -> Gateway {
+        let mut child = Command::new(&images.vhost_file)
+            .args([socket, file])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the gateway starts");
+        // It prints its socket when it listens.
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "the gateway listens");
+        Gateway { child }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// The guest's shell on its console.
+struct Console {
+    _hub: Hub,
+    view: View,
+    seen: String,
+    /// Up to here `seen` has been looked at.
+    read: usize,
+    commands: u32,
+}
+
+impl Console {
+    fn open(guest: &dyn Guest) -> Console {
+        let hub = Hub::open(guest.serial_socket(), guest.serial_log());
+        let view = hub.view();
+        let seen = String::from_utf8_lossy(&view.replay).into_owned();
+        Console { _hub: hub, view, seen, read: 0, commands: 0 }
+    }
+
+    /// What came up to `text`, which is taken.
+    async fn until(&mut self, text: &str) -> String {
+        let end = Instant::now() + LIMIT;
+        loop {
+            if let Some(at) = self.seen[self.read..].find(text) {
+                let before = self.seen[self.read..self.read + at].to_owned();
+                self.read += at + text.len();
+                return before;
+            }
+            match tokio::time::timeout_at(end.into(), self.view.live.recv()).await {
+                Ok(Ok(bytes)) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {}
+                _ => panic!("the guest did not print {text:?}; it printed:\n{}", self.tail()),
+            }
+        }
+    }
+
+    fn tail(&self) -> &str {
+        let from = self.seen.len().saturating_sub(4000);
+        &self.seen[self.seen.ceil_char_boundary(from)..]
+    }
+
+    async fn type_in(&self, text: &str) {
+        self.view.input.send(text.to_owned().into()).await.unwrap();
+    }
+
+    /// Runs a command in the guest; what it prints. It must succeed.
+    async fn run(&mut self, command: &str) -> String {
+        self.commands += 1;
+        let mark = format!("<{}>", self.commands);
+        // The marks are put together by the shell, so that an echo of this line is none.
+        let n = self.commands;
+        self.type_in(&format!("echo '<'{n}'>'; ({command}) 2>&1; echo \"<\"{n}\">$?\"\n")).await;
+        self.until(&mark).await;
+        let output = self.until(&mark).await;
+        let status = self.until("\n").await;
+        assert_eq!(status.trim(), "0", "{command}: {output}");
+        output.trim().replace('\r', "")
+    }
+}
+
+fn machine(images: &Images, dir: &Path, disks: Vec<Disk>) -> Machine {
+    Machine {
+        name: "guest".into(),
+        vcpus: 2,
+        memory_bytes: 256 * MIB,
+        cpu_model: CpuModel::Host,
+        kernel: images.dir.join("vmlinuz"),
+        initrd: Some(images.dir.join("initrd")),
+        kernel_args: "console=ttyS0 panic=-1 quiet".into(),
+        disks,
+        dir: dir.to_owned(),
+    }
+}
+
+fn blank(path: &Path, bytes: u64) {
+    File::create(path).unwrap().set_len(bytes).unwrap();
+}
+
+/// Bytes as the guest's `yes TEXT` writes them.
+fn yes(text: &str, bytes: usize) -> Vec<u8> {
+    format!("{text}\n").into_bytes().into_iter().cycle().take(bytes).collect()
+}
+
+async fn ended(guest: &dyn Guest) -> Exit {
+    let mut exit = guest.exit();
+    let how = tokio::time::timeout(LIMIT, exit.wait_for(Option::is_some)).await.expect("it ends").unwrap();
+    how.clone().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_lives_on_its_disks_and_through_their_gateways() {
+    let Some(images) = images() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let disk = |name: &str| Disk { volume: name.into(), socket: path(&format!("{name}.sock")) };
+    std::fs::copy(images.dir.join("root.ext4"), path("root")).unwrap();
+    blank(&path("data"), 32 * MIB);
+    let _root = Gateway::start(&images, &disk("root").socket, &path("root"));
+    let data = Gateway::start(&images, &disk("data").socket, &path("data"));
+
+    let engine = NativeEngine::with_program(images.vmm.clone());
+    let started = Instant::now();
+    let mut guest = engine.start(machine(&images, dir.path(), vec![disk("root")])).await.unwrap();
+    let mut console = Console::open(&*guest);
+    console.until("GUEST: ready").await;
+    println!("booted in {:.1} s", started.elapsed().as_secs_f64());
+
+    assert_eq!(console.run("grep -c ^processor /proc/cpuinfo").await, "2");
+    assert_eq!(console.run("cut -d' ' -f1 /proc/mounts | grep vda").await, "/dev/vda");
+    // Each queue of the disk interrupts by a message of its own.
+    let lines = console.run("grep -c 'PCI-MSI.*virtio0-req' /proc/interrupts").await;
+    assert_eq!(lines, "2");
+
+    println!("== attach while it runs");
+    assert_eq!(console.run("ls /sys/block").await, "vda");
+    guest.attach(disk("data")).await.unwrap();
+    assert_eq!(guest.volumes(), ["root", "data"]);
+    console.run("while ! [ -b /dev/vdb ]; do sleep 1; done").await;
+    assert_eq!(console.run("cat /sys/block/vdb/size").await, (32 * MIB / 512).to_string());
+    console.run("yes before | dd of=/dev/vdb bs=1M count=4 iflag=fullblock conv=fsync").await;
+    let mut bytes = vec![0; 4 * MIB as usize];
+    File::open(path("data")).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == yes("before", bytes.len()), "what the guest wrote is on the disk");
+
+    println!("== a gateway dies under load and comes back");
+    let load = "i=0; while [ $i -lt 24 ]; do yes load$i | \
+        dd of=/dev/vdb bs=64k count=16 seek=$((i * 16)) oflag=direct iflag=fullblock 2>/dev/null || exit 1; \
+        echo $i > /tmp/progress; i=$((i + 1)); done";
+    console.run("rm -f /tmp/load").await;
+    console.type_in(&format!("{{ ({load}); echo $? > /tmp/load; }} &\n")).await;
+    console.run("while ! grep -q '[3-9]' /tmp/progress; do sleep 1; done").await;
+    drop(data);
+    // The guest goes on without it; what it reads from this disk waits.
+    console.run("sync -f /init || true; ls / | grep -q init").await;
+    let data = Gateway::start(&images, &disk("data").socket, &path("data"));
+    console.run("while ! [ -e /tmp/load ]; do sleep 1; done").await;
+    assert_eq!(console.run("cat /tmp/load").await, "0", "no write failed");
+    console.run("sync; echo 3 > /proc/sys/vm/drop_caches").await;
+    for i in 0..24u64 {
+        let mut bytes = vec![0; MIB as usize];
+        File::open(path("data")).unwrap().read_exact_at(&mut bytes, i * MIB).unwrap();
+        assert!(bytes == yes(&format!("load{i}"), bytes.len()), "piece {i} is on the disk");
+        let same = format!(
+            "yes load{i} | head -c {MIB} > /tmp/expected; \
+            dd if=/dev/vdb bs=1M skip={i} count=1 iflag=direct 2>/dev/null | cmp - /tmp/expected"
+        );
+        console.run(&same).await;
+    }
+
+    println!("== another agent takes over");
+    drop((console, guest));
+    let mut guest = engine.adopt(dir.path()).await.unwrap().expect("it still runs");
+    assert_eq!(guest.volumes(), ["root", "data"]);
+    let mut console = Console::open(&*guest);
+    console.type_in("\n").await;
+    console.run("true").await;
+
+    println!("== detach while it runs");
+    assert!(guest.detach("root").await.unwrap_err().to_string().contains("boot disk"));
+    guest.detach("data").await.unwrap();
+    assert_eq!(guest.volumes(), ["root"]);
+    assert_eq!(console.run("ls /sys/block").await, "vda");
+    let nobody = Disk { volume: "x".into(), socket: path("nobody") };
+    assert!(guest.attach(nobody).await.unwrap_err().to_string().contains("nobody"));
+    guest.attach(disk("data")).await.unwrap();
+    console.run("while ! [ -b /dev/vdb ]; do sleep 1; done").await;
+    console.run("dd if=/dev/vdb bs=64k count=1 2>/dev/null | head -n 1 | grep -qx load0").await;
+
+    println!("== power button");
+    guest.stop().await.unwrap();
+    console.until("GUEST: power button").await;
+    assert_eq!(ended(&*guest).await, Exit::Stopped(String::new()));
+    assert!(engine.adopt(dir.path()).await.unwrap().is_none());
+    drop(data);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_cannot_start_says_why_in_one_line() {
+    let Some(images) = images() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let engine = NativeEngine::with_program(images.vmm.clone());
+    let nobody = Disk { volume: "v".into(), socket: dir.path().join("nobody") };
+    let error = engine.start(machine(&images, dir.path(), vec![nobody])).await.err().unwrap().to_string();
+    assert!(error.contains("v at ") && error.contains("cannot connect"), "{error}");
+    let no_kernel = Machine { kernel: "/no/kernel".into(), ..machine(&images, dir.path(), Vec::new()) };
+    let error = engine.start(no_kernel).await.err().unwrap().to_string();
+    assert!(error.contains("/no/kernel"), "{error}");
+}
