@@ -4,6 +4,7 @@
 //! The core modules are pure: no clock, no sockets, no async runtime. [`pb`] holds the code
 //! generated from `proto/gabion/v1/*.proto`.
 
+pub mod admission;
 pub mod blocks;
 pub mod convert;
 pub mod frame;

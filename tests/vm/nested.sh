@@ -2,15 +2,17 @@
 # Runs test programs inside a machine with real KVM: QEMU emulates a processor with SVM, its Linux loads
 # kvm-amd, and the guests of the tests run a stock Debian kernel.
 #
-#   nested.sh GABION_VMM VHOST_FILE TEST...
+#   nested.sh BIN_DIR TEST...
 #
+# BIN_DIR holds Gabion's programs and `examples/vhost_file`. A test is a program or a script; the shell's
+# exit status tells whether all of them passed.
 # The kernel package is kept in ${XDG_CACHE_HOME:-~/.cache}/gabion.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-vmm=$1 vhost_file=$2
-shift 2
+bin_dir=$1
+shift
 
-for tool in qemu-system-x86_64 busybox cpio dpkg-deb ldd; do
+for tool in qemu-system-x86_64 qemu-img busybox cpio dpkg-deb ldd jq nbdcopy; do
     command -v "$tool" >/dev/null || { echo "nested: $tool is not installed" >&2; exit 1; }
 done
 mke2fs=$(PATH=$PATH:/usr/sbin:/sbin command -v mke2fs) || { echo "nested: mke2fs is not installed" >&2; exit 1; }
@@ -57,25 +59,33 @@ module evdev "$work/root/modules"
 
 # The host.
 host=$work/host
-mkdir -p "$host"/{bin,dev,proc,sys,tmp,modules,images,tests,lib64}
+mkdir -p "$host"/{bin,data,dev,proc,sys,tmp,modules,images,tests,lib64}
 initramfs "$work/initrd" "$host/images/initrd"
 cp "$kernel" "$host/images/vmlinuz"
 "$mke2fs" -q -F -t ext4 -d "$work/root" "$host/images/root.ext4" 24M >/dev/null
+# The same with a kernel of its own in /boot.
+cp "$kernel" "$work/root/boot/"
+cp "$host/images/initrd" "$work/root/boot/initrd.img-${kernel##*/vmlinuz-}"
+"$mke2fs" -q -F -t ext4 -d "$work/root" "$host/images/boot.ext4" 48M >/dev/null
+# Where the host keeps its data: O_DIRECT does not work in an initramfs.
+"$mke2fs" -q -F -t ext4 "$work/data.raw" 6G >/dev/null
 cp "$busybox" "$host/bin/busybox"
 cp "$here/host-init.sh" "$host/init"
-for name in irqbypass kvm kvm-amd; do
+for name in irqbypass kvm kvm-amd virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
     module $name "$host/modules"
 done
-with_libraries "$vmm" /bin/gabion-vmm "$host"
-with_libraries "$vhost_file" /bin/vhost_file "$host"
+for program in "$bin_dir"/gabion{,-monitor,-osd,-gateway,-host,-vmm} "$bin_dir/examples/vhost_file" \
+    "$(command -v jq)" "$(command -v nbdcopy)" "$(command -v qemu-img)"; do
+    with_libraries "$program" "/bin/$(basename "$program")" "$host"
+done
 for test in "$@"; do
     with_libraries "$test" "/tests/$(basename "$test")" "$host"
 done
 initramfs "$host" "$work/host.cpio"
 
-limit=${GABION_VM_TIMEOUT:-600}
+limit=${GABION_VM_TIMEOUT:-1500}
 timeout --kill-after=5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu qemu64,+svm,+npt \
-    -smp "${GABION_VM_CPUS:-2}" -m 2048 -nographic -no-reboot -nodefaults -net none -serial stdio \
+    -smp "${GABION_VM_CPUS:-2}" -m 3072 -drive "file=$work/data.raw,format=raw,if=virtio,cache=unsafe" -nographic -no-reboot -nodefaults -net none -serial stdio \
     -kernel "$kernel" -initrd "$work/host.cpio" -append "console=ttyS0 panic=-1 quiet" </dev/null |
     tee "$work/console" || echo "nested: QEMU did not end within $limit s"
 grep -q "^HOST: all tests passed" "$work/console"

@@ -1,15 +1,17 @@
-//! `cargo xtask verify` and `cargo xtask sim`: what the repository checks about itself.
+//! `cargo xtask verify`, `cargo xtask sim` and `cargo xtask test-vm`: what the repository checks about itself.
 
 mod licences;
 mod sim;
 mod step;
+mod test_vm;
 mod verify;
 
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask verify
        cargo xtask licences
-       cargo xtask sim --seeds N [--from S]";
+       cargo xtask sim --seeds N [--from S]
+       cargo xtask test-vm";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -17,6 +19,7 @@ fn main() -> ExitCode {
     let result = match args[..] {
         ["verify"] => verify::run(),
         ["licences"] => licences::run().map(|summary| println!("{summary}")),
+        ["test-vm"] => test_vm::run(),
         ["sim", ref rest @ ..] => sim::Seeds::parse(rest).and_then(|seeds| sim::run(&seeds)),
         _ => Err(anyhow::anyhow!("{USAGE}")),
     };

@@ -3,7 +3,8 @@
 use super::leadership::open;
 use super::monitors::member;
 use super::{Monitor, invalid, refused, view};
-use crate::state::{Command, DiskRequest, ExportKind, Reply, VmAction};
+use crate::state::{Command, DiskRequest, ExportKind, Reply, Vm, VmAction};
+use gabion_proto::admission::{self, Resources};
 use gabion_proto::convert;
 use gabion_proto::ids::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
@@ -36,6 +37,20 @@ impl Monitor {
         let state = self.state();
         let vm = state.vms.get(name).ok_or_else(|| Status::not_found(format!("there is no VM {name:?}")))?;
         Ok(view::vm(&state, &self.0.volatile.lock(), name, vm))
+    }
+
+    /// Refuses a guest that its host has no room for. A host that does not report is asked when it does: its agent
+    /// judges again before it starts the guest.
+    fn admit(&self, vm: &str, host: &str, wants: Resources, running: Vec<Resources>) -> Result<(), Status> {
+        let volatile = self.0.volatile.lock();
+        let Some((_, agent)) = volatile.agents.get(host) else { return Ok(()) };
+        let has = Resources { cpus: agent.cpus, memory_bytes: agent.memory_bytes };
+        match admission::refusal(has, running, wants) {
+            Some(why) => {
+                Err(Status::resource_exhausted(format!("VM {vm} does not fit on host {host}: {why}")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// The host that is meant when none is named.
@@ -266,17 +281,16 @@ impl pb::admin_service_server::AdminService for Monitor {
         }
         let hosts = self.0.volatile.lock().agents.keys().cloned().collect();
         let host = self.only_host(r.host, "host agent", hosts)?;
-        self.propose_for(
-            id,
-            Command::CreateVm {
-                name: r.name.clone(),
-                cpus: r.cpus,
-                memory_bytes: r.memory_bytes,
-                disks: r.disks.into_iter().map(disk).collect(),
-                host,
-                kernel_args: r.kernel_args,
-            },
-        )
+        let wants = Resources { cpus: r.cpus, memory_bytes: r.memory_bytes };
+        self.admit(&r.name, &host, wants, Vec::new())?;
+        self.propose_for(id, Command::CreateVm {
+            name: r.name.clone(),
+            cpus: r.cpus,
+            memory_bytes: r.memory_bytes,
+            disks: r.disks.into_iter().map(disk).collect(),
+            host,
+            kernel_args: r.kernel_args,
+        })
         .await?;
         Ok(Response::new(self.vm_info(&r.name)?))
     }
@@ -309,6 +323,21 @@ impl pb::admin_service_server::AdminService for Monitor {
         let running = matches!(now.state(), pb::VmState::Starting | pb::VmState::Running);
         if action == VmAction::Start && now.wanted() == pb::VmState::Running && running {
             return Ok(Response::new(now));
+        }
+        if action == VmAction::Start {
+            let state = self.state();
+            let vm = state.vms.get(&r.name);
+            let others = state
+                .vms
+                .iter()
+                .filter(|(name, v)| **name != r.name && v.host == now.host && v.wanted_running);
+            let of = |v: &Vm| Resources { cpus: v.cpus, memory_bytes: v.memory_bytes };
+            self.admit(
+                &r.name,
+                &now.host,
+                vm.map(of).unwrap_or_default(),
+                others.map(|(_, v)| of(v)).collect(),
+            )?;
         }
         self.propose_for(id, Command::SetVmState { name: r.name.clone(), action }).await?;
         Ok(Response::new(self.vm_info(&r.name)?))

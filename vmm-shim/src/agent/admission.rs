@@ -1,7 +1,12 @@
-//! Whether this host can take a guest.
+//! Whether this host can take a guest, by the rule of [`gabion_proto::admission`] over the guests that
+//! run here, and by the memory that is free now.
 
-/// Left for the host itself.
-const RESERVE_BYTES: u64 = 128 << 20;
+use gabion_proto::admission::{self, Resources};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+/// Left free beside a guest's memory, whatever else uses the host's.
+const FREE_BYTES_MIN: u64 = 128 << 20;
 
 pub fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
@@ -11,20 +16,42 @@ pub fn host_memory_bytes() -> u64 {
     meminfo("MemTotal")
 }
 
-/// The refusal, if any.
-pub fn refusal(vcpus: u32, memory_bytes: u64) -> Option<String> {
-    check(vcpus, memory_bytes, host_cpus(), meminfo("MemAvailable"))
+/// What the guests that run here, or start, were given.
+#[derive(Default)]
+pub struct Ledger {
+    // Each guest's task enters and leaves its own; two that start at once are judged one by one.
+    given: Mutex<BTreeMap<String, Resources>>,
 }
 
-fn check(vcpus: u32, memory_bytes: u64, cpus: u32, available_bytes: u64) -> Option<String> {
-    if vcpus == 0 || vcpus > cpus {
-        return Some(format!("it wants {vcpus} vCPUs; this host has {cpus}"));
+impl Ledger {
+    /// Gives a guest what it asks for, or says why not.
+    pub fn admit(&self, name: &str, guest: Resources) -> Result<(), String> {
+        let host = Resources { cpus: host_cpus(), memory_bytes: host_memory_bytes() };
+        self.admit_on(name, guest, host, meminfo("MemAvailable"))
     }
-    if memory_bytes.saturating_add(RESERVE_BYTES) > available_bytes {
-        let (want, have) = (memory_bytes >> 20, available_bytes >> 20);
-        return Some(format!("it wants {want} MiB of memory; this host has {have} MiB free"));
+
+    fn admit_on(&self, name: &str, guest: Resources, host: Resources, free: u64) -> Result<(), String> {
+        let mut given = self.given.lock().unwrap_or_else(|e| e.into_inner());
+        let others = given.iter().filter(|(other, _)| *other != name).map(|(_, r)| *r);
+        if let Some(refusal) = admission::refusal(host, others, guest) {
+            return Err(refusal);
+        }
+        if guest.memory_bytes.saturating_add(FREE_BYTES_MIN) > free {
+            let (want, have) = (guest.memory_bytes >> 20, free >> 20);
+            return Err(format!("it wants {want} MiB of memory; the host has {have} MiB free"));
+        }
+        given.insert(name.into(), guest);
+        Ok(())
     }
-    None
+
+    /// A guest that runs already.
+    pub fn enter(&self, name: &str, guest: Resources) {
+        self.given.lock().unwrap_or_else(|e| e.into_inner()).insert(name.into(), guest);
+    }
+
+    pub fn leave(&self, name: &str) {
+        self.given.lock().unwrap_or_else(|e| e.into_inner()).remove(name);
+    }
 }
 
 fn meminfo(key: &str) -> u64 {
@@ -39,10 +66,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refuses_what_does_not_fit_and_says_why() {
-        assert_eq!(check(2, 1 << 30, 2, 2 << 30), None);
-        assert_eq!(check(3, 1 << 30, 2, 2 << 30).unwrap(), "it wants 3 vCPUs; this host has 2");
-        assert!(check(1, 2 << 30, 2, 2 << 30).unwrap().contains("2048 MiB"));
+    fn guests_are_counted_from_start_to_end() {
+        let of = |cpus, gib: u64| Resources { cpus, memory_bytes: gib << 30 };
+        let (ledger, host) = (Ledger::default(), of(4, 8));
+        let admit = |name: &str, guest| ledger.admit_on(name, guest, host, 5 << 30);
+        admit("a", of(2, 1)).unwrap();
+        assert!(admit("b", of(3, 1)).unwrap_err().contains("running guests have 2"));
+        admit("a", of(4, 1)).expect("not counted beside itself");
+        ledger.leave("a");
+        ledger.enter("c", of(1, 1));
+        admit("b", of(3, 1)).unwrap();
+        ledger.leave("b");
+        assert_eq!(
+            admit("b", of(1, 5)).unwrap_err(),
+            "it wants 5120 MiB of memory; the host has 5120 MiB free"
+        );
         assert!(host_cpus() > 0 && host_memory_bytes() > 0);
     }
 }

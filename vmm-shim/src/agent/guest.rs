@@ -7,11 +7,12 @@
 //! ```
 
 use super::record::Record;
-use super::{Host, Wanted, admission};
+use super::{Host, Wanted};
 use crate::boot::{self, disk::VolumeDisk};
 use crate::console::Hub;
 use crate::engine::{Disk, Exit, Guest, Machine};
 use gabion_common::client::reader::VolumeReader;
+use gabion_proto::admission::Resources;
 use gabion_proto::pb::{self, VmAction, VmState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -110,6 +111,11 @@ impl Vm {
         };
         let Some(info) = &spec.vm else { return };
         self.last = info.clone();
+        if self.guest.is_some() {
+            // Also one that was adopted.
+            let given = Resources { cpus: info.cpus, memory_bytes: info.memory_bytes };
+            self.host.ledger.enter(&self.name, given);
+        }
         if spec.action_number > self.record.action_number {
             self.act(spec).await;
         }
@@ -185,9 +191,8 @@ impl Vm {
     }
 
     async fn try_start(&self, info: &pb::VmInfo, disks: Vec<Disk>) -> Result<Box<dyn Guest>, String> {
-        if let Some(refusal) = admission::refusal(info.cpus, info.memory_bytes) {
-            return Err(refusal);
-        }
+        let wants = Resources { cpus: info.cpus, memory_bytes: info.memory_bytes };
+        self.host.ledger.admit(&self.name, wants)?;
         let boot = disks.first().ok_or("it has no disk to boot from")?;
         std::fs::create_dir_all(&self.dir).map_err(|e| format!("{}: {e}", self.dir.display()))?;
         let (kernel, initrd) = (self.dir.join("kernel"), self.dir.join("initrd"));
@@ -256,6 +261,7 @@ impl Vm {
     fn ended(&mut self, how: Exit) {
         tracing::info!(vm = self.name, ?how, "guest ended");
         self.host.consoles.remove(&self.name);
+        self.host.ledger.leave(&self.name);
         self.guest = None;
         self.record.run = false;
         (self.state, self.error) = match how {

@@ -39,6 +39,7 @@ pub struct Host {
     pub accelerator: &'static str,
     pub consoles: Consoles,
     pub reports: Reports,
+    pub ledger: admission::Ledger,
 }
 
 /// What each guest's task last said of it.

@@ -7,7 +7,7 @@ use gabion_common::{addr_file, telemetry};
 use gabion_proto::pb::console_service_server::ConsoleServiceServer;
 use gabion_vmm_shim::agent::{self, Host};
 use gabion_vmm_shim::console::Consoles;
-use gabion_vmm_shim::engine::qemu::QemuEngine;
+use gabion_vmm_shim::engine::choice::Engines;
 use gabion_vmm_shim::engine::qemu::args::Accelerator;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -51,7 +51,7 @@ async fn main() -> Result<()> {
     if let Some(addr) = args.gossip {
         tracing::info!(%addr, "host agents do not gossip: the monitors know them by their reports");
     }
-    let engine = QemuEngine::detect();
+    let engine = Engines::detect();
     let accelerator = match engine.accelerator() {
         Accelerator::Kvm => "kvm",
         Accelerator::Tcg => {
@@ -74,6 +74,7 @@ async fn main() -> Result<()> {
         accelerator,
         consoles: consoles.clone(),
         reports: agent::Reports::default(),
+        ledger: agent::admission::Ledger::default(),
     });
     let server = tonic::transport::Server::builder()
         .add_service(ConsoleServiceServer::new(consoles))

@@ -113,8 +113,11 @@ impl Engine for NativeEngine {
         let guest = match NativeGuest::connect(&dir, process).await {
             Ok(guest) => guest,
             Err(error) => {
-                process.kill();
-                process.ended_within(END_TIMEOUT).await;
+                // A process that gives up closes its socket first and then writes why.
+                if !process.ended_within(END_TIMEOUT).await {
+                    process.kill();
+                    process.ended_within(END_TIMEOUT).await;
+                }
                 let text = tail(&log);
                 return Err(failed(if text.is_empty() { error.to_string() } else { text }));
             }

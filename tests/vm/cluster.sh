@@ -1,0 +1,65 @@
+#!/bin/busybox sh
+# In the outer machine: a whole cluster, and a guest that boots from a replicated volume's own /boot in
+# gabion-vmm. A disk comes while it runs; its gateway and then an OSD are killed under load that the
+# guest verifies; the disk goes; the guest is powered off; every byte is read back through NBD.
+set -eu
+export PATH=/bin:/sbin NO_COLOR=1
+# Short, because Unix sockets lie under it.
+dir=/data/c
+log=
+rounds=8
+fail() {
+    echo "cluster: $*"
+    [ -z "$log" ] || tail -c 3000 "$log"
+    tail -n 5 $dir/log/*.log 2>/dev/null
+    exit 1
+}
+# Waits for a line on the guest's console: console PATTERN SECONDS
+console() {
+    end=$(($(date +%s) + $2))
+    until grep -aq "GUEST: $1" "$log" 2>/dev/null; do
+        ! grep -aq "GUEST: FAILED" "$log" 2>/dev/null || fail "the guest failed"
+        [ "$(date +%s)" -lt $end ] || fail "the guest did not print '$1' in time"
+        sleep 1
+    done
+    echo "cluster: guest: $1"
+}
+gabion dev up --dir $dir --osds 3 --hosts 3 --osd-size 1G || fail "no cluster"
+export GABION_CONFIG=$dir/client.toml
+gabion pool create p --replicas 3 --failure-domain host
+gabion volume import /images/boot.ext4 root --pool p --format raw
+gabion volume create data --size 64M --pool p
+host=$(gabion -o json host ls | jq -r '.hosts[0].name')
+gabion vm create g --cpus 2 --memory 256M --disk root --host "$host" --kernel-args "quiet gabion.load=$rounds"
+if gabion vm create big --cpus 65 --memory 256M --disk root --host "$host" 2>/tmp/refused; then
+    fail "more vCPUs than cores were accepted"
+fi
+cat /tmp/refused
+gabion vm start g --timeout-secs 300 || fail "it does not start: $(gabion vm show g)"
+log=$(find $dir -path "*/vms/g/console.log")
+[ "$(gabion -o json vm show g | jq -r .engine)" = "native (kvm)" ] || fail "the engine is not the native one"
+console ready 300
+
+gabion vm attach g data --timeout-secs 200
+console "round 2 " 300
+echo "== kill -9 of the gateway"
+gabion dev kill "gateway.$(gabion -o json dev status --dir $dir | jq -r '[.daemons[] | select(.kind == "gateway")][0].id')" --dir $dir
+console "round 4 " 300
+echo "== kill -9 of an OSD"
+gabion dev kill "osd.$(gabion -o json dev status --dir $dir | jq -r '[.daemons[] | select(.kind == "osd")][1].id')" --dir $dir
+console "load done" 300
+gabion vm detach g data --timeout-secs 300
+console detached 100
+
+echo "== power button"
+gabion vm stop g --timeout-secs 200
+console "power button" 10
+[ "$(gabion -o json vm show g | jq -r .state)" = stopped ] || fail "it is not stopped: $(gabion vm show g)"
+
+echo "== reading back round $rounds"
+uri=$(gabion -o json export add data --nbd --read-only | jq -r .uri)
+nbdcopy "$uri" /data/back || fail "cannot read back"
+yes "round $rounds" | head -c 4194304 >/data/expected
+head -c 4194304 /data/back | cmp - /data/expected || fail "the data is not what the guest wrote"
+gabion dev down --dir $dir --wipe
+echo "cluster: passed"
