@@ -415,6 +415,9 @@ pub enum VmVerb {
         /// Appended to the kernel's command line.
         #[arg(long, default_value = "", allow_hyphen_values = true)]
         kernel_args: String,
+        /// What runs it; default: native where the host has hardware virtualization.
+        #[arg(long, value_enum)]
+        engine: Option<Engine>,
     },
     /// Lists VMs
     Ls,
@@ -466,6 +469,12 @@ pub enum VmVerb {
         #[arg(long, short)]
         follow: bool,
     },
+}
+
+#[derive(clap::ValueEnum, Debug, Clone, Copy)]
+pub enum Engine {
+    Native,
+    Qemu,
 }
 
 #[derive(Args, Debug, Clone, Copy)]

@@ -137,6 +137,7 @@ fn machine(images: &Images, dir: &Path, disks: Vec<Disk>) -> Machine {
         vcpus: 2,
         memory_bytes: 256 * MIB,
         cpu_model: CpuModel::Host,
+        engine: None,
         kernel: images.dir.join("vmlinuz"),
         initrd: Some(images.dir.join("initrd")),
         kernel_args: "console=ttyS0 panic=-1 quiet".into(),

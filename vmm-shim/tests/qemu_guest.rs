@@ -33,6 +33,7 @@ fn machine(dir: &Path) -> Machine {
         vcpus: 1,
         memory_bytes: 128 << 20,
         cpu_model: Default::default(),
+        engine: None,
         kernel: path,
         initrd: None,
         kernel_args: "console=ttyS0".into(),

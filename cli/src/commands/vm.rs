@@ -1,7 +1,7 @@
 //! `gabion vm`; the console is in `console`.
 
 use super::{Context, console};
-use crate::args::{VmVerb, Wait};
+use crate::args::{Engine, VmVerb, Wait};
 use crate::output::removed;
 use crate::rpc;
 use crate::rpc::Monitors;
@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
     let monitors = cx.monitors()?;
     match verb {
-        VmVerb::Create { name, cpus, memory, disk, host, kernel_args } => {
+        VmVerb::Create { name, cpus, memory, disk, host, kernel_args, engine } => {
             let disks = disk.into_iter().map(|volume| VmDisk { volume, ..Default::default() }).collect();
             let request = CreateVmRequest {
                 name: name.clone(),
@@ -27,6 +27,11 @@ pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
                 disks,
                 host: host.unwrap_or_default(),
                 kernel_args,
+                engine: match engine {
+                    None => String::new(),
+                    Some(Engine::Native) => "native".into(),
+                    Some(Engine::Qemu) => "qemu".into(),
+                },
             };
             let vm = rpc!(monitors, format!("vm {name}"), admin.create_vm, request)?;
             cx.out.done(

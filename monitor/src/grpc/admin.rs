@@ -283,14 +283,18 @@ impl pb::admin_service_server::AdminService for Monitor {
         let host = self.only_host(r.host, "host agent", hosts)?;
         let wants = Resources { cpus: r.cpus, memory_bytes: r.memory_bytes };
         self.admit(&r.name, &host, wants, Vec::new())?;
-        self.propose_for(id, Command::CreateVm {
-            name: r.name.clone(),
-            cpus: r.cpus,
-            memory_bytes: r.memory_bytes,
-            disks: r.disks.into_iter().map(disk).collect(),
-            host,
-            kernel_args: r.kernel_args,
-        })
+        self.propose_for(
+            id,
+            Command::CreateVm {
+                name: r.name.clone(),
+                cpus: r.cpus,
+                memory_bytes: r.memory_bytes,
+                disks: r.disks.into_iter().map(disk).collect(),
+                host,
+                kernel_args: r.kernel_args,
+                engine: r.engine,
+            },
+        )
         .await?;
         Ok(Response::new(self.vm_info(&r.name)?))
     }

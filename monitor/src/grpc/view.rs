@@ -231,6 +231,7 @@ pub(super) fn vm(state: &MonitorState, volatile: &Volatile, name: &str, vm: &Vm)
         error: report.map(|r| r.error.clone()).unwrap_or_default(),
         engine: report.map(|r| r.engine.clone()).unwrap_or_default(),
         agent_addr: agent.map(|a| a.agent_addr.clone()).unwrap_or_default(),
+        engine_wanted: vm.engine.clone(),
     }
 }
 

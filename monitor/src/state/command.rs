@@ -174,6 +174,7 @@ pub enum Command {
         disks: Vec<DiskRequest>,
         host: String,
         kernel_args: String,
+        engine: String,
     },
     SetVmState {
         name: String,

@@ -7,6 +7,8 @@ use super::*;
 use gabion_proto::limits::*;
 
 /// Longest serial that virtio-blk can show.
+/// What runs guests; none named: what suits the host.
+const ENGINES: [&str; 3] = ["", "native", "qemu"];
 const SERIAL_BYTES_MAX: usize = 20;
 const KERNEL_ARGS_BYTES_MAX: usize = 2048;
 
@@ -111,6 +113,8 @@ impl MonitorState {
         Ok(Disk { volume, serial, leaving: false })
     }
 
+    // One argument per field of the command.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn create_vm(
         &mut self,
         name: String,
@@ -119,6 +123,7 @@ impl MonitorState {
         disks: Vec<DiskRequest>,
         host: String,
         kernel_args: String,
+        engine: String,
     ) -> CommandResult {
         if !valid_name(&name) {
             return Err(Refusal::invalid(format!("{name:?} cannot be the name of a VM")));
@@ -143,6 +148,9 @@ impl MonitorState {
                 "kernel arguments are one line of at most {KERNEL_ARGS_BYTES_MAX} bytes"
             )));
         }
+        if !ENGINES.contains(&engine.as_str()) {
+            return Err(Refusal::invalid(format!("an engine is native or qemu, not {engine:?}")));
+        }
         if self.vms.len() >= VMS_MAX {
             return Err(Refusal::exhausted(format!("a cluster has at most {VMS_MAX} VMs")));
         }
@@ -164,6 +172,7 @@ impl MonitorState {
             disks,
             host,
             kernel_args,
+            engine,
             wanted_running: false,
             action: VmAction::Stop,
             action_number: 0,

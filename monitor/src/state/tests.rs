@@ -366,6 +366,7 @@ fn exports_of_a_vm_live_from_start_to_stop() {
         disks: vec![disk("boot")],
         host: "h0".into(),
         kernel_args: String::new(),
+        engine: String::new(),
     };
     state.apply(0, vm).unwrap();
     let set = |action| Command::SetVmState { name: "vm".into(), action };

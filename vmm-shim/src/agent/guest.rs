@@ -10,6 +10,7 @@ use super::record::Record;
 use super::{Host, Wanted};
 use crate::boot::{self, disk::VolumeDisk};
 use crate::console::Hub;
+use crate::engine::choice::EngineKind;
 use crate::engine::{Disk, Exit, Guest, Machine};
 use gabion_common::client::reader::VolumeReader;
 use gabion_proto::admission::Resources;
@@ -180,7 +181,7 @@ impl Vm {
         self.publish();
         match self.try_start(info, disks).await {
             Ok(guest) => {
-                tracing::info!(vm = self.name, engine = self.host.engine.name(), "guest started");
+                tracing::info!(vm = self.name, engine = guest.engine(), "guest started");
                 self.running(guest);
             }
             Err(error) => {
@@ -214,11 +215,16 @@ impl Vm {
         })
         .await
         .map_err(|e| format!("reading the boot files failed: {e}"))??;
+        let engine = match info.engine_wanted.as_str() {
+            "" => None,
+            name => Some(name.parse::<EngineKind>()?),
+        };
         let machine = Machine {
             name: self.name.clone(),
             vcpus: info.cpus,
             memory_bytes: info.memory_bytes,
             cpu_model: Default::default(),
+            engine,
             kernel,
             initrd: has_initrd.then_some(initrd),
             kernel_args: format!("root={root} ro console=ttyS0 panic=-1 {}", info.kernel_args).trim().into(),
@@ -288,7 +294,7 @@ impl Vm {
         }
         info.state = self.state.into();
         info.error = self.error.clone();
-        info.engine = self.host.engine.name();
+        info.engine = self.guest.as_ref().map_or_else(|| self.host.engine.name(), |guest| guest.engine());
         info.host = self.host.name.clone();
         info.agent_addr = self.host.agent_addr.to_string();
         self.host.reports.set(info);

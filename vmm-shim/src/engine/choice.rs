@@ -16,6 +16,17 @@ pub enum EngineKind {
     Qemu,
 }
 
+impl std::str::FromStr for EngineKind {
+    type Err = String;
+    fn from_str(name: &str) -> Result<EngineKind, String> {
+        match name {
+            "native" => Ok(EngineKind::Native),
+            "qemu" => Ok(EngineKind::Qemu),
+            other => Err(format!("this host knows no engine {other:?}")),
+        }
+    }
+}
+
 /// What a host offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Offer {
@@ -45,13 +56,13 @@ impl Offer {
 pub struct Engines {
     native: NativeEngine,
     qemu: QemuEngine,
-    chosen: EngineKind,
+    offer: Offer,
 }
 
 impl Engines {
     pub fn detect() -> Engines {
-        let chosen = Offer::of_this_host().engine();
-        Engines { native: NativeEngine::new(), qemu: QemuEngine::detect(), chosen }
+        let offer = Offer::of_this_host();
+        Engines { native: NativeEngine::new(), qemu: QemuEngine::detect(), offer }
     }
 
     /// For reports: how guests run here.
@@ -59,8 +70,8 @@ impl Engines {
         self.qemu.accelerator()
     }
 
-    fn chosen(&self) -> &dyn Engine {
-        match self.chosen {
+    fn of_kind(&self, kind: EngineKind) -> &dyn Engine {
+        match kind {
             EngineKind::Native => &self.native,
             EngineKind::Qemu => &self.qemu,
         }
@@ -70,11 +81,18 @@ impl Engines {
 #[async_trait]
 impl Engine for Engines {
     fn name(&self) -> String {
-        self.chosen().name()
+        self.of_kind(self.offer.engine()).name()
     }
 
     async fn start(&self, machine: Machine) -> Result<Box<dyn Guest>, EngineError> {
-        self.chosen().start(machine).await
+        let kind = machine.engine.unwrap_or(self.offer.engine());
+        if kind == EngineKind::Native && !self.offer.hardware_virtualization() {
+            return Err(EngineError::Refused(
+                "the native engine needs /dev/kvm and a processor with vmx or svm; this host lacks them"
+                    .into(),
+            ));
+        }
+        self.of_kind(kind).start(machine).await
     }
 
     async fn adopt(&self, dir: &Path) -> Result<Option<Box<dyn Guest>>, EngineError> {
@@ -98,5 +116,7 @@ mod tests {
         assert_eq!(offer(true, true).engine(), EngineKind::Native);
         assert_eq!(offer(true, false).engine(), EngineKind::Qemu, "a /dev/kvm in software");
         assert_eq!(offer(false, true).engine(), EngineKind::Qemu);
+        assert_eq!("native".parse(), Ok(EngineKind::Native));
+        assert!("bochs".parse::<EngineKind>().is_err());
     }
 }

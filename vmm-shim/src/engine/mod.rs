@@ -40,6 +40,8 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// For the native engine; QEMU gives its guests the host's processor.
     pub cpu_model: CpuModel,
+    /// None: what suits the host.
+    pub engine: Option<choice::EngineKind>,
     pub kernel: PathBuf,
     pub initrd: Option<PathBuf>,
     pub kernel_args: String,
@@ -69,6 +71,8 @@ pub trait Engine: Send + Sync {
 /// A running guest. Dropping it leaves the guest alone.
 #[async_trait]
 pub trait Guest: Send + Sync {
+    /// The name of what runs it.
+    fn engine(&self) -> String;
     /// Presses the power button.
     async fn stop(&self) -> Result<(), EngineError>;
     /// Pulls the plug.

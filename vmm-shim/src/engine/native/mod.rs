@@ -50,6 +50,8 @@ pub struct NativeGuest {
 }
 
 impl NativeEngine {
+    const NAME_WITH_KVM: &str = "native (kvm)";
+
     /// With the `gabion-vmm` beside this program, else the one in the path.
     pub fn new() -> NativeEngine {
         let beside = std::env::current_exe().ok().map(|exe| exe.with_file_name(PROGRAM));
@@ -75,7 +77,7 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> E
 #[async_trait]
 impl Engine for NativeEngine {
     fn name(&self) -> String {
-        format!("{NAME} (kvm)")
+        NativeEngine::NAME_WITH_KVM.into()
     }
 
     async fn start(&self, machine: Machine) -> Result<Box<dyn Guest>, EngineError> {
@@ -248,6 +250,10 @@ async fn watch_end(
 
 #[async_trait]
 impl Guest for NativeGuest {
+    fn engine(&self) -> String {
+        NativeEngine::NAME_WITH_KVM.into()
+    }
+
     async fn stop(&self) -> Result<(), EngineError> {
         self.control.command(Command::PowerButton).await?;
         Ok(())

@@ -113,6 +113,7 @@ mod tests {
             vcpus: 2,
             memory_bytes: 512 << 20,
             cpu_model: Default::default(),
+            engine: None,
             kernel: "/k".into(),
             initrd: Some("/i".into()),
             kernel_args: "root=/dev/vda console=ttyS0".into(),

@@ -58,6 +58,7 @@ struct Record {
 }
 
 pub struct QemuGuest {
+    engine: String,
     dir: PathBuf,
     record: Record,
     qmp: Arc<Qmp>,
@@ -117,7 +118,8 @@ impl Engine for QemuEngine {
         };
         let mut ports: Vec<Option<Disk>> = machine.disks.iter().cloned().map(Some).collect();
         ports.resize(args::ports(machine.disks.len()), None);
-        let guest = QemuGuest::new(dir, Record { process, vcpus: machine.vcpus, ports }, qmp, events);
+        let guest =
+            QemuGuest::new(self.name(), dir, Record { process, vcpus: machine.vcpus, ports }, qmp, events);
         if let Err(error) = guest.save() {
             process.kill();
             return Err(error);
@@ -135,7 +137,7 @@ impl Engine for QemuEngine {
             return Ok(None);
         }
         let (qmp, events) = connect(dir, record.process).await?;
-        Ok(Some(Box::new(QemuGuest::new(dir.to_owned(), record, qmp, events))))
+        Ok(Some(Box::new(QemuGuest::new(self.name(), dir.to_owned(), record, qmp, events))))
     }
 }
 
@@ -163,7 +165,13 @@ fn tail(log: &Path) -> String {
 }
 
 impl QemuGuest {
-    fn new(dir: PathBuf, record: Record, qmp: Qmp, events: broadcast::Receiver<Event>) -> QemuGuest {
+    fn new(
+        engine: String,
+        dir: PathBuf,
+        record: Record,
+        qmp: Qmp,
+        events: broadcast::Receiver<Event>,
+    ) -> QemuGuest {
         let killed = Arc::new(AtomicBool::new(false));
         let (tx, exit) = watch::channel(None);
         tokio::spawn(watch_end(
@@ -174,7 +182,7 @@ impl QemuGuest {
             killed.clone(),
             tx,
         ));
-        QemuGuest { dir, record, qmp: Arc::new(qmp), exit, killed }
+        QemuGuest { engine, dir, record, qmp: Arc::new(qmp), exit, killed }
     }
 
     fn save(&self) -> Result<(), EngineError> {
@@ -227,6 +235,10 @@ async fn watch_end(
 
 #[async_trait]
 impl Guest for QemuGuest {
+    fn engine(&self) -> String {
+        self.engine.clone()
+    }
+
     async fn stop(&self) -> Result<(), EngineError> {
         self.qmp.command("system_powerdown", json!({})).await?;
         Ok(())
