@@ -233,9 +233,9 @@ impl Guest {
 fn put_tables(memory: &GuestMemoryMmap) {
     let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at)).unwrap();
     // Identity for 4 GiB in 2 MiB pages, open to privilege level 3.
-    put(TABLES + 0x1000 | 7, TABLES);
+    put((TABLES + 0x1000) | 7, TABLES);
     for gib in 0..4 {
-        put(TABLES + 0x2000 + gib * 0x1000 | 7, TABLES + 0x1000 + gib * 8);
+        put((TABLES + 0x2000 + gib * 0x1000) | 7, TABLES + 0x1000 + gib * 8);
         for entry in 0..512 {
             put(gib << 30 | entry << 21 | 0x87, TABLES + 0x2000 + gib * 0x1000 + entry * 8);
         }
