@@ -75,7 +75,7 @@ fn a_failed_write_flush_or_index_stops_the_store_for_good() {
         // The disk is well again, but nobody knows what it holds.
         disk.set_fuse(None);
         let fatal = Err(StoreError::Fatal(why.clone()));
-        assert_eq!(store.commit(vec![txn(vec![write(2, 0, 0, 1, 1)])]), [fatal.clone()]);
+        assert_eq!(store.commit(vec![txn(vec![write(2, 0, 0, 1, 1)])]), std::slice::from_ref(&fatal));
         assert_eq!(read(&mut store, 0, 0, 1).map(|_| ()), fatal);
         assert_eq!(store.background().map(|_| ()), fatal);
         assert_eq!(store.list(PG, None, 1).map(|_| ()), fatal);
