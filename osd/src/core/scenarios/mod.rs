@@ -98,7 +98,8 @@ impl Rig {
         let attachment = Attachment { generation: Generation(1), client: CLIENT, session: Session(1) };
         let state = |v: &Version| ObjectState { version: *v, deleted: false, pending: None };
         Rig {
-            core: OsdCore::new(boot, vec![(PG, meta)], 0),
+            // Two groups are there; most maps name only the first.
+            core: OsdCore::new(boot, (0..2).map(|index| (PgId { index, ..PG }, meta)).collect(), 0),
             now: 0,
             map: ClusterMap {
                 cluster: CLUSTER,
