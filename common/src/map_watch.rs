@@ -86,7 +86,10 @@ pub fn follow(monitors: MonitorClient) -> watch::Receiver<Arc<ClusterMap>> {
 async fn stream(monitors: &MonitorClient, tx: &watch::Sender<Arc<ClusterMap>>, fresh: bool) -> FollowError {
     let have_epoch = if fresh { 0 } else { tx.borrow().epoch.0 };
     let mut updates = match monitors.map().watch_map(pb::WatchMapRequest { have_epoch }).await {
-        Ok(reply) => reply.into_inner(),
+        Ok(reply) => {
+            monitors.heard(reply.metadata());
+            reply.into_inner()
+        }
         Err(status) => return status.into(),
     };
     loop {

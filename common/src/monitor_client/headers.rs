@@ -13,7 +13,7 @@ pub const STALE_OK: &str = "gabion-stale-ok";
 pub const MONITOR: &str = "gabion-monitor";
 /// On a refusal: where the leader is.
 pub const LEADER: &str = "gabion-leader";
-/// On a refusal: where all monitors are, separated by commas.
+/// On every answer: where all monitors are, separated by commas.
 pub const MONITORS: &str = "gabion-monitors";
 /// On a refusal: there is no quorum.
 pub const NO_QUORUM: &str = "gabion-no-quorum";

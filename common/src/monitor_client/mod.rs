@@ -1,5 +1,5 @@
 //! Calls to the monitors. One client knows all of them and talks to one: the leader, once somebody
-//! told where that is.
+//! told where that is. Every answer names all monitors, so a client that was given one learns the rest.
 //!
 //! A monitor that does not lead does not forward: it says where the leader is ([`headers::LEADER`])
 //! and the client goes there. So a lease is counted end to end between the OSD and the one who grants
@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use table::{Entry, Table};
 use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
@@ -138,9 +139,14 @@ impl MonitorClient {
 
     /// Uses another monitor from now on: the leader if this refusal, or end of a stream, names it.
     pub fn failed(&self, status: &Status) {
-        if self.table.learn(status).is_none() {
+        if self.table.learn(status.metadata()).is_none() {
             self.table.leave(None);
         }
+    }
+
+    /// Takes in which monitors there are, from an answer.
+    pub fn heard(&self, metadata: &MetadataMap) {
+        self.table.learn(metadata);
     }
 
     /// Uses the next monitor from now on.
@@ -198,12 +204,15 @@ impl MonitorClient {
             let attempt = MonitorClient { pinned: Some(entry), ..self.clone() };
             let answer = tokio::time::timeout(self.call_timeout, call(attempt)).await;
             let status = match answer {
-                Ok(Ok(reply)) => return Round::Done(Ok(reply.into_inner())),
+                Ok(Ok(reply)) => {
+                    self.heard(reply.metadata());
+                    return Round::Done(Ok(reply.into_inner()));
+                }
                 Ok(Err(status)) if !is_transient(&status) => return Round::Done(Err(status)),
                 Ok(Err(status)) => status,
                 Err(_) => Status::deadline_exceeded(format!("monitor {at} did not answer in time")),
             };
-            let hint = self.table.learn(&status).filter(|hint| *hint != at);
+            let hint = self.table.learn(status.metadata()).filter(|hint| *hint != at);
             if hint.is_none() {
                 self.table.leave(Some(at));
             }

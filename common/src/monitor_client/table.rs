@@ -4,8 +4,9 @@ use super::MonitorAddressError;
 use super::headers;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
-use tonic::Status;
+use tonic::metadata::MetadataMap;
 use tonic::transport::{Channel, Endpoint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -37,38 +38,37 @@ struct Known {
     entries: Vec<Entry>,
     /// The first ones were given and are kept; the rest was learned.
     given: usize,
-    current: usize,
+    /// What was learned last, as it was written.
+    learned: String,
 }
 
-/// Which monitors there are and which one to ask.
+/// Which monitors there are, known together with all forks, and which one to ask.
 pub(super) struct Table {
-    // Held to look up or change an entry only.
-    known: Mutex<Known>,
+    // Both are held to look up or change an entry only; `current` is taken first.
+    current: Mutex<SocketAddr>,
+    known: Arc<Mutex<Known>>,
 }
 
 impl Table {
     pub fn new<A: AsRef<str>>(addrs: &[A]) -> Result<Table, MonitorAddressError> {
-        let mut entries = Vec::new();
+        let mut entries: Vec<Entry> = Vec::new();
         for addr in addrs {
             let addr = addr.as_ref();
             let malformed = || MonitorAddressError::Malformed { addr: addr.to_owned() };
             let parsed: SocketAddr = addr.parse().map_err(|_| malformed())?;
-            if !entries.iter().any(|e: &Entry| e.addr == parsed) {
+            if !entries.iter().any(|e| e.addr == parsed) {
                 entries.push(Entry::new(parsed).ok_or_else(malformed)?);
             }
         }
-        if entries.is_empty() {
-            return Err(MonitorAddressError::None);
-        }
+        let first = entries.first().ok_or(MonitorAddressError::None)?.addr;
         let given = entries.len();
-        Ok(Table { known: Mutex::new(Known { entries, given, current: 0 }) })
+        let known = Arc::new(Mutex::new(Known { entries, given, learned: String::new() }));
+        Ok(Table { current: Mutex::new(first), known })
     }
 
-    /// A table of its own with the same monitors.
+    /// One that goes its own way among the same monitors.
     pub fn fork(&self) -> Table {
-        let known = self.known.lock();
-        let entries = known.entries.clone();
-        Table { known: Mutex::new(Known { entries, given: known.given, current: known.current }) }
+        Table { current: Mutex::new(*self.current.lock()), known: self.known.clone() }
     }
 
     pub fn len(&self) -> usize {
@@ -76,47 +76,57 @@ impl Table {
     }
 
     pub fn current(&self) -> Entry {
+        let mut current = self.current.lock();
         let known = self.known.lock();
-        known.entries[known.current % known.entries.len()].clone()
+        let entry = known.position(*current).map_or(&known.entries[0], |at| &known.entries[at]);
+        *current = entry.addr;
+        entry.clone()
     }
 
     /// Goes to the next monitor, unless somebody went away from `at` already.
     pub fn leave(&self, at: Option<SocketAddr>) {
-        let mut known = self.known.lock();
-        let current = known.current % known.entries.len();
-        if at.is_none_or(|at| known.entries[current].addr == at) {
-            known.current = (current + 1) % known.entries.len();
+        let mut current = self.current.lock();
+        if at.is_none_or(|at| *current == at) {
+            let known = self.known.lock();
+            let next = known.position(*current).map_or(0, |at| at + 1) % known.entries.len();
+            *current = known.entries[next].addr;
         }
     }
 
-    /// Takes in what a refusal says of the monitors; the leader, if it names one, is asked next.
-    pub fn learn(&self, status: &Status) -> Option<SocketAddr> {
-        let text = |key| status.metadata().get(key).and_then(|v| v.to_str().ok());
+    /// Takes in what an answer says of the monitors; the leader, if it names one, is asked next.
+    pub fn learn(&self, metadata: &MetadataMap) -> Option<SocketAddr> {
+        let text = |key| metadata.get(key).and_then(|v| v.to_str().ok());
+        let mut current = self.current.lock();
         let mut known = self.known.lock();
         let all = text(headers::MONITORS).unwrap_or_default();
-        for addr in all.split(',').filter_map(|a| a.parse().ok()).take(MONITORS_MAX) {
-            known.index_of(addr);
+        if known.learned != all {
+            known.learned = all.to_owned();
+            for addr in all.split(',').filter_map(|a| a.parse().ok()).take(MONITORS_MAX) {
+                known.take_in(addr);
+            }
         }
         let leader: SocketAddr = text(headers::LEADER)?.parse().ok()?;
-        known.current = known.index_of(leader)?;
+        known.take_in(leader)?;
+        *current = leader;
         Some(leader)
     }
 }
 
 impl Known {
-    /// Where `addr` is in the table, taken in if it was not there.
-    fn index_of(&mut self, addr: SocketAddr) -> Option<usize> {
-        if let Some(at) = self.entries.iter().position(|e| e.addr == addr) {
-            return Some(at);
+    fn position(&self, addr: SocketAddr) -> Option<usize> {
+        self.entries.iter().position(|e| e.addr == addr)
+    }
+
+    fn take_in(&mut self, addr: SocketAddr) -> Option<()> {
+        if self.position(addr).is_none() {
+            let entry = Entry::new(addr)?;
+            if self.entries.len() >= MONITORS_MAX.max(self.given + 1) {
+                // The one learned first gives way.
+                self.entries.remove(self.given);
+            }
+            self.entries.push(entry);
         }
-        let entry = Entry::new(addr)?;
-        if self.entries.len() >= MONITORS_MAX.max(self.given + 1) {
-            // The one learned first gives way.
-            self.entries.remove(self.given);
-            self.current = 0;
-        }
-        self.entries.push(entry);
-        Some(self.entries.len() - 1)
+        Some(())
     }
 }
 
@@ -124,22 +134,22 @@ impl Known {
 mod tests {
     use super::*;
 
-    fn refusal(leader: &str, monitors: &str) -> Status {
-        let mut status = Status::unavailable("not the leader");
-        headers::put(status.metadata_mut(), headers::LEADER, leader);
-        headers::put(status.metadata_mut(), headers::MONITORS, monitors);
-        status
+    fn says(leader: &str, monitors: &str) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        headers::put(&mut metadata, headers::LEADER, leader);
+        headers::put(&mut metadata, headers::MONITORS, monitors);
+        metadata
     }
 
     #[tokio::test]
     async fn goes_where_the_leader_is_said_to_be() {
         let table = Table::new(&["127.0.0.1:1", "127.0.0.1:2"]).unwrap();
-        let leader = table.learn(&refusal("127.0.0.1:2", ""));
+        let leader = table.learn(&says("127.0.0.1:2", ""));
         assert_eq!((leader, table.current().addr), ("127.0.0.1:2".parse().ok(), leader.unwrap()));
         // One that was added since this client was started.
-        table.learn(&refusal("127.0.0.1:3", "127.0.0.1:4"));
+        table.learn(&says("127.0.0.1:3", "127.0.0.1:4"));
         assert_eq!((table.current().addr.port(), table.len()), (3, 4));
-        assert_eq!(table.learn(&refusal("garbage", "x,y,,")), None);
+        assert_eq!(table.learn(&says("garbage", "x,y,,")), None);
         assert_eq!((table.current().addr.port(), table.len()), (3, 4));
     }
 
@@ -147,7 +157,7 @@ mod tests {
     async fn does_not_grow_without_bound_and_keeps_what_it_was_given() {
         let table = Table::new(&["127.0.0.1:1"]).unwrap();
         for port in 1000..2000 {
-            table.learn(&refusal(&format!("127.0.0.1:{port}"), ""));
+            table.learn(&says(&format!("127.0.0.1:{port}"), ""));
             assert_eq!(table.current().addr.port(), port);
         }
         assert_eq!(table.len(), MONITORS_MAX);
@@ -158,6 +168,15 @@ mod tests {
             })
             .collect();
         assert!(ports.contains(&1), "{ports:?}");
+    }
+
+    #[tokio::test]
+    async fn forks_share_what_they_know_but_not_whom_they_ask() {
+        let table = Table::new(&["127.0.0.1:1"]).unwrap();
+        let fork = table.fork();
+        table.learn(&says("", "127.0.0.1:1,127.0.0.1:2"));
+        fork.leave(None);
+        assert_eq!((table.current().addr.port(), fork.current().addr.port()), (1, 2));
     }
 
     #[tokio::test]

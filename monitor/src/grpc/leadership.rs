@@ -97,8 +97,7 @@ impl Monitor {
         let mut status = Status::unavailable(message);
         let metadata = status.metadata_mut();
         headers::put(metadata, headers::MONITOR, &consensus.id().to_string());
-        let all: Vec<String> = consensus.members().into_iter().map(|m| m.addr).collect();
-        headers::put(metadata, headers::MONITORS, &all.join(","));
+        headers::put(metadata, headers::MONITORS, &standing.addrs);
         match (&e, standing.leader_addr) {
             (ConsensusError::NotLeader, Some(addr)) if !lost => {
                 headers::put(metadata, headers::LEADER, &addr)

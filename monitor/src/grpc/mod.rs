@@ -21,6 +21,7 @@ mod volatile;
 use crate::decide::Timing;
 use crate::raft::{Consensus, ConsensusError, Standing};
 use crate::state::{MonitorState, Refusal, RefusalKind};
+use gabion_common::monitor_client::headers;
 use gabion_proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use gabion_proto::pb;
 use leadership::Lead;
@@ -33,6 +34,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::transport::server::{Server, TcpIncoming};
+use tower::util::MapResponseLayer;
 use volatile::Volatile;
 
 /// How long the word that this monitor leads may lag behind the proof of it.
@@ -185,7 +187,15 @@ impl Monitor {
             .build_v1()?;
         let over = tokio::spawn(self.clone().watch_over());
         let mut stop = self.0.stop.clone();
+        let standing = self.0.consensus.standing();
+        let names_all = MapResponseLayer::new(move |mut response: http::Response<tonic::body::Body>| {
+            if let Ok(addrs) = http::HeaderValue::from_str(&standing.borrow().addrs) {
+                response.headers_mut().insert(headers::MONITORS, addrs);
+            }
+            response
+        });
         let served = Server::builder()
+            .layer(names_all)
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(health_service)
             .add_service(reflection)

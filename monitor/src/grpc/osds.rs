@@ -19,6 +19,15 @@ type Answer<T> = Result<Response<T>, Status>;
 const STUCK_MAX: usize = 64;
 
 impl Monitor {
+    /// No lease is granted without proof of a quorum, but the OSD is not silent either: when the quorum
+    /// returns it must not be declared down for what the monitors lacked.
+    fn heard(&self, osd: OsdId, incarnation: Incarnation) {
+        if let Some(lead) = &mut *self.0.lead.lock() {
+            // Not told to the OSD: what is remembered only ends later than any lease.
+            lead.detector.renew(boottime_ms(), &self.state(), osd, incarnation);
+        }
+    }
+
     /// Acts on peers that do not work, aside: a lease does not wait for agreement on what was reported.
     /// While the reports of earlier heartbeats are dealt with, these are dropped: the next one brings them
     /// again.
@@ -78,7 +87,13 @@ impl pb::osd_service_server::OsdService for Monitor {
         let mut r = request.into_inner();
         let (osd, incarnation) = (OsdId(r.id), Incarnation(r.incarnation));
         // Rule P6, see `decide`: the proof begins after the request has come.
-        let term = self.confirm().await?;
+        let term = match self.confirm().await {
+            Ok(term) => term,
+            Err(status) => {
+                self.heard(osd, incarnation);
+                return Err(status);
+            }
+        };
         let (state, renewed) = match &mut *self.0.lead.lock() {
             Some(lead) if lead.term == term => {
                 // The state is read under the lock: an older one may call up who was marked down since.

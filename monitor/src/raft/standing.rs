@@ -35,6 +35,8 @@ pub struct Standing {
     pub leader: Option<u64>,
     /// Where the leader is, when that is known and it is another one.
     pub leader_addr: Option<String>,
+    /// Where all monitors are, separated by commas.
+    pub addrs: String,
     /// It has been in touch with a leader and a quorum within the last seconds.
     pub in_touch: bool,
 }
@@ -106,6 +108,12 @@ pub(super) fn follow(raft: &Raft<Types>, shared: Arc<Shared>) -> watch::Receiver
                 leads: leads.then_some(now.vote.leader_id().term),
                 leader: now.current_leader,
                 leader_addr: other.and_then(node).map(|n: MonitorNode| n.addr),
+                addrs: now
+                    .membership_config
+                    .nodes()
+                    .map(|(_, n)| n.addr.as_str())
+                    .collect::<Vec<_>>()
+                    .join(","),
                 in_touch: in_touch_ms.is_some_and(|at| boottime_ms() < at + SILENCE_MS),
             };
             let old = tx.borrow().clone();

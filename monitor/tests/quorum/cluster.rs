@@ -8,6 +8,7 @@ use gabion_proto::pb;
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -27,6 +28,13 @@ pub struct Cluster {
     root: TempDir,
     nodes: BTreeMap<u64, Node>,
     snapshot_every: u64,
+    /// Runtimes that end: RocksDB must not be in use when the process does.
+    ending: Vec<JoinHandle<()>>,
+}
+
+/// Drops everything in a runtime, wherever it is.
+fn end(runtime: Runtime) -> JoinHandle<()> {
+    std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(10)))
 }
 
 fn free_addr() -> SocketAddr {
@@ -36,8 +44,8 @@ fn free_addr() -> SocketAddr {
 impl Cluster {
     /// `count` monitors that are all part of the cluster.
     pub async fn start(count: u64, snapshot_every: u64) -> Cluster {
-        let mut cluster =
-            Cluster { root: tempfile::tempdir().unwrap(), nodes: BTreeMap::new(), snapshot_every };
+        let (root, nodes, ending) = (tempfile::tempdir().unwrap(), BTreeMap::new(), Vec::new());
+        let mut cluster = Cluster { root, nodes, snapshot_every, ending };
         cluster.launch(1, Start::Bootstrap).await;
         for id in 2..=count {
             cluster.launch(id, Start::Join).await;
@@ -85,7 +93,7 @@ impl Cluster {
             // The threads of the run before may hold the database or the port for a moment more.
             let failed = format!("{:#}", task.await.unwrap().unwrap_err());
             assert!(began.elapsed() < DEADLINE, "monitor {id} does not start: {failed}");
-            runtime.shutdown_background();
+            self.ending.push(end(runtime));
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -93,7 +101,7 @@ impl Cluster {
     /// As SIGKILL.
     pub fn kill(&mut self, id: u64) {
         let (runtime, stop) = self.nodes.get_mut(&id).unwrap().running.take().unwrap();
-        runtime.shutdown_background();
+        self.ending.push(end(runtime));
         drop(stop);
     }
 
@@ -176,10 +184,11 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for node in self.nodes.values_mut() {
-            if let Some((runtime, _)) = node.running.take() {
-                runtime.shutdown_background();
-            }
+        let running = self.nodes.values_mut().filter_map(|n| n.running.take());
+        self.ending.extend(running.map(|(runtime, _)| end(runtime)));
+        for ended in self.ending.drain(..) {
+            // It only waits; what a monitor panicked with was reported where it did.
+            let _ = ended.join();
         }
     }
 }

@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, eventually};
 use gabion_common::clock::boottime_ms;
 use gabion_common::monitor_client::{MonitorClient, headers};
+use gabion_monitor::raft::Start;
 use gabion_proto::limits::LEASE;
 use gabion_proto::pb;
 use std::sync::Arc;
@@ -107,4 +108,49 @@ async fn a_leader_that_is_cut_off_grants_nothing_that_outlasts_it() {
     let (same, again) = boot(&client).await;
     assert!(same == id && again > incarnation);
     client.once(|m| async move { m.osd().heartbeat(beat(id, again)).await }).await.unwrap();
+}
+
+/// OSDs that were heard from all the time are not declared down when the quorum returns.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_quorum_that_returns_finds_the_osds_up() {
+    let mut cluster = Cluster::start(3, 1_000).await;
+    let client = cluster.client();
+    let (id, incarnation) = boot(&client).await;
+    let leader = cluster.leader().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let refusals = Arc::new(AtomicU64::new(0));
+    let osd = {
+        let (stop, refusals, client) = (stop.clone(), refusals.clone(), client.clone());
+        tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                match client.osd().heartbeat(beat(id, incarnation)).await {
+                    Ok(_) => {}
+                    Err(s) if s.code() == Code::Aborted => return Err(s),
+                    Err(s) => {
+                        client.failed(&s);
+                        refusals.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Ok(())
+        })
+    };
+    let others: Vec<u64> = (1..=3).filter(|i| *i != leader).collect();
+    others.iter().for_each(|o| cluster.kill(*o));
+    let lost_ms = boottime_ms();
+    // Longer than a lease and its grace, while the OSD goes on asking in vain.
+    eventually("the leases have run out", async || {
+        let long = boottime_ms() > lost_ms + 2 * LEASE.as_millis() as u64;
+        (long && refusals.load(Ordering::Relaxed) > 5).then_some(())
+    })
+    .await;
+    for other in others {
+        cluster.launch(other, Start::Resume).await;
+    }
+    cluster.all_up(3).await;
+    // And as long again under whoever leads now.
+    tokio::time::sleep(LEASE + LEASE / 2).await;
+    stop.store(true, Ordering::Relaxed);
+    osd.await.unwrap().unwrap();
 }

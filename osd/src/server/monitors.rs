@@ -25,6 +25,11 @@ impl Monitors {
         Ok(Monitors { client })
     }
 
+    /// The client itself, for following the map.
+    pub fn client(&self) -> MonitorClient {
+        self.client.clone()
+    }
+
     /// Boots, however long the monitors take to answer. A refusal is final.
     pub async fn boot(&self, request: BootRequest) -> Result<(Incarnation, Epoch), ServerError> {
         let call = |m: MonitorClient| {

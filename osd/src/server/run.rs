@@ -114,7 +114,7 @@ pub async fn serve(
     let (input_tx, inputs) = mpsc::channel(INPUTS_MAX);
     tokio::spawn(clients::accept(listener, identity.cluster, identity.osd, current.clone(), input_tx));
     let (answer_tx, answers) = mpsc::channel(STORE_REQUESTS_MAX + INPUTS_MAX);
-    let map = gabion_common::map_watch::spawn(config.monitors.clone());
+    let map = gabion_common::map_watch::follow(monitors.client());
 
     let boot = BootRequest {
         id: identity.osd.0,
