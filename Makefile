@@ -1,12 +1,16 @@
 # Entry points for people; `cargo xtask` and `.ci/` do the work.
 
-.PHONY: build demo test test-vm packages
+.PHONY: build demo test test-vm test-ansible packages deb
 
 build:
 	cargo build --locked --release --workspace --bins
 
 demo:
 	./demo/demo.sh
+
+# Debian packages in target/debs.
+deb: packages build
+	packaging/build-debs.sh target/release target/debs
 
 packages:
 	.ci/packages
@@ -18,3 +22,7 @@ test: packages
 # Guests of a stock kernel in gabion-vmm, in a nested machine with real KVM.
 test-vm: packages
 	cargo xtask test-vm
+
+# Ansible on real systemd machines, from nothing; needs root.
+test-ansible: packages build
+	tests/ansible/run.sh target/release

@@ -97,6 +97,9 @@ pub enum Command {
     },
     /// Prints a completion script
     Completions { shell: Shell },
+    /// Writes the manual pages into a directory
+    #[command(hide = true)]
+    Manual { dir: PathBuf },
 }
 
 #[derive(Args, Debug, Clone)]

@@ -14,7 +14,7 @@ pub mod output;
 pub mod rpc;
 pub mod size;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use args::{Cli, Command};
 use clap::CommandFactory;
 
@@ -30,6 +30,8 @@ pub fn run(cli: Cli) -> Result<()> {
                 clap_complete::generate(shell, &mut Cli::command(), "gabion", &mut std::io::stdout());
                 Ok(())
             }
+            Command::Manual { dir } => clap_mangen::generate_to(Cli::command(), &dir)
+                .with_context(|| format!("cannot write manual pages to {}", dir.display())),
             other => commands::run(&context, other).await,
         }
     });

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use gabion_common::client::ClusterClient;
 use gabion_common::gossip::{Gossip, GossipConfig};
 use gabion_common::monitor_client::MonitorClient;
-use gabion_common::{addr_file, map_watch};
+use gabion_common::{addr_file, map_watch, readiness};
 use gabion_proto::ids::Epoch;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -71,6 +71,8 @@ async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
     let table = Arc::new(nbd::Table::default());
     tokio::spawn(nbd::listen_tcp(listener, table.clone()));
     info!(%nbd_addr, "listening");
+    // The cluster may come later: with every node off, the monitors may be the last to start.
+    readiness::serving();
 
     let granted = session::open(&monitors, &config.host, &config.client_id_file).await?;
     let mut map = map_watch::follow(monitors.clone());

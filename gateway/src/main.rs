@@ -35,7 +35,7 @@ struct Args {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args: Args = gabion_common::command_line::parse();
     gabion_common::telemetry::init("gateway");
     ensure!(valid_name(&args.host), "host name {:?}: use 1 to 64 of a-z A-Z 0-9 . _ -", args.host);
     std::fs::create_dir_all(&args.run_dir)

@@ -59,6 +59,7 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
     timing.down_out_ms = down_out_ms.unwrap_or(timing.down_out_ms);
     let monitor = Monitor::new(consensus.clone(), timing, stop);
     gabion_common::addr_file::write(&data_dir, "monitor", addr).context("cannot write monitor.addr")?;
+    gabion_common::readiness::serving();
     let outcome = tokio::select! {
         served = monitor.serve(incoming) => served,
         why = consensus.stopped() => Err(anyhow::anyhow!(why)),

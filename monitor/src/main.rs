@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 /// Keeps and serves the cluster map of a Gabion cluster.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "gabion-monitor", version)]
 struct Args {
     /// Where the monitor keeps its data.
     #[arg(long)]
@@ -42,7 +42,7 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+    let args: Args = gabion_common::command_line::parse();
     gabion_common::telemetry::init("monitor");
     if let Some(gossip) = args.gossip {
         tracing::info!(%gossip, "gossip is not built: leases alone decide who is down");

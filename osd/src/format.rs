@@ -43,6 +43,8 @@ pub async fn format(
         return Ok(info.identity.osd);
     }
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
+    // Before the monitors hear of it: a disk that is refused would stay in the map, down for ever.
+    store::ensure_blank(data_dir).with_context(|| format!("cannot format {}", data_dir.display()))?;
     let disk = disk_identity(data_dir)?;
     let (osd, cluster) = register(monitors, disk, &host, &rack, weight, size_bytes).await?;
     let dir = data_dir.to_owned();

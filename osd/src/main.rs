@@ -9,6 +9,9 @@ use std::process::ExitCode;
 
 mod format;
 
+/// The store stopped for good (invariant 9): whoever supervises this daemon must not start it again.
+const EXIT_FATAL: u8 = 3;
+
 #[derive(Parser)]
 #[command(name = "gabion-osd", version, about = "Gabion storage daemon: one per disk")]
 struct Args {
@@ -67,12 +70,16 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let args: Args = gabion_common::command_line::parse();
     gabion_common::telemetry::init("osd");
-    match run(Args::parse().command) {
+    match run(args.command) {
         Ok(code) => code,
         Err(e) => {
             tracing::error!("{e:#}");
-            ExitCode::FAILURE
+            match e.downcast_ref() {
+                Some(server::ServerError::Fatal(_)) => ExitCode::from(EXIT_FATAL),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

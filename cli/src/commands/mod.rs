@@ -65,6 +65,6 @@ pub async fn run(cx: &Context, command: Command) -> Result<()> {
         Command::Vm { verb } => vm::run(cx, verb).await,
         Command::Rebuild { verb } => rebuild::run(cx, verb).await,
         // Handled before: they need no monitors.
-        Command::Dev { .. } | Command::Completions { .. } => Ok(()),
+        Command::Dev { .. } | Command::Completions { .. } | Command::Manual { .. } => Ok(()),
     }
 }

@@ -109,6 +109,7 @@ pub async fn serve(
         fatal_tx.send_replace(Some(why));
     });
     info!(osd = %identity.osd, cluster = %identity.cluster, %addr, pgs = pgs.len(), "store is open");
+    gabion_common::readiness::serving();
 
     let current = Arc::new(AtomicU64::new(0));
     let (input_tx, inputs) = mpsc::channel(INPUTS_MAX);

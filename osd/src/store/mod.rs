@@ -47,7 +47,7 @@ mod watchdog;
 
 pub use chunk_store::{ChunkStore, Stats};
 pub use device::Traffic;
-pub use open::{DirStore, Engine, FsckReport, Info, format, fsck, info, open, open_with};
+pub use open::{DirStore, Engine, FsckReport, Info, ensure_blank, format, fsck, info, open, open_with};
 pub use wake::Waker;
 
 use bytes::Bytes;

@@ -99,6 +99,16 @@ fn refuse_foreign(device: &mut FileDevice, block: &Path) -> Result<(), StoreErro
     Ok(())
 }
 
+/// Whether [`format`] would find nothing in the way: there is no block device or file yet, or a blank one.
+pub fn ensure_blank(data_dir: &Path) -> Result<(), StoreError> {
+    let block = data_dir.join("block");
+    match block.try_exists() {
+        Ok(false) => Ok(()),
+        Ok(true) => refuse_foreign(&mut FileDevice::open(&block, false)?, &block),
+        Err(e) => Err(fatal(&block, e)),
+    }
+}
+
 /// Makes an empty store of `size_bytes` in `data_dir`. A formatted disk is refused.
 pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<(), StoreError> {
     let size = size_bytes / u64::from(CHUNK_BYTES) * u64::from(CHUNK_BYTES);

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use gabion_common::monitor_client::MonitorClient;
-use gabion_common::{addr_file, telemetry};
+use gabion_common::{addr_file, command_line, readiness, telemetry};
 use gabion_proto::pb::console_service_server::ConsoleServiceServer;
 use gabion_vmm_shim::agent::{self, Host};
 use gabion_vmm_shim::console::Consoles;
@@ -40,7 +40,7 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let args = Args::parse();
+    let args: Args = command_line::parse();
     telemetry::init("gabion-host");
     let state_dir = args.state_dir.unwrap_or_else(|| args.run_dir.join("state"));
     for dir in [&args.run_dir, &state_dir] {
@@ -81,6 +81,7 @@ async fn main() -> Result<()> {
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     addr_file::write(&run_dir, "host", agent_addr).context("cannot write host.addr")?;
+    readiness::serving();
     tracing::info!(%agent_addr, "serving consoles");
     tokio::select! {
         () = agent::run(host) => {}
