@@ -5,6 +5,7 @@
 
 use crate::{licences, sim, step};
 use anyhow::Result;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Seeds of the simulator's smoke run.
@@ -25,6 +26,7 @@ const STEPS: &[Step] = &[
     ("licences", || licences::run().map(Outcome::Passed)),
     ("advisories", advisories),
     ("simulation", simulation),
+    ("ansible", ansible),
 ];
 
 /// Runs every step and prints a summary.
@@ -113,6 +115,18 @@ fn advisories() -> Result<Outcome> {
         });
     }
     step::show(step::cargo(&["deny", "check", "advisories"]))?;
+    passed()
+}
+
+/// Syntax of the playbooks and what they refuse; the machines are `make test-ansible`.
+fn ansible() -> Result<Outcome> {
+    /// The script's word for "Ansible is not installed".
+    const ABSENT: i32 = 77;
+    let status = Command::new(step::top().join("tests/ansible/spec.sh")).status()?;
+    if status.code() == Some(ABSENT) {
+        return Ok(Outcome::Skipped("no ansible-playbook here".into()));
+    }
+    anyhow::ensure!(status.success(), "tests/ansible/spec.sh ended with {status}");
     passed()
 }
 
