@@ -1,11 +1,13 @@
-//! Simulated clients: each owns one volume, writes tagged blocks and zeros, and reads.
+//! Simulated clients: each holds one volume, writes tagged blocks and zeros, and reads.
 //!
 //! They behave as gateways do: a write that overlaps an unanswered one waits; an operation is repeated until
 //! it is answered; a repetition after silence goes over a new connection. A restarted client opens a
-//! new session and attaches again before it goes on.
+//! new session and attaches again before it goes on. Another client may take the volume over: the first one goes on
+//! until it learns that it is fenced, and then never comes back (rule C2).
 
-use crate::oracle::{BLOCK, BlockId, bytes_of};
-use crate::world::{World, is_final};
+use crate::network::Place;
+use crate::oracle::{BLOCK, Begun, BlockId, bytes_of};
+use crate::world::{Ev, World};
 use bytes::Bytes;
 use gabion_monitor::state::{Command, Reply};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
@@ -24,7 +26,7 @@ const USED: [u64; 24] = [
 ];
 
 pub enum ClientEvent {
-    Start,
+    Attach { life: u64, take_over: bool },
     Crash,
     Map(Arc<ClusterMap>),
     AwaitFence { epoch: Epoch, life: u64 },
@@ -36,7 +38,7 @@ pub enum ClientEvent {
 
 #[derive(Clone)]
 enum Kind {
-    Read { floors: Vec<u64> },
+    Read { begun: Vec<Begun> },
     Write { numbers: Vec<u64>, zero: bool },
 }
 
@@ -47,10 +49,20 @@ struct Op {
     kind: Kind,
     attempt: u64,
     sent_to: Option<OsdId>,
+    /// Issued when somebody else held the volume already: it must be refused.
+    fenced: bool,
+}
+
+/// Who may use a volume.
+pub struct Seat {
+    /// The client that attached last.
+    pub holder: usize,
+    pub removed: bool,
 }
 
 pub struct Client {
-    pub volume: u64,
+    /// Which volume: `v{volume}`.
+    pub volume: usize,
     id: ClientId,
     session: Session,
     generation: Generation,
@@ -59,18 +71,22 @@ pub struct Client {
     ops: BTreeMap<u64, Op>,
     next_request: u64,
     connections: BTreeMap<OsdId, u64>,
-    next_connection: u64,
     life: u64,
     ready: bool,
+    /// Somebody else's fence is in force.
+    fenced: bool,
+    /// It knows that it is fenced, or its volume is gone.
+    ended: bool,
+    pub paused_until: u64,
     /// Reads only: the last check.
     pub draining: bool,
     pub final_reads: Vec<BlockId>,
 }
 
 impl Client {
-    pub fn new(index: usize) -> Client {
+    pub fn new(volume: usize) -> Client {
         Client {
-            volume: index as u64,
+            volume,
             id: ClientId(0),
             session: Session(0),
             generation: Generation(0),
@@ -79,22 +95,32 @@ impl Client {
             ops: BTreeMap::new(),
             next_request: 1,
             connections: BTreeMap::new(),
-            // Unique over all clients.
-            next_connection: (index as u64) << 32,
             life: 0,
             ready: false,
+            fenced: false,
+            ended: false,
+            paused_until: 0,
             draining: false,
             final_reads: Vec::new(),
         }
     }
     pub fn idle(&self) -> bool {
-        self.ops.is_empty() && self.final_reads.is_empty()
+        self.ended || (self.ready && self.ops.is_empty() && self.final_reads.is_empty())
+    }
+    fn end(&mut self) {
+        self.ended = true;
+        self.ops.clear();
+        self.connections.clear();
+        self.final_reads.clear();
     }
 }
 
 pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
+    if w.clients[i].ended {
+        return;
+    }
     match event {
-        ClientEvent::Start => attach(w, i),
+        ClientEvent::Attach { life, take_over } if life == w.clients[i].life => attach(w, i, take_over),
         ClientEvent::Crash => {
             // Whatever was in flight may or may not happen; nobody will know.
             let c = &mut w.clients[i];
@@ -102,13 +128,24 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             c.ops.clear();
             c.connections.clear();
             c.ready = false;
-            attach(w, i);
+            attach(w, i, false);
         }
-        ClientEvent::Map(map) if map.epoch > w.clients[i].map.epoch => w.clients[i].map = map,
+        ClientEvent::Map(map) => {
+            if map.epoch > w.clients[i].map.epoch {
+                w.clients[i].map = map;
+            }
+        }
         ClientEvent::AwaitFence { epoch, life } if life == w.clients[i].life => {
             let c = &w.clients[i];
-            if w.fenced(epoch) && c.map.epoch >= epoch {
+            let volume = c.volume;
+            if w.seats[volume].holder != i {
+                w.clients[i].end();
+            } else if w.fenced(epoch) && c.map.epoch >= epoch {
                 w.clients[i].ready = true;
+                let others = w.clients.iter_mut().enumerate().filter(|(o, c)| *o != i && c.volume == volume);
+                others.for_each(|(_, c)| c.fenced = true);
+                w.oracle.close(volume as u64);
+                w.log(|| format!("client {i} holds v{volume}"));
                 w.client_later(1, i, ClientEvent::Issue { life });
             } else {
                 w.client_later(50, i, ClientEvent::AwaitFence { epoch, life });
@@ -145,41 +182,62 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
     }
 }
 
-fn attach(w: &mut World, i: usize) {
-    let life = w.clients[i].life;
-    let id = w.clients[i].id;
-    if let Some(Reply::Session { client, session }) =
-        w.command(Command::OpenSession { client: id, host: format!("gw{i}") })
-    {
-        w.clients[i].id = client;
-        w.clients[i].session = session;
-        let attach = Command::AttachVolume { volume: format!("v{i}"), client, session, take_over: false };
-        if let Some(Reply::Attached { volume, generation, epoch }) = w.command(attach) {
-            w.clients[i].volume_id = volume;
-            w.clients[i].generation = generation;
-            w.client_later(5, i, ClientEvent::AwaitFence { epoch, life });
-            return;
-        }
+fn attach(w: &mut World, i: usize, take_over: bool) {
+    let (life, id, volume) = (w.clients[i].life, w.clients[i].id, w.clients[i].volume);
+    let again = ClientEvent::Attach { life, take_over };
+    if !w.reaches_monitor(Place::Client(i)) {
+        return w.client_later(300, i, again);
     }
-    w.finding = Some(format!("client {i} could not attach its own volume"));
+    let opened = w.command(Command::OpenSession { client: id, host: format!("gw{i}") });
+    let Some(Reply::Session { client, session }) = opened else {
+        w.finding = Some(format!("client {i} could not open a session"));
+        return;
+    };
+    w.clients[i].id = client;
+    w.clients[i].session = session;
+    let attach = Command::AttachVolume { volume: format!("v{volume}"), client, session, take_over };
+    match w.command(attach) {
+        Some(Reply::Attached { volume: volume_id, generation, epoch }) => {
+            let c = &mut w.clients[i];
+            c.volume_id = volume_id;
+            // A restart renews only the session.
+            if c.generation != Generation(0) && c.generation != generation {
+                w.finding = Some(format!("client {i} came back with another generation"));
+                return;
+            }
+            c.generation = generation;
+            w.seats[volume].holder = i;
+            w.clients[i].fenced = false;
+            w.client_later(5, i, ClientEvent::AwaitFence { epoch, life });
+        }
+        // Somebody took the volume over, or removed it.
+        _ if w.seats[volume].holder != i || w.seats[volume].removed => w.clients[i].end(),
+        _ => w.finding = Some(format!("client {i} could not attach its own volume")),
+    }
 }
 
 fn issue(w: &mut World, i: usize) {
+    let volume = w.clients[i].volume;
+    let fenced = w.clients[i].fenced;
+    let op = |first, count, kind| Op { first, count, kind, attempt: 0, sent_to: None, fenced };
     if let Some(id) = w.clients[i].final_reads.pop() {
-        let floors = vec![w.oracle.floor(id)];
-        start(w, i, Op { first: id.block, count: 1, kind: Kind::Read { floors }, attempt: 0, sent_to: None });
-        return;
+        let begun = vec![w.oracle.begin_read(id)];
+        return start(w, i, op(id.block, 1, Kind::Read { begun }));
     }
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
     }
     let first = USED[w.rng.below(USED.len() as u64) as usize];
     let room = OBJECT_BLOCKS - first % OBJECT_BLOCKS;
-    let count = w.rng.range(1, 5).min(room);
-    let volume = w.clients[i].volume;
-    let ids: Vec<BlockId> = (first..first + count).map(|block| BlockId { volume, block }).collect();
+    let count = match w.rng.chance(20) {
+        // Now and then a whole chunk or two.
+        true => w.rng.range(32, 70).min(room),
+        false => w.rng.range(1, 5).min(room),
+    };
+    let ids: Vec<BlockId> =
+        (first..first + count).map(|block| BlockId { volume: volume as u64, block }).collect();
     let kind = if w.rng.chance(400) {
-        Kind::Read { floors: ids.iter().map(|id| w.oracle.floor(*id)).collect() }
+        Kind::Read { begun: ids.iter().map(|id| w.oracle.begin_read(*id)).collect() }
     } else {
         let overlaps = |o: &Op| {
             matches!(o.kind, Kind::Write { .. }) && o.first < first + count && first < o.first + o.count
@@ -188,9 +246,9 @@ fn issue(w: &mut World, i: usize) {
             return;
         }
         let zero = w.rng.chance(120);
-        Kind::Write { numbers: ids.iter().map(|id| w.oracle.issue(*id, zero)).collect(), zero }
+        Kind::Write { numbers: ids.iter().map(|id| w.oracle.issue(*id, zero, fenced)).collect(), zero }
     };
-    start(w, i, Op { first, count, kind, attempt: 0, sent_to: None });
+    start(w, i, op(first, count, kind));
 }
 
 fn start(w: &mut World, i: usize, op: Op) {
@@ -204,8 +262,9 @@ fn start(w: &mut World, i: usize, op: Op) {
 
 fn send(w: &mut World, i: usize, request: u64) {
     let pool = w.pool;
+    let next_connection = w.next_connection;
     let c = &mut w.clients[i];
-    let (life, volume, volume_id, map) = (c.life, c.volume, c.volume_id, c.map.clone());
+    let (life, volume, volume_id, map) = (c.life, c.volume as u64, c.volume_id, c.map.clone());
     let Some(op) = c.ops.get_mut(&request) else { return };
     op.attempt += 1;
     let (attempt, op_copy) = (op.attempt, op.clone());
@@ -218,10 +277,9 @@ fn send(w: &mut World, i: usize, request: u64) {
         return;
     };
     op.sent_to = Some(primary);
-    let connection = *c.connections.entry(primary).or_insert_with(|| {
-        c.next_connection += 1;
-        c.next_connection
-    });
+    let connection = *c.connections.entry(primary).or_insert(next_connection);
+    w.next_connection = next_connection.max(connection + 1);
+    let c = &w.clients[i];
     let block_count = op_copy.count as u32;
     let (kind, data) = match &op_copy.kind {
         Kind::Read { .. } => (OpKind::Read { first_block, block_count, below: Vec::new() }, Bytes::new()),
@@ -261,7 +319,9 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
     if !current {
         return;
     }
-    if !is_final(&reply) {
+    // An unreadable block: in a run where bits rot, the good copy may be away for a while.
+    let rotten = w.plan.rot && matches!(reply, OpReply::Failed(OpError::Io));
+    if matches!(reply, OpReply::Retry { .. }) || rotten {
         let wait = w.rng.range(20, 200);
         w.client_later(wait, i, ClientEvent::Send { request, life });
         // What Silence would do must not happen to an answered attempt.
@@ -275,7 +335,7 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
     w.log(|| {
         let numbers = match &op.kind {
             Kind::Write { numbers, zero } => format!("write {numbers:?} zero={zero}"),
-            Kind::Read { floors } => format!("read, floors {floors:?}"),
+            Kind::Read { begun } => format!("read, {begun:?}"),
         };
         format!("client {i} blocks {}+{} {numbers} by {:?}: {reply:?}", op.first, op.count, op.sent_to)
             .chars()
@@ -283,23 +343,32 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
             .collect()
     });
     let volume = w.clients[i].volume;
-    let id = |n: usize| BlockId { volume, block: op.first + n as u64 };
+    let id = |n: usize| BlockId { volume: volume as u64, block: op.first + n as u64 };
     match (reply, &op.kind) {
+        (OpReply::Done { .. } | OpReply::Data { .. }, _) if op.fenced => {
+            w.finding = Some(format!("client {i} was served after v{volume} had another holder"));
+        }
         (OpReply::Done { .. }, Kind::Write { numbers, .. }) => {
             for (n, number) in numbers.iter().enumerate() {
-                w.oracle.acknowledged(id(n), *number);
-            }
-        }
-        (OpReply::Data { extents }, Kind::Read { floors }) => {
-            let base = (op.first % OBJECT_BLOCKS) as u32;
-            let bytes = assemble(base, op.count as usize, &extents, &data);
-            for (n, floor) in floors.iter().enumerate() {
-                let block = &bytes[n * BLOCK..(n + 1) * BLOCK];
-                if let Err(e) = w.oracle.check_read(id(n), *floor, block) {
+                if let Err(e) = w.oracle.acknowledged(id(n), *number) {
                     w.finding = Some(format!("client {i}: {e}"));
                 }
             }
         }
+        (OpReply::Data { extents }, Kind::Read { begun }) => {
+            let base = (op.first % OBJECT_BLOCKS) as u32;
+            let bytes = assemble(base, op.count as usize, &extents, &data);
+            for (n, begun) in begun.iter().enumerate() {
+                let block = &bytes[n * BLOCK..(n + 1) * BLOCK];
+                if let Err(e) = w.oracle.check_read(id(n), *begun, block) {
+                    w.finding = Some(format!("client {i}: {e}"));
+                }
+            }
+        }
+        // Refused before it began.
+        (OpReply::Failed(OpError::NoSpace), Kind::Write { .. }) => {}
+        (OpReply::Failed(OpError::Fenced), _) if w.seats[volume].holder != i => w.clients[i].end(),
+        (OpReply::Failed(OpError::Removed), _) if w.seats[volume].removed => w.clients[i].end(),
         (OpReply::Failed(OpError::Fenced), _) => {
             w.finding = Some(format!("client {i} was fenced, though nobody took its volume"));
         }
@@ -319,4 +388,50 @@ fn assemble(base: u32, count: usize, extents: &[Extent], data: &[u8]) -> Vec<u8>
         }
     }
     out
+}
+
+impl World {
+    /// Another client takes the volume of client `i` over.
+    pub fn take_over(&mut self, i: usize) {
+        let volume = self.clients[i].volume;
+        if self.seats[volume].removed {
+            return;
+        }
+        let new = self.clients.len();
+        self.clients.push(Client { map: self.published(), ..Client::new(volume) });
+        self.at(1, Ev::Client { client: new, event: ClientEvent::Attach { life: 0, take_over: true } });
+    }
+
+    /// The volume of client `i` is detached and removed; a new one takes its place in the work load.
+    pub fn remove_volume(&mut self, i: usize) {
+        let volume = self.clients[i].volume;
+        let (client, generation) = (self.clients[i].id, self.clients[i].generation);
+        if self.seats[volume].removed || self.seats[volume].holder != i || !self.clients[i].ready {
+            return;
+        }
+        let name = format!("v{volume}");
+        self.command(Command::DetachVolume { volume: name.clone(), client, generation });
+        if self.command(Command::RemoveVolume { name }).is_none() {
+            self.finding = Some(format!("v{volume} could not be removed"));
+            return;
+        }
+        self.seats[volume].removed = true;
+        self.removed.insert(self.clients[i].volume_id);
+        self.clients[i].end();
+        self.add_volume();
+    }
+
+    /// A new volume with a client that holds it.
+    pub fn add_volume(&mut self) {
+        let (volume, client) = (self.seats.len(), self.clients.len());
+        let create =
+            Command::CreateVolume { name: format!("v{volume}"), pool: "p".into(), size_bytes: 8 << 20 };
+        if self.command(create).is_none() {
+            self.finding = Some(format!("v{volume} could not be created"));
+            return;
+        }
+        self.seats.push(Seat { holder: client, removed: false });
+        self.clients.push(Client { map: self.published(), ..Client::new(volume) });
+        self.at(10, Ev::Client { client, event: ClientEvent::Attach { life: 0, take_over: false } });
+    }
 }

@@ -1,21 +1,32 @@
-//! `gabion-sim`: the seeded simulator. The real placement-group, monitor and decision logic on a simulated
+//! `gabion-sim`: the seeded simulator. The real placement-group, store, monitor and decision logic on a simulated
 //! network, clock and disk, under faults; every read is checked, and after healing every replica is compared.
 
+mod check;
 mod client;
 mod disk;
+mod faults;
+mod monitor;
+mod network;
+mod nodes;
 mod oracle;
+mod plan;
 mod rng;
 mod world;
 
+use plan::Tally;
 use std::process::ExitCode;
-use world::{Tally, World};
+use world::World;
 
 /// Everything must be clean this long after the last fault.
 const HEAL_MS: u64 = 120_000;
 
 /// Runs one seed.
 fn run(seed: u64, trace: bool) -> Result<Tally, String> {
-    let mut w = World::new(seed, trace);
+    finish(World::new(seed, trace))
+}
+
+/// The fault phase, healing, the last reads and the comparison.
+fn finish(mut w: World) -> Result<Tally, String> {
     let end = w.now + w.plan.fault_phase_ms;
     w.run_until(end);
     let finding = |w: &mut World| match w.finding.take() {
@@ -27,8 +38,9 @@ fn run(seed: u64, trace: bool) -> Result<Tally, String> {
     for c in &mut w.clients {
         c.draining = true;
     }
+    let idle = |w: &World| w.clients.iter().all(|c| c.idle());
     let deadline = w.now + HEAL_MS;
-    while w.now < deadline && !(w.all_clean() && w.clients.iter().all(|c| c.idle())) {
+    while w.now < deadline && !(w.all_clean() && idle(&w) && w.leftovers() == 0) {
         let next = w.now + 500;
         w.run_until(next);
         finding(&mut w)?;
@@ -36,22 +48,30 @@ fn run(seed: u64, trace: bool) -> Result<Tally, String> {
     if !w.all_clean() {
         return Err(format!("not clean {HEAL_MS} ms after the last fault\n{}", w.describe()));
     }
-    if !w.clients.iter().all(|c| c.idle()) {
+    if !idle(&w) {
         return Err(format!("operations unanswered {HEAL_MS} ms after the last fault\n{}", w.describe()));
+    }
+    if w.leftovers() > 0 {
+        return Err(format!("{} objects of removed volumes are still there", w.leftovers()));
     }
     // Read back everything that was ever written.
     for id in w.oracle.blocks() {
-        w.clients[id.volume as usize].final_reads.push(id);
+        let holder = w.seats[id.volume as usize].holder;
+        w.clients[holder].final_reads.push(id);
     }
     let deadline = w.now + HEAL_MS;
-    while w.now < deadline && !w.clients.iter().all(|c| c.idle()) {
+    while w.now < deadline && !idle(&w) {
         let next = w.now + 500;
         w.run_until(next);
         finding(&mut w)?;
     }
-    if !w.clients.iter().all(|c| c.idle()) {
+    if !idle(&w) {
         return Err(format!("the last reads were not answered\n{}", w.describe()));
     }
+    // What the last reads found bad is repaired meanwhile.
+    let next = w.now + 5_000;
+    w.run_until(next);
+    finding(&mut w)?;
     w.compare_replicas()?;
     w.tally.reads_checked = w.oracle.reads_checked;
     w.tally.virtual_ms = w.now;
@@ -81,13 +101,7 @@ fn main() -> ExitCode {
     let mut sum = Tally::default();
     for seed in from..from.saturating_add(seeds) {
         match run(seed, trace) {
-            Ok(t) => {
-                sum.client_ops += t.client_ops;
-                sum.reads_checked += t.reads_checked;
-                sum.faults += t.faults;
-                sum.map_epochs += t.map_epochs;
-                sum.virtual_ms += t.virtual_ms;
-            }
+            Ok(t) => sum.add(&t),
             Err(finding) => {
                 println!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed}");
                 return ExitCode::FAILURE;
@@ -102,6 +116,7 @@ fn main() -> ExitCode {
         sum.map_epochs,
         sum.virtual_ms as f64 / 3_600_000.0
     );
+    println!("faults: {:?}", sum.by_kind);
     ExitCode::SUCCESS
 }
 

@@ -1,9 +1,13 @@
 //! What clients may see: one register per block, checked without any code of the system.
 //!
-//! Writes of one block never overlap in time unless their client died in between, so they are ordered by
-//! their number. A read may return any value from the *floor* (the newest that was acknowledged, or seen by
+//! Writes of one block never overlap in time unless their client died or was fenced in between, so they are
+//! ordered by their number. A read may return any value from the *floor* (the newest that was acknowledged, or seen by
 //! a read that ended, before this one began) to the newest that was issued before it ended. Everything else is a lost write,
 //! a resurrected one or garbage.
+//!
+//! When the next holder of a volume (or the next life of its client) may begin, the register is *closed*: what earlier ones
+//! sent has happened by then or never will (rules C1 to C3). So the first read after that decides: what is newer
+//! than it saw, and of before the closing, is void from then on; and whatever a fenced client issues later is void at once.
 
 use std::collections::BTreeMap;
 
@@ -15,11 +19,31 @@ pub struct BlockId {
     pub block: u64,
 }
 
-#[derive(Default)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Value {
+    Zero,
+    Data,
+}
+
+#[derive(Clone, Copy)]
+struct Write {
+    value: Value,
+    void: bool,
+}
+
 struct Register {
-    /// Whether write `number` (from 1) wrote zeros; index 0 is the initial state: zeros.
-    zero: Vec<bool>,
+    /// Write `number`, from 1; index 0 is the initial state: zeros.
+    writes: Vec<Write>,
     floor: u64,
+    /// Newest number of the holders before this one.
+    closed: u64,
+}
+
+/// What a read remembers from its beginning.
+#[derive(Clone, Copy, Debug)]
+pub struct Begun {
+    floor: u64,
+    closed: u64,
 }
 
 #[derive(Default)]
@@ -29,7 +53,8 @@ pub struct Oracle {
 }
 
 fn register(map: &mut BTreeMap<BlockId, Register>, id: BlockId) -> &mut Register {
-    map.entry(id).or_insert_with(|| Register { zero: vec![true], floor: 0 })
+    let initial = Write { value: Value::Zero, void: false };
+    map.entry(id).or_insert_with(|| Register { writes: vec![initial], floor: 0, closed: 0 })
 }
 
 /// The bytes of write `number` of a block: its tag in every 32 bytes, so that a torn block shows.
@@ -44,50 +69,83 @@ pub fn bytes_of(id: BlockId, number: u64) -> Vec<u8> {
 }
 
 impl Oracle {
-    /// A write is about to be sent for the first time: its number.
-    pub fn issue(&mut self, id: BlockId, zero: bool) -> u64 {
+    /// A write is about to be sent for the first time: its number. `fenced`: by somebody who must not write any more.
+    pub fn issue(&mut self, id: BlockId, zero: bool, fenced: bool) -> u64 {
         let r = register(&mut self.registers, id);
-        r.zero.push(zero);
-        (r.zero.len() - 1) as u64
+        r.writes.push(Write { value: if zero { Value::Zero } else { Value::Data }, void: fenced });
+        (r.writes.len() - 1) as u64
     }
-    pub fn acknowledged(&mut self, id: BlockId, number: u64) {
+
+    pub fn acknowledged(&mut self, id: BlockId, number: u64) -> Result<(), String> {
         let r = register(&mut self.registers, id);
-        r.floor = r.floor.max(number);
-    }
-    /// The floor now: remember it when a read begins.
-    pub fn floor(&mut self, id: BlockId) -> u64 {
-        register(&mut self.registers, id).floor
-    }
-    /// Checks what a read that began at `floor` returned.
-    pub fn check_read(&mut self, id: BlockId, floor: u64, bytes: &[u8]) -> Result<(), String> {
-        self.reads_checked += 1;
-        let r = register(&mut self.registers, id);
-        let newest = (r.zero.len() - 1) as u64;
-        if bytes.iter().all(|b| *b == 0) {
-            // Which of several zeros it was cannot be told: the oldest that fits is assumed.
-            return match (floor..=newest).find(|n| r.zero[*n as usize]) {
-                Some(number) => {
-                    r.floor = r.floor.max(number);
-                    Ok(())
-                }
-                None => Err(format!("{id:?} reads as zeros, but writes {floor}..={newest} are data")),
-            };
-        }
-        let number = u64::from_le_bytes(bytes[16..24].try_into().map_err(|_| "short block".to_string())?);
-        if number > newest
-            || r.zero.get(number as usize).copied().unwrap_or(true)
-            || bytes != bytes_of(id, number)
-        {
-            return Err(format!(
-                "{id:?} holds bytes that nobody wrote there (tag {number}, newest {newest})"
-            ));
-        }
-        if number < floor {
-            return Err(format!("{id:?} reads write {number}, but {floor} was acknowledged or seen before"));
+        if r.writes[number as usize].void {
+            return Err(format!("{id:?}: write {number} was acknowledged after its client had been fenced"));
         }
         r.floor = r.floor.max(number);
         Ok(())
     }
+
+    /// A read is about to be sent.
+    pub fn begin_read(&mut self, id: BlockId) -> Begun {
+        let r = register(&mut self.registers, id);
+        Begun { floor: r.floor, closed: r.closed }
+    }
+
+    /// A new holder may begin: what earlier ones sent to the volume has happened or never will.
+    pub fn close(&mut self, volume: u64) {
+        for (_, r) in self.registers.iter_mut().filter(|(id, _)| id.volume == volume) {
+            r.closed = (r.writes.len() - 1) as u64;
+        }
+    }
+
+    /// Checks what a read returned.
+    pub fn check_read(&mut self, id: BlockId, begun: Begun, bytes: &[u8]) -> Result<(), String> {
+        self.reads_checked += 1;
+        let r = register(&mut self.registers, id);
+        let newest = (r.writes.len() - 1) as u64;
+        let floor = begun.floor;
+        let legal = |n: u64, value: Value| {
+            let w = r.writes[n as usize];
+            w.value == value && !w.void
+        };
+        let (oldest, latest) = if bytes.iter().all(|b| *b == 0) {
+            // Which of several zeros it was cannot be told.
+            let fitting = |n: &u64| legal(*n, Value::Zero);
+            let (Some(first), Some(last)) =
+                ((floor..=newest).find(fitting), (floor..=newest).rev().find(fitting))
+            else {
+                return Err(format!("{id:?} reads as zeros, but writes {floor}..={newest} are data or void"));
+            };
+            (first, last)
+        } else {
+            let number = u64::from_le_bytes(bytes[16..24].try_into().map_err(|_| "short block".to_string())?);
+            if number > newest
+                || bytes != bytes_of(id, number)
+                || r.writes[number as usize].value == Value::Zero
+            {
+                return Err(format!(
+                    "{id:?} holds bytes that nobody wrote there (tag {number}, newest {newest})"
+                ));
+            }
+            if number < floor {
+                return Err(format!(
+                    "{id:?} reads write {number}, but {floor} was acknowledged or seen before"
+                ));
+            }
+            if r.writes[number as usize].void {
+                return Err(format!(
+                    "{id:?} reads write {number}, which took effect after its client had ended"
+                ));
+            }
+            (number, number)
+        };
+        r.floor = r.floor.max(oldest);
+        for n in latest + 1..=begun.closed.min(newest) {
+            r.writes[n as usize].void = true;
+        }
+        Ok(())
+    }
+
     pub fn blocks(&self) -> Vec<BlockId> {
         self.registers.keys().copied().collect()
     }
@@ -97,23 +155,42 @@ impl Oracle {
 mod tests {
     use super::*;
 
+    const ID: BlockId = BlockId { volume: 1, block: 2 };
+
     #[test]
     fn finds_lost_and_resurrected_and_foreign_blocks() {
         let mut o = Oracle::default();
-        let id = BlockId { volume: 1, block: 2 };
         let other = BlockId { volume: 1, block: 3 };
-        let a = o.issue(id, false);
-        o.acknowledged(id, a);
-        let b = o.issue(id, false);
-        let floor = o.floor(id);
-        assert!(o.check_read(id, floor, &[0; BLOCK]).is_err(), "lost");
-        assert!(o.check_read(id, floor, &bytes_of(other, a)).is_err(), "misdirected");
-        assert!(o.check_read(id, floor, &bytes_of(id, a)).is_ok());
-        assert!(o.check_read(id, floor, &bytes_of(id, b)).is_ok(), "unacknowledged but issued");
-        let floor = o.floor(id);
-        assert!(o.check_read(id, floor, &bytes_of(id, a)).is_err(), "went back after it was seen");
-        let mut torn = bytes_of(id, b);
+        let a = o.issue(ID, false, false);
+        o.acknowledged(ID, a).unwrap();
+        let b = o.issue(ID, false, false);
+        let begun = o.begin_read(ID);
+        assert!(o.check_read(ID, begun, &[0; BLOCK]).is_err(), "lost");
+        assert!(o.check_read(ID, begun, &bytes_of(other, a)).is_err(), "misdirected");
+        assert!(o.check_read(ID, begun, &bytes_of(ID, a)).is_ok());
+        assert!(o.check_read(ID, begun, &bytes_of(ID, b)).is_ok(), "unacknowledged but issued");
+        let begun = o.begin_read(ID);
+        assert!(o.check_read(ID, begun, &bytes_of(ID, a)).is_err(), "went back after it was seen");
+        let mut torn = bytes_of(ID, b);
         torn[4000] ^= 1;
-        assert!(o.check_read(id, floor, &torn).is_err(), "torn");
+        assert!(o.check_read(ID, begun, &torn).is_err(), "torn");
+    }
+
+    #[test]
+    fn finds_writes_that_take_effect_after_their_client_has_ended() {
+        let mut o = Oracle::default();
+        let a = o.issue(ID, false, false);
+        o.acknowledged(ID, a).unwrap();
+        let b = o.issue(ID, false, false);
+        let before = o.begin_read(ID);
+        o.close(ID.volume);
+        // A read that began before may still miss what happened meanwhile.
+        o.check_read(ID, before, &bytes_of(ID, a)).unwrap();
+        let after = o.begin_read(ID);
+        o.check_read(ID, after, &bytes_of(ID, a)).unwrap();
+        assert!(o.check_read(ID, after, &bytes_of(ID, b)).is_err(), "late");
+        let c = o.issue(ID, false, true);
+        assert!(o.check_read(ID, after, &bytes_of(ID, c)).is_err(), "fenced");
+        assert!(o.acknowledged(ID, c).is_err(), "fenced and acknowledged");
     }
 }

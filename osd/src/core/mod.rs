@@ -11,6 +11,8 @@ mod osd;
 mod peering_tests;
 mod pg;
 #[cfg(test)]
+mod recovery_tests;
+#[cfg(test)]
 mod scenarios;
 
 pub use osd::{Boot, OsdCore};

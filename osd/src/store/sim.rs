@@ -104,6 +104,20 @@ impl Image {
         }
     }
 
+    fn corrupt(&mut self, offset: usize) {
+        let mut bytes = [0; BLOCK];
+        let block = (offset / BLOCK) as u64;
+        self.read(block, &mut bytes);
+        bytes[offset % BLOCK] ^= 0xff;
+        self.put(block, &bytes, |_| true);
+        for (start, data) in self.volatile.values_mut() {
+            if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
+                Arc::make_mut(data)[(block - *start) as usize * BLOCK + offset % BLOCK] =
+                    bytes[offset % BLOCK];
+            }
+        }
+    }
+
     /// Power fails: of what is volatile, some is there.
     fn crash(&mut self, rng: &mut StdRng) {
         // All, nothing, whole writes, or single sectors.
@@ -147,6 +161,8 @@ struct State {
     lying: bool,
     /// Changing requests until everything fails; `None` never.
     fuse: Option<u64>,
+    /// Reads of slots under which the medium still goes bad.
+    rot: u64,
     record: Option<Vec<Event>>,
     start: Image,
     rng: StdRng,
@@ -194,6 +210,7 @@ impl SimDisk {
             unreadable: Vec::new(),
             lying: false,
             fuse: None,
+            rot: 0,
             record: None,
             start: Image::default(),
             rng: StdRng::seed_from_u64(seed),
@@ -235,19 +252,12 @@ impl SimDisk {
 
     /// Flips bits of the disk.
     pub fn corrupt(&self, offset: usize) {
-        let mut state = self.0.lock();
-        let image = &mut state.image;
-        let mut bytes = [0; BLOCK];
-        let block = (offset / BLOCK) as u64;
-        image.read(block, &mut bytes);
-        bytes[offset % BLOCK] ^= 0xff;
-        image.put(block, &bytes, |_| true);
-        for (start, data) in image.volatile.values_mut() {
-            if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
-                Arc::make_mut(data)[(block - *start) as usize * BLOCK + offset % BLOCK] =
-                    bytes[offset % BLOCK];
-            }
-        }
+        self.0.lock().image.corrupt(offset);
+    }
+
+    /// The next `reads` of slots each find a bad block, which stays bad.
+    pub fn rot_under_reads(&self, reads: u64) {
+        self.0.lock().rot = reads;
     }
 
     /// From now on reads of this block fail, or succeed again.
@@ -350,6 +360,11 @@ impl State {
         let mut buffer = None;
         let result = match pending {
             Pending::Read(Request::Read { buffer: mut into, parts }) => {
+                let slots = Geometry::for_size(self.blocks * BLOCK as u64).slot_block(0);
+                if let Some(p) = parts.iter().find(|p| self.rot > 0 && p.block >= slots) {
+                    self.rot -= 1;
+                    self.image.corrupt((p.block as usize + p.count / 2) * BLOCK + BLOCK / 2);
+                }
                 let result = parts.iter().try_for_each(|p| {
                     (0..p.count)
                         .try_for_each(|i| self.read(p.block + i as u64, &mut into.blocks_mut()[p.at + i].0))

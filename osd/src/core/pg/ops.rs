@@ -291,11 +291,18 @@ impl Pg {
             Err(StoreError::Fatal(_)) => self.retry(cx, token, RetryWhy::NotActive),
             Err(StoreError::Unreadable { object, block, why }) => {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
-                if self.lose_own_copy(cx, object) {
+                let Phase::Active(a) = &self.phase else { return };
+                if a.has_writes(&object) {
+                    // The version that the others must have is not theirs yet: asked again when it is.
+                    self.retry(cx, token, RetryWhy::Busy);
+                } else if !self.lose_own_copy(cx, object) {
+                    self.reply(cx, token, OpReply::Failed(OpError::Io));
+                } else if self.index.missing.contains_key(&object) {
                     self.waiting.push_front(ClientWork { token, op, data: Bytes::new(), arrived });
                     self.resume(cx);
                 } else {
-                    self.reply(cx, token, OpReply::Failed(OpError::Io));
+                    // Nobody is known to have it: not read again before somebody was asked.
+                    self.retry(cx, token, RetryWhy::NotActive);
                 }
             }
             Err(_) => self.reply(cx, token, OpReply::Failed(OpError::Io)),

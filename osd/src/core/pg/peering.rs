@@ -247,12 +247,14 @@ impl Pg {
         }
         let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
         let own_missing = missing.get(&cx.id).cloned().unwrap_or_default();
-        // From here on the index is what the objects should be.
-        self.index.objects = wanted
-            .iter()
-            .filter(|(o, _)| !own_missing.contains_key(o))
-            .map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted }))
-            .collect();
+        // From here on the index is what the objects should be; what is left of removed volumes is purged from it.
+        self.index.objects.retain(|o, _| is_removed(cx.map, o));
+        self.index.objects.extend(
+            wanted
+                .iter()
+                .filter(|(o, _)| !own_missing.contains_key(o))
+                .map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted })),
+        );
         self.phase = Phase::Activating(Activating {
             missing,
             pages,

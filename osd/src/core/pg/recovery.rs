@@ -48,6 +48,9 @@ pub struct Recovery {
     sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
     /// Sources that could not read it.
     bad: BTreeSet<(ObjectId, OsdId)>,
+    /// Objects that the own store cannot read and of which no other copy is known, and since when. The own copy
+    /// stays until there is one: its other blocks may be all that is left.
+    own_bad: BTreeMap<ObjectId, Millis>,
     uncertain: BTreeSet<ObjectId>,
     demanded: BTreeSet<ObjectId>,
     work: BTreeMap<ObjectId, Work>,
@@ -72,6 +75,7 @@ impl Recovery {
             missing,
             sources,
             bad: BTreeSet::new(),
+            own_bad: BTreeMap::new(),
             uncertain,
             demanded: BTreeSet::new(),
             work: BTreeMap::new(),
@@ -117,8 +121,8 @@ impl Recovery {
     }
 
     pub fn unfound(&self, own: OsdId) -> u64 {
-        let Some(m) = self.missing.get(&own) else { return 0 };
-        m.keys().filter(|o| self.is_unfound(own, o)).count() as u64
+        let missing = self.missing.get(&own).into_iter().flat_map(|m| m.keys());
+        (missing.filter(|o| self.is_unfound(own, o)).count() + self.own_bad.len()) as u64
     }
 
     /// Members that owe an answer, and since when.
@@ -149,6 +153,7 @@ impl Recovery {
             self.uncertain.remove(object);
             self.demanded.remove(object);
             self.sources.remove(object);
+            self.own_bad.remove(object);
             self.not_before.remove(object);
             self.bad.retain(|(o, _)| o != object);
         }
@@ -346,7 +351,7 @@ impl Pg {
                 self.resume(cx);
                 self.recover(cx);
             }
-            // No room, most likely: tried again by the timer.
+            // No room, most likely.
             Err(e) => {
                 r.not_before.insert(object, cx.now + AGAIN_MS);
                 tracing::warn!(pg = %self.id, %object, error = %e, "cannot store a recovered object");
@@ -372,6 +377,9 @@ impl Pg {
             What::PushRead { object } => match result {
                 Ok((state, content)) => {
                     let held = self.index.objects.get(&object).copied();
+                    if let Some(r) = self.recovery() {
+                        r.own_bad.remove(&object);
+                    }
                     if held == Some(Held { version: state.version, deleted: state.deleted }) {
                         self.push_to_all(cx, object, state.deleted, content);
                     } else if let Some(r) = self.recovery() {
@@ -449,15 +457,15 @@ impl Pg {
         }
     }
 
-    /// The own copy cannot be read: it is missing from now on, durably, and comes back from another member.
-    /// False when nobody else has it.
+    /// The own copy cannot be read: it is missing from now on, durably, and comes back from another holder.
+    /// While none is known, members of earlier intervals are asked. False when nobody else can have it.
     pub(super) fn lose_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
-        let Some(held) = self.index.objects.get(&object).copied() else { return false };
         let others = self.others(cx);
-        let own = cx.id;
+        let strays = self.record.all_known().iter().any(|o| *o != cx.id && !others.contains(o));
+        let now = cx.now;
         let Phase::Active(a) = &mut self.phase else { return false };
         let r = &mut a.recovery;
-        let sources = r.sources.get(&object).into_iter().flatten().copied().filter(|o| *o != own);
+        let sources = r.sources.get(&object).into_iter().flatten().copied().filter(|o| *o != cx.id);
         let holders: BTreeSet<OsdId> = others
             .into_iter()
             .filter(|o| !r.missing.get(o).is_some_and(|m| m.contains_key(&object)))
@@ -466,20 +474,34 @@ impl Pg {
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
         if holders.is_empty() {
-            return false;
+            if strays {
+                r.own_bad.insert(object, now);
+                r.not_before.entry(object).or_insert(now + UNREADABLE_AGAIN_MS);
+                r.asked_strays = 0;
+            }
+            return strays;
         }
+        self.replace_own_copy(cx, object, holders);
+        true
+    }
+
+    fn replace_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId, holders: BTreeSet<OsdId>) {
+        let Some(held) = self.index.objects.get(&object).copied() else { return };
+        let own = cx.id;
+        let Phase::Active(a) = &mut self.phase else { return };
+        let r = &mut a.recovery;
         // What was uncertain stays so.
         let uncertain = r.missing.values().find_map(|m| m.get(&object)).and_then(|n| n.uncertain);
         let needed = Needed { uncertain, ..Needed::certain(held.version, held.deleted) };
         r.missing.entry(own).or_default().insert(object, needed);
         r.sources.insert(object, holders);
+        r.own_bad.remove(&object);
         r.not_before.remove(&object);
         r.demand(object);
         a.clean_reported = false;
         self.index.missing.insert(object, needed);
         self.submit(cx, What::Housekeeping, vec![TxnOp::AddMissing { object, needed }]);
         self.recover(cx);
-        true
     }
 
     /// Objects of removed volumes are nobody's any more.
@@ -498,6 +520,7 @@ impl Pg {
             r.not_before.remove(&o);
             r.demanded.remove(&o);
             r.uncertain.remove(&o);
+            r.own_bad.remove(&o);
         }
     }
 
@@ -512,6 +535,7 @@ impl Pg {
         r.asked_strays = cx.now;
         // What could not be read may be readable again after a restart there.
         r.bad.clear();
+        r.own_bad.retain(|o, since| cx.now < *since + 10 * AGAIN_MS && !is_removed(cx.map, o));
         for o in known.difference(&acting) {
             self.send(cx, *o, PeerBody::Query, Bytes::new());
         }
@@ -530,6 +554,24 @@ impl Pg {
     ) {
         let own = cx.id;
         let next = entries.last().map(|e| e.object).filter(|_| !last);
+        let held = |o: &ObjectId| self.index.objects.get(o).copied();
+        let same: Vec<ObjectId> = entries
+            .iter()
+            .filter(|e| {
+                !e.missing && held(&e.object) == Some(Held { version: e.version, deleted: e.deleted })
+            })
+            .map(|e| e.object)
+            .collect();
+        let Phase::Active(a) = &mut self.phase else { return };
+        // Writes in flight end first: what the object is now must be what was read there.
+        let repairable: Vec<ObjectId> = same
+            .into_iter()
+            .filter(|o| a.recovery.own_bad.contains_key(o) && !a.has_writes(o))
+            .filter(|o| !a.recovery.bad.contains(&(*o, from)))
+            .collect();
+        for object in repairable {
+            self.replace_own_copy(cx, object, [from].into());
+        }
         let Some(r) = self.recovery() else { return };
         for e in &entries {
             let wanted = r.missing.get(&own).and_then(|m| m.get(&e.object));

@@ -1,0 +1,86 @@
+//! What must be true once everything has healed.
+
+use crate::world::World;
+use gabion_osd::store::{ObjectState, Store, StoreError};
+use gabion_proto::blocks::Content;
+use gabion_proto::ids::*;
+
+type Whole = Vec<(ObjectId, ObjectState, Option<Content>)>;
+
+impl World {
+    pub fn all_clean(&self) -> bool {
+        let width = self.plan.width();
+        self.monitor.state.map.pgs.values().all(|r| r.clean && r.activated && r.members().count() == width)
+    }
+
+    /// Objects of removed volumes that a member still holds.
+    pub fn leftovers(&mut self) -> usize {
+        let removed = self.removed.clone();
+        let pgs = self.monitor.state.map.pgs.clone();
+        let mut count = 0;
+        for (pg, record) in pgs {
+            for node in self.nodes.iter_mut().filter(|n| record.acting.contains(&n.id)) {
+                let Some(store) = node.disk.store() else { continue };
+                let list = store.list(pg, None, usize::MAX).unwrap_or_default();
+                count += list.iter().filter(|(o, _)| removed.contains(&o.volume)).count();
+            }
+        }
+        count
+    }
+
+    /// Every acting member of every group holds the same, tombstones included, and misses nothing.
+    pub fn compare_replicas(&mut self) -> Result<(), String> {
+        for (pg, record) in self.monitor.state.map.pgs.clone() {
+            let mut reference: Option<(OsdId, Whole)> = None;
+            for member in record.members() {
+                let whole = self.whole_group(pg, member, record.primary == Some(member))?;
+                match &reference {
+                    None => reference = Some((member, whole)),
+                    Some((first, r)) => same(r, &whole)
+                        .map_err(|e| format!("group {pg}: {first} and {member} differ after healing: {e}"))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that a member holds of a group. A block that rotted and was not read since may be bad, if
+    /// the member is not primary.
+    fn whole_group(&mut self, pg: PgId, member: OsdId, is_primary: bool) -> Result<Whole, String> {
+        let Some(n) = self.nodes.iter_mut().find(|n| n.id == member) else {
+            return Err(format!("group {pg} is clean on {member}, which does not exist"));
+        };
+        let rotten = n.disk.rotten && !is_primary;
+        let store = n.disk.store().ok_or(format!("group {pg} is clean, but {member} does not run"))?;
+        let missing = store.list_missing(pg, None, 10).map_err(|e| e.to_string())?;
+        if !missing.is_empty() {
+            return Err(format!("group {pg} is clean, but {member} misses {missing:?}"));
+        }
+        let mut whole = Vec::new();
+        for (object, state) in store.list(pg, None, usize::MAX).map_err(|e| e.to_string())? {
+            match store.read_object(pg, object) {
+                Ok((_, content)) => whole.push((object, state, Some(content))),
+                Err(StoreError::Unreadable { .. }) if rotten => whole.push((object, state, None)),
+                Err(e) => return Err(format!("group {pg} on {member}: {e}")),
+            }
+        }
+        Ok(whole)
+    }
+}
+
+fn same(a: &Whole, b: &Whole) -> Result<(), String> {
+    if a.len() != b.len() {
+        return Err(format!("{} and {} objects", a.len(), b.len()));
+    }
+    for ((oa, sa, ca), (ob, sb, cb)) in a.iter().zip(b) {
+        if (oa, sa) != (ob, sb) {
+            return Err(format!("{oa} {sa:?} and {ob} {sb:?}"));
+        }
+        if let (Some(ca), Some(cb)) = (ca, cb)
+            && ca != cb
+        {
+            return Err(format!("the content of {oa} at {}", sa.version));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,305 @@
+//! Nodes: one OSD process each, with the real core on the real store, as the server runs them.
+
+use crate::disk::Disk;
+use crate::network::Place;
+use crate::world::{CLUSTER, Ev, World};
+use gabion_monitor::state::{Command, Reply};
+use gabion_osd::core::*;
+use gabion_osd::store::*;
+use gabion_proto::ids::*;
+use std::collections::{BTreeMap, VecDeque};
+
+const TICK_MS: u64 = 100;
+const HEARTBEAT_MS: u64 = 500;
+
+pub struct Node {
+    pub id: OsdId,
+    disk_id: ClusterId,
+    pub disk: Disk,
+    pub core: Option<OsdCore>,
+    pub incarnation: Incarnation,
+    /// Counts starts: events of an earlier run are dropped.
+    pub run: u64,
+    /// Effects that the store has not executed yet: lost in a crash.
+    queue: VecDeque<Effect>,
+    pub epoch: Epoch,
+    pub origins: BTreeMap<ClientToken, (usize, u64, u64)>,
+    pub connections: BTreeMap<usize, u64>,
+    pub next_token: u64,
+    /// The disk is gone for good.
+    pub lost: bool,
+    /// Sees nothing of the world until then (its clock goes on).
+    pub paused_until: u64,
+}
+
+impl World {
+    /// A new disk on a new host; its process is not started.
+    pub fn add_node(&mut self) {
+        let i = self.nodes.len();
+        let disk_id = ClusterId([i as u8 + 1; 16]);
+        let add = Command::AddOsd {
+            disk: disk_id,
+            host: format!("host{i}"),
+            rack: String::new(),
+            weight: 65_536,
+            capacity_bytes: 1 << 40,
+        };
+        let Some(Reply::Osd(id)) = self.command(add) else {
+            self.finding = Some("an OSD could not be added".into());
+            return;
+        };
+        let identity = Identity { cluster: CLUSTER, osd: id, disk: disk_id };
+        let disk = Disk::new(identity, self.plan.chunks, self.rng.next());
+        self.nodes.push(Node {
+            id,
+            disk_id,
+            disk,
+            core: None,
+            incarnation: Incarnation(0),
+            run: 0,
+            queue: VecDeque::new(),
+            epoch: Epoch(0),
+            origins: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            next_token: 0,
+            lost: false,
+            paused_until: 0,
+        });
+    }
+
+    pub fn live(&self, node: usize, run: u64) -> bool {
+        (run == crate::world::ANY_RUN || self.nodes[node].run == run) && self.nodes[node].core.is_some()
+    }
+
+    /// A process starts: it boots with the monitors first.
+    pub fn start(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        if n.lost || n.core.is_some() {
+            return;
+        }
+        n.run += 1;
+        let run = n.run;
+        let delay = self.delay();
+        self.at(delay, Ev::Boot { node, run });
+    }
+
+    pub fn boot(&mut self, node: usize, run: u64) {
+        let n = &self.nodes[node];
+        if n.run != run || n.core.is_some() || n.lost {
+            return;
+        }
+        if !self.reaches_monitor(Place::Node(node)) {
+            return self.at(300, Ev::Boot { node, run });
+        }
+        let boot = Command::BootOsd {
+            osd: n.id,
+            disk: n.disk_id,
+            addr: format!("10.0.0.{}:7000", node + 1),
+            host: format!("host{node}"),
+            rack: String::new(),
+            capacity_bytes: 1 << 40,
+        };
+        let Some(Reply::Booted { incarnation, epoch }) = self.command(boot) else {
+            return self.at(500, Ev::Boot { node, run });
+        };
+        let now = self.now;
+        let n = &mut self.nodes[node];
+        let mounted = n.disk.mount();
+        let pgs = match mounted.and_then(|()| n.disk.pgs()) {
+            Ok(pgs) => pgs,
+            Err(e) => {
+                self.finding = Some(format!("osd.{node} cannot open its store: {e}"));
+                return;
+            }
+        };
+        let boot = Boot { cluster: CLUSTER, id: n.id, incarnation, epoch };
+        n.core = Some(OsdCore::new(boot, pgs, now));
+        n.incarnation = incarnation;
+        n.epoch = Epoch(0);
+        let id = n.id;
+        self.monitor.acked.remove(&id);
+        self.log(|| format!("osd.{node} boots as {incarnation} in {epoch}"));
+        self.at(1, Ev::Tick { node, run });
+        self.at(1, Ev::Heartbeat { node, run });
+        self.send_map(node);
+    }
+
+    /// The process ends, and what its disk had not flushed is lost if power fails.
+    pub fn stop(&mut self, node: usize, power_fails: bool) {
+        let n = &mut self.nodes[node];
+        n.run += 1;
+        n.core = None;
+        n.queue.clear();
+        n.origins.clear();
+        n.connections.clear();
+        n.disk.stop(power_fails);
+        self.nodes[0].disk.rot_under_reads(0);
+    }
+
+    pub fn crash(&mut self, node: usize) {
+        if self.nodes[node].lost || self.nodes[node].core.is_none() {
+            return;
+        }
+        let power_fails = self.rng.chance(600);
+        self.log(|| format!("osd.{node} crashes, power fails: {power_fails}"));
+        self.stop(node, power_fails);
+        let wait = match self.rng.below(10) {
+            // Long enough to be out, and to return with old data.
+            0 => self.rng.range(25_000, 50_000),
+            1..=2 => self.rng.range(5_000, 25_000),
+            _ => self.rng.range(50, 3_000),
+        };
+        self.at(wait, Ev::Restart { node });
+    }
+
+    pub fn tick(&mut self, node: usize, run: u64) {
+        self.step(node, Event::Tick);
+        self.at(TICK_MS, Ev::Tick { node, run });
+    }
+
+    pub fn beat(&mut self, node: usize, run: u64) {
+        self.heartbeat(node, run);
+        self.at(HEARTBEAT_MS, Ev::Heartbeat { node, run });
+    }
+
+    pub fn lease(&mut self, node: usize, until: u64, epoch: Epoch, ok: bool) {
+        if ok {
+            return self.step(node, Event::Lease { until, epoch });
+        }
+        // The server starts over in the same process: the disk loses nothing.
+        self.log(|| format!("osd.{node} is deposed"));
+        self.stop(node, false);
+        self.start(node);
+    }
+
+    pub fn step(&mut self, node: usize, event: Event) {
+        let now = self.now;
+        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let mut effects = Vec::new();
+        core.step(now, event, &mut effects);
+        for effect in effects {
+            self.execute(node, effect);
+        }
+    }
+
+    fn execute(&mut self, node: usize, effect: Effect) {
+        let run = self.nodes[node].run;
+        match effect {
+            Effect::Send { msg, data } => self.send_peer(node, msg, data),
+            Effect::Reply { token, reply, data } => self.send_reply(node, token, reply, data),
+            Effect::Monitor { token, request } => {
+                let delay = self.delay();
+                self.at(delay, Ev::ToMonitor { node, run, token, request });
+            }
+            Effect::WantMap { .. } => self.send_map(node),
+            store => {
+                let idle = self.nodes[node].queue.is_empty();
+                self.nodes[node].queue.push_back(store);
+                if idle {
+                    let delay = self.rng.range(1, 4);
+                    self.at(delay, Ev::StoreRun { node, run });
+                }
+            }
+        }
+    }
+
+    /// The store executes some of what waits, in order, consecutive commits together.
+    pub fn store_run(&mut self, node: usize, run: u64) {
+        let mut left = self.rng.range(1, 17);
+        while left > 0 && !self.nodes[node].queue.is_empty() {
+            let (mut tokens, mut txns) = (Vec::new(), Vec::new());
+            while left > 0
+                && let Some(Effect::Store { .. }) = self.nodes[node].queue.front()
+                && let Some(Effect::Store { token, txn }) = self.nodes[node].queue.pop_front()
+            {
+                tokens.push(token);
+                txns.push(txn);
+                left -= 1;
+            }
+            let events = if txns.is_empty() {
+                left -= 1;
+                let Some(effect) = self.nodes[node].queue.pop_front() else { break };
+                self.store_read(node, effect).into_iter().collect()
+            } else {
+                self.store_commit(node, tokens, txns)
+            };
+            if events.iter().any(is_fatal) {
+                return self.store_died(node);
+            }
+            for event in events {
+                self.at(0, Ev::Core { node, run, event });
+            }
+        }
+        if self.rng.chance(250) {
+            let result = self.nodes[node].disk.store().map(|s| s.background());
+            if let Some(Err(_)) = result {
+                return self.store_died(node);
+            }
+        }
+        if !self.nodes[node].queue.is_empty() {
+            let delay = self.rng.range(1, 4);
+            self.at(delay, Ev::StoreRun { node, run });
+        }
+    }
+
+    fn store_commit(&mut self, node: usize, tokens: Vec<Token>, txns: Vec<Txn>) -> Vec<Event> {
+        let texts: Vec<String> = match self.trace {
+            true => txns.iter().map(describe).collect(),
+            false => Vec::new(),
+        };
+        let Some(store) = self.nodes[node].disk.store() else { return Vec::new() };
+        let results = store.commit(txns);
+        for (text, result) in texts.iter().zip(&results) {
+            self.log(|| format!("osd.{node} store {text} -> {result:?}"));
+        }
+        tokens.into_iter().zip(results).map(|(token, result)| Event::Committed { token, result }).collect()
+    }
+
+    fn store_read(&mut self, node: usize, effect: Effect) -> Option<Event> {
+        let store = self.nodes[node].disk.store()?;
+        let event = match effect {
+            Effect::Read { token, pg, object, below, first_block, block_count } => {
+                Event::ReadDone { token, result: store.read(pg, object, &below, first_block, block_count) }
+            }
+            Effect::ReadObject { token, pg, object } => {
+                Event::ObjectRead { token, result: store.read_object(pg, object) }
+            }
+            Effect::List { token, pg } => {
+                let objects = store.list(pg, None, usize::MAX);
+                let missing = store.list_missing(pg, None, usize::MAX);
+                let result = objects.and_then(|objects| missing.map(|missing| Listing { objects, missing }));
+                Event::Listed { token, result }
+            }
+            _ => return None,
+        };
+        Some(event)
+    }
+
+    /// The disk failed: the process says goodbye, if it still can, and ends (invariant 9).
+    fn store_died(&mut self, node: usize) {
+        self.log(|| format!("osd.{node} stops: its disk failed"));
+        let says_goodbye = self.rng.chance(500);
+        self.stop(node, true);
+        if says_goodbye {
+            self.goodbye(node);
+        }
+        let wait = self.rng.range(500, 8_000);
+        self.at(wait, Ev::Restart { node });
+    }
+}
+
+fn is_fatal(event: &Event) -> bool {
+    let error = match event {
+        Event::Committed { result, .. } => result.as_ref().err(),
+        Event::ReadDone { result, .. } => result.as_ref().err(),
+        Event::ObjectRead { result, .. } => result.as_ref().err(),
+        Event::Listed { result, .. } => result.as_ref().err(),
+        _ => None,
+    };
+    matches!(error, Some(StoreError::Fatal(_)))
+}
+
+fn describe(txn: &Txn) -> String {
+    let ops = txn.ops.iter().map(|o| format!("{o:?}").chars().take(150).collect::<String>());
+    format!("{} {}", txn.pg, ops.collect::<Vec<_>>().join(" | "))
+}

@@ -1,0 +1,73 @@
+//! What a seed decides before the run, and what a run counts.
+
+use crate::rng::Rng;
+use gabion_proto::map::Redundancy;
+
+/// What a seed decides before the run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub osds: u32,
+    pub redundancy: Redundancy,
+    pub volumes: usize,
+    pub fault_phase_ms: u64,
+    /// Per mille.
+    pub loss: u64,
+    pub duplicate: u64,
+    /// Mean time between faults is half of it.
+    pub fault_every_ms: u64,
+    /// Bits rot on the first OSD's disk. Such a run loses no disk for good: the other copies must last.
+    pub rot: bool,
+    /// Chunks of each disk.
+    pub chunks: u32,
+}
+
+impl Plan {
+    pub fn of(rng: &mut Rng) -> Plan {
+        let size = if rng.chance(750) { 3 } else { 2 };
+        Plan {
+            osds: rng.range(3, 6) as u32,
+            redundancy: Redundancy::Replicated { size },
+            volumes: rng.range(1, 4) as usize,
+            fault_phase_ms: rng.range(40_000, 120_000),
+            loss: [0, 0, 5, 30][rng.below(4) as usize],
+            duplicate: [0, 10, 50][rng.below(3) as usize],
+            fault_every_ms: rng.range(1_500, 6_000),
+            rot: rng.chance(300),
+            chunks: 120,
+        }
+    }
+
+    pub fn width(&self) -> usize {
+        self.redundancy.width()
+    }
+}
+
+/// Counters of a run, for honest reports.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub client_ops: u64,
+    pub reads_checked: u64,
+    pub faults: u64,
+    /// Faults by kind.
+    pub by_kind: std::collections::BTreeMap<&'static str, u64>,
+    pub map_epochs: u64,
+    pub virtual_ms: u64,
+}
+
+impl Tally {
+    pub fn fault(&mut self, kind: &'static str) {
+        self.faults += 1;
+        *self.by_kind.entry(kind).or_default() += 1;
+    }
+
+    pub fn add(&mut self, other: &Tally) {
+        self.client_ops += other.client_ops;
+        self.reads_checked += other.reads_checked;
+        self.faults += other.faults;
+        self.map_epochs += other.map_epochs;
+        self.virtual_ms += other.virtual_ms;
+        for (kind, n) in &other.by_kind {
+            *self.by_kind.entry(kind).or_default() += n;
+        }
+    }
+}
