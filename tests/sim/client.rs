@@ -49,6 +49,7 @@ struct Op {
     kind: Kind,
     attempt: u64,
     sent_to: Option<OsdId>,
+    issued: u64,
     /// Issued when somebody else held the volume already: it must be refused.
     fenced: bool,
 }
@@ -219,7 +220,8 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
 fn issue(w: &mut World, i: usize) {
     let volume = w.clients[i].volume;
     let fenced = w.clients[i].fenced;
-    let op = |first, count, kind| Op { first, count, kind, attempt: 0, sent_to: None, fenced };
+    let issued = w.now;
+    let op = |first, count, kind| Op { first, count, kind, attempt: 0, sent_to: None, issued, fenced };
     if let Some(id) = w.clients[i].final_reads.pop() {
         let begun = vec![w.oracle.begin_read(id)];
         return start(w, i, op(id.block, 1, Kind::Read { begun }));
@@ -391,6 +393,12 @@ fn assemble(base: u32, count: usize, extents: &[Extent], data: &[u8]) -> Vec<u8>
 }
 
 impl World {
+    /// For how long the oldest unanswered operation has waited.
+    pub fn longest_wait(&self) -> u64 {
+        let ops = self.clients.iter().flat_map(|c| c.ops.values());
+        ops.map(|o| self.now - o.issued).max().unwrap_or(0)
+    }
+
     /// Another client takes the volume of client `i` over.
     pub fn take_over(&mut self, i: usize) {
         let volume = self.clients[i].volume;

@@ -7,12 +7,13 @@ use gabion_monitor::state::Command;
 use gabion_proto::map::Redundancy;
 
 /// Kinds of faults and how often each is drawn.
-const KINDS: [(&str, u64); 22] = [
+const KINDS: [(&str, u64); 23] = [
     ("crash", 24),
     ("disk error", 6),
     ("pause", 9),
     ("client pause", 4),
     ("cut", 13),
+    ("alone with the monitor", 3),
     ("client cut", 5),
     ("cuts heal", 9),
     ("monitor restart", 5),
@@ -96,6 +97,14 @@ impl World {
                 let to = if other == self.nodes.len() { Place::Monitor } else { Place::Node(other) };
                 self.cut(Place::Node(node), to);
             }
+            "alone with the monitor" => {
+                // It keeps its lease and can only accuse the others.
+                self.log(|| format!("cut between osd.{node} and every other node"));
+                for other in (0..self.nodes.len()).filter(|o| *o != node) {
+                    let (here, there) = (Place::Node(node), Place::Node(other));
+                    self.network.cut.extend([(here, there), (there, here)]);
+                }
+            }
             "client cut" => {
                 let to = if self.rng.chance(300) { Place::Monitor } else { Place::Node(node) };
                 self.cut(Place::Client(client), to);
@@ -171,6 +180,18 @@ impl World {
             _ => return false,
         }
         true
+    }
+
+    /// The primary of a group and another member of it cannot talk any more; everything else is well.
+    pub fn break_link(&mut self) {
+        let Some(record) = self.monitor.state.map.pgs.values().find(|r| r.acting.len() > 1) else { return };
+        let (one, other) = (record.acting[0], record.acting[1]);
+        let place = |osd| self.nodes.iter().position(|n| n.id == osd).map(Place::Node);
+        if let (Some(one), Some(other)) = (place(one), place(other)) {
+            self.log(|| format!("the link between {one:?} and {other:?} breaks"));
+            self.network.cut.insert((one, other));
+            self.network.cut.insert((other, one));
+        }
     }
 
     fn cut(&mut self, from: Place, to: Place) {

@@ -6,6 +6,7 @@ mod client;
 mod disk;
 mod faults;
 mod monitor;
+mod mutants;
 mod network;
 mod nodes;
 mod oracle;
@@ -13,12 +14,15 @@ mod plan;
 mod rng;
 mod world;
 
-use plan::Tally;
+use plan::{Scenario, Tally};
 use std::process::ExitCode;
 use world::World;
 
 /// Everything must be clean this long after the last fault.
 const HEAL_MS: u64 = 120_000;
+
+/// A broken link must be worked around within this time (rule P8).
+const LINK_MS: u64 = 30_000;
 
 /// Runs one seed.
 fn run(seed: u64, trace: bool) -> Result<Tally, String> {
@@ -34,6 +38,9 @@ fn finish(mut w: World) -> Result<Tally, String> {
         None => Ok(()),
     };
     finding(&mut w)?;
+    if w.plan.scenario == Scenario::OneBrokenLink && w.longest_wait() > LINK_MS {
+        return Err(format!("one broken link, and a client has waited {} ms", w.longest_wait()));
+    }
     w.heal();
     for c in &mut w.clients {
         c.draining = true;
@@ -82,7 +89,7 @@ fn number(args: &[String], flag: &str, default: u64) -> Result<u64, String> {
     match args.iter().position(|a| a == flag) {
         None => Ok(default),
         Some(i) => args.get(i + 1).and_then(|v| v.parse().ok()).ok_or_else(|| {
-            format!("{flag} needs a number; usage: gabion-sim [--seeds N] [--from S] [--trace]")
+            format!("{flag} needs a number; usage: gabion-sim [--seeds N] [--from S] [--trace | --mutants]")
         }),
     }
 }
@@ -98,6 +105,15 @@ fn main() -> ExitCode {
         }
     };
     let trace = args.iter().any(|a| a == "--trace");
+    if args.iter().any(|a| a == "--mutants") {
+        return match number(&args, "--seeds", mutants::SEEDS).and_then(mutants::check) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(e) => {
+                println!("{e}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut sum = Tally::default();
     for seed in from..from.saturating_add(seeds) {
         match run(seed, trace) {
@@ -129,6 +145,23 @@ mod tests {
                 panic!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed}");
             }
         }
+    }
+
+    #[test]
+    fn one_broken_link_is_worked_around() {
+        for seed in 1..=4 {
+            let mut rng = crate::rng::Rng::new(seed);
+            let plan = crate::plan::Plan::of(&mut rng);
+            let plan = crate::plan::Plan { scenario: crate::plan::Scenario::OneBrokenLink, ..plan };
+            super::finish(crate::world::World::planned(plan, rng, false))
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        }
+    }
+
+    #[test]
+    #[ignore = "takes minutes: cargo nextest run -p gabion-tests --run-ignored all every_rule"]
+    fn every_rule_is_missed_when_it_is_off() {
+        crate::mutants::check(crate::mutants::SEEDS).unwrap();
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl World {
             }
         };
         let boot = Boot { cluster: CLUSTER, id: n.id, incarnation, epoch };
-        n.core = Some(OsdCore::new(boot, pgs, now));
+        n.core = Some(OsdCore::new(boot, pgs, now).with_rules(self.plan.rules));
         n.incarnation = incarnation;
         n.epoch = Epoch(0);
         let id = n.id;

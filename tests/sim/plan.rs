@@ -1,6 +1,7 @@
 //! What a seed decides before the run, and what a run counts.
 
 use crate::rng::Rng;
+use gabion_osd::core::Rules;
 use gabion_proto::map::Redundancy;
 
 /// What a seed decides before the run.
@@ -19,6 +20,17 @@ pub struct Plan {
     pub rot: bool,
     /// Chunks of each disk.
     pub chunks: u32,
+    pub rules: Rules,
+    pub scenario: Scenario,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scenario {
+    /// Anything, at random.
+    Faults,
+    /// One link between two members of a group is cut for good; clients must go on (rule P8).
+    OneBrokenLink,
 }
 
 impl Plan {
@@ -34,6 +46,8 @@ impl Plan {
             fault_every_ms: rng.range(1_500, 6_000),
             rot: rng.chance(300),
             chunks: 120,
+            rules: Rules::default(),
+            scenario: Scenario::Faults,
         }
     }
 

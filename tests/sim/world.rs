@@ -5,7 +5,7 @@ use crate::monitor::{Beat, MONITOR_TICK_MS, Monitor};
 use crate::network::Network;
 use crate::nodes::Node;
 use crate::oracle::Oracle;
-use crate::plan::{Plan, Tally};
+use crate::plan::{Plan, Scenario, Tally};
 use crate::rng::Rng;
 use bytes::Bytes;
 use gabion_monitor::state::{Command, MonitorState, Reply};
@@ -92,6 +92,7 @@ pub enum Ev {
     Unfill {
         node: usize,
     },
+    BreakLink,
 }
 
 pub struct World {
@@ -172,7 +173,11 @@ impl World {
         }
         world.at(MONITOR_TICK_MS, Ev::MonitorTick);
         let first = world.rng.range(3_000, 6_000);
-        world.at(first, Ev::Fault);
+        let trouble = match world.plan.scenario {
+            Scenario::Faults => Ev::Fault,
+            Scenario::OneBrokenLink => Ev::BreakLink,
+        };
+        world.at(first, trouble);
         world
     }
 
@@ -256,6 +261,7 @@ impl World {
             }
             Ev::MonitorTick => self.monitor_tick(),
             Ev::Fault if self.faults_on => self.fault(),
+            Ev::BreakLink => self.break_link(),
             Ev::Restart { node } => self.start(node),
             Ev::Unfill { node } => self.nodes[node].disk.unfill(),
             _ => {}

@@ -1,6 +1,6 @@
 //! What a placement group needs from its surroundings during one step.
 
-use super::{Effect, Millis, Token};
+use super::{Effect, Millis, Rule, Rules, Token};
 use bytes::Bytes;
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
@@ -51,13 +51,14 @@ pub struct Context<'a, T> {
     pub full: bool,
     /// What recovery of all other groups may be moving.
     pub recovery_bytes_elsewhere: u64,
+    pub rules: Rules,
     pub tokens: &'a mut Tokens<T>,
     pub out: &'a mut Vec<Effect>,
 }
 
 impl<T> Context<'_, T> {
     pub fn has_lease(&self) -> bool {
-        self.now < self.lease_until
+        self.now < self.lease_until || !self.rules.keep(Rule::Lease)
     }
 
     /// Sends to another OSD, if it is up.

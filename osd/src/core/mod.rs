@@ -12,10 +12,12 @@ mod peering_tests;
 mod pg;
 #[cfg(test)]
 mod recovery_tests;
+mod rules;
 #[cfg(test)]
 mod scenarios;
 
 pub use osd::{Boot, OsdCore};
+pub use rules::{Rule, Rules};
 
 use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
 use bytes::Bytes;

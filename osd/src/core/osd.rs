@@ -29,6 +29,7 @@ pub struct OsdCore {
     map: Arc<ClusterMap>,
     lease_until: Millis,
     full: bool,
+    rules: Rules,
     /// Newest epoch whose fences are in force with nothing older in flight (rule C3).
     acked: Epoch,
     pgs: BTreeMap<PgId, Pg>,
@@ -52,6 +53,7 @@ impl OsdCore {
             map: Arc::default(),
             lease_until: 0,
             full: false,
+            rules: Rules::default(),
             acked: Epoch(0),
             pgs,
             tokens: Tokens::default(),
@@ -60,6 +62,11 @@ impl OsdCore {
             recovery_bytes: 0,
             now,
         }
+    }
+
+    /// Sets the rules that this core keeps; see [`Rules`].
+    pub fn with_rules(self, rules: Rules) -> OsdCore {
+        OsdCore { rules, ..self }
     }
 
     /// Takes in one event; what is to be done is appended to `out`.
@@ -100,7 +107,10 @@ impl OsdCore {
             }
             Event::Tick => self.every_pg(out, |pg, cx| pg.tick(cx)),
         }
-        if self.acked < self.map.epoch && !self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map)) {
+        let drained = !self.rules.keep(Rule::FenceDrains);
+        if self.acked < self.map.epoch
+            && (drained || !self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map)))
+        {
             self.acked = self.map.epoch;
         }
     }
@@ -117,6 +127,9 @@ impl OsdCore {
 
     /// Peers that owe something for too long (rules P7 and P8).
     pub fn stuck_peers(&self) -> Vec<pb::StuckPeer> {
+        if !self.rules.keep(Rule::StuckReports) {
+            return Vec::new();
+        }
         self.pgs.values().flat_map(|pg| pg.stuck(self.id, self.now, &self.map)).collect()
     }
 
@@ -148,6 +161,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            rules: self.rules,
             tokens: &mut self.tokens,
             out,
         };
@@ -173,6 +187,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            rules: self.rules,
             tokens: &mut self.tokens,
             out,
         };
@@ -242,11 +257,12 @@ impl OsdCore {
         }
         // Both processes must be the ones that the map calls up (rule P1); the sender repeats.
         let sender = self.map.up_osd(msg.from).is_some_and(|o| o.incarnation == msg.from_incarnation);
-        if msg.to != self.id || msg.to_incarnation != self.incarnation || !sender || !self.is_current() {
+        let current = msg.to_incarnation == self.incarnation && sender && self.is_current();
+        if msg.to != self.id || (!current && self.rules.keep(Rule::Intervals)) {
             return;
         }
         let Some(record) = self.map.pgs.get(&msg.pg) else { return };
-        if msg.interval != record.interval {
+        if msg.interval != record.interval && self.rules.keep(Rule::Intervals) {
             // A refusal is never answered, or two of them would go on for ever.
             let refusal = matches!(msg.body, gabion_proto::msg::PeerBody::Refused { .. });
             if msg.interval < record.interval && !refusal {

@@ -185,7 +185,13 @@ impl Pg {
         self.index.missing = missing.collect();
         // `self.meta` follows when it is durable: a refused activation must not be claimed by the next promise.
         let meta = PgMeta { promised: self.record.interval, activated: self.record.interval };
-        let entries = self.index.missing.iter().map(|(o, n)| TxnOp::AddMissing { object: *o, needed: *n });
+        let durable = if cx.rules.keep(Rule::MissingMap) { usize::MAX } else { 0 };
+        let entries = self
+            .index
+            .missing
+            .iter()
+            .take(durable)
+            .map(|(o, n)| TxnOp::AddMissing { object: *o, needed: *n });
         let ops = std::iter::once(TxnOp::ClearMissing)
             .chain(entries)
             .chain(std::iter::once(TxnOp::SetMeta(meta)))
@@ -236,13 +242,13 @@ impl Pg {
             }
             return;
         }
-        if w.prev != have {
+        if w.prev != have && cx.rules.keep(Rule::VersionOrder) {
             if w.prev > have && m.early.len() < EARLY_MAX {
                 m.early.insert((w.object, w.prev), w);
             }
             return;
         }
-        let (object, mut next) = (w.object, Some(w));
+        let (object, mut next) = (w.object, Some(Early { prev: have, ..w }));
         while let Some(w) = next {
             let version = w.version;
             if !self.apply_sub_write(cx, from, w) {
@@ -341,7 +347,10 @@ impl Pg {
             return;
         }
         m.applying.insert(object);
-        let ops = replace_ops(object, version, image.deleted, content);
+        let ops = match cx.rules.keep(Rule::MissingUntilStored) {
+            true => replace_ops(object, version, image.deleted, content),
+            false => vec![TxnOp::DropMissing { object }],
+        };
         self.submit(cx, What::PushApplied { tid, object }, ops);
     }
 

@@ -43,7 +43,7 @@ mod recovery;
 mod status;
 
 use super::context::{Context, Purpose};
-use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Token};
+use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
 use crate::store::{Needed, PgMeta, StoreError, Txn, TxnOp};
 use bytes::Bytes;
 use gabion_proto::ids::*;
@@ -309,7 +309,8 @@ impl Pg {
     fn drop_stray(&mut self, cx: &mut Cx<'_>) {
         let needed = self.record.acting.contains(&cx.id) || self.record.up.contains(&cx.id);
         let loaded = matches!(self.phase, Phase::Member(_));
-        if self.stored && loaded && !needed && self.record.clean && self.record.activated {
+        let clean = (self.record.clean && self.record.activated) || !cx.rules.keep(Rule::StraysStay);
+        if self.stored && loaded && !needed && clean {
             tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy deleted");
             self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
             self.stored = false;

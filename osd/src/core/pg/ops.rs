@@ -142,7 +142,8 @@ impl Pg {
 
     /// Admission: whatever can be said at once is said at once.
     pub fn client(&mut self, cx: &mut Cx<'_>, token: ClientToken, op: ClientOp, data: Bytes) {
-        if self.record.primary != Some(cx.id) || op.epoch < self.record.interval {
+        let old = op.epoch < self.record.interval && cx.rules.keep(Rule::OperationEpoch);
+        if self.record.primary != Some(cx.id) || old {
             return self.retry(cx, token, RetryWhy::StaleMap);
         }
         let Some(pool) = cx.map.pools.get(&self.id.pool) else {
@@ -176,6 +177,14 @@ impl Pg {
         }
         match cx.map.attachments.get(&op.object.volume) {
             Some(a) if is_holder(a, op.client, op.session, op.generation) => Ok(()),
+            _ if !cx.rules.keep(Rule::Generations) => Ok(()),
+            Some(a)
+                if op.client == a.client
+                    && op.generation == a.generation
+                    && !cx.rules.keep(Rule::Sessions) =>
+            {
+                Ok(())
+            }
             // The client knows more than this OSD: its map will tell.
             Some(a) if op.generation > a.generation || (op.client == a.client && op.session > a.session) => {
                 cx.out.push(Effect::WantMap { epoch: cx.map.epoch.next() });
@@ -224,7 +233,7 @@ impl Pg {
         };
         for layer in std::iter::once(op.object.layer).chain(layers.iter().copied()) {
             let object = ObjectId { layer, ..op.object };
-            if a.recovery.blocks(cx.id, &object, is_read) {
+            if a.recovery.blocks(cx.id, &object, is_read && cx.rules.keep(Rule::ReadsWaitForDoubt), is_read) {
                 a.recovery.demand(object);
                 return false;
             }
@@ -237,7 +246,7 @@ impl Pg {
         };
         if is_read {
             // Rule P5: what is not durable everywhere is not shown.
-            if a.writes.values().any(|w| overlaps(&w)) {
+            if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(|w| overlaps(&w)) {
                 return false;
             }
             self.start_read(cx, work, first_block, block_count, layers.to_vec());
@@ -394,6 +403,10 @@ impl Pg {
             }
             // Sent again by the timer.
             SubResult::BadChecksum => {}
+            _ if !cx.rules.keep(Rule::Refusals) => {
+                w.waiting.remove(&from);
+                self.finish_write(cx, tid);
+            }
             refused => {
                 tracing::warn!(pg = %self.id, member = %from, ?refused, "a member refused a write");
                 w.refused.insert(from, refused);
@@ -404,7 +417,8 @@ impl Pg {
     /// Invariant 1: every acting member has it durable.
     fn finish_write(&mut self, cx: &mut Cx<'_>, tid: u64) {
         let Phase::Active(a) = &mut self.phase else { return };
-        let done = a.writes.get(&tid).is_some_and(|w| w.own && w.waiting.is_empty());
+        let every = cx.rules.keep(Rule::EveryMember);
+        let done = a.writes.get(&tid).is_some_and(|w| w.own && (w.waiting.is_empty() || !every));
         if !done {
             return;
         }

@@ -181,6 +181,7 @@ impl Pg {
             .past
             .iter()
             .find(|past| !past.acting.iter().any(|o| covers(o, past.interval)))
+            .filter(|_| cx.rules.keep(Rule::Coverage))
             .map(|past| (past.interval, past.acting.clone()));
         p.waiting_for = if !missing_acting.is_empty() {
             format!("answers of {missing_acting:?}")
@@ -216,6 +217,9 @@ impl Pg {
             Told { activated: self.meta.activated, entries: self.entries(), complete: true, heard: cx.now };
         told.insert(cx.id, own);
         let highest = told.values().map(|t| t.activated).max().unwrap_or_default();
+        if !cx.rules.keep(Rule::Authority) {
+            told.values_mut().for_each(|t| t.activated = highest);
+        }
         let wanted = history::wanted(&told, highest, |o| is_removed(cx.map, o));
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
         let mut uncertain = BTreeSet::new();
@@ -289,7 +293,8 @@ impl Pg {
     /// Sends pages; when everybody has made the activation durable, tells the monitors.
     pub(super) fn activate_on(&mut self, cx: &mut Cx<'_>) {
         let Phase::Activating(a) = &mut self.phase else { return };
-        if a.pages.is_empty() && a.own {
+        let everywhere = a.pages.is_empty() || !cx.rules.keep(Rule::ActivationEverywhere);
+        if everywhere && a.own {
             if !a.reported {
                 a.reported = true;
                 let request = MonitorRequest::Activated { pg: self.id, interval: self.record.interval };

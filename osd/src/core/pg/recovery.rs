@@ -88,9 +88,9 @@ impl Recovery {
     }
 
     /// Whether an operation on the object must wait.
-    pub fn blocks(&self, own: OsdId, object: &ObjectId, is_read: bool) -> bool {
+    pub fn blocks(&self, own: OsdId, object: &ObjectId, doubts: bool, is_read: bool) -> bool {
         let lacks = |o: OsdId| self.missing.get(&o).is_some_and(|m| m.contains_key(object));
-        if is_read && !self.uncertain.contains(object) {
+        if is_read && !(doubts && self.uncertain.contains(object)) {
             return lacks(own);
         }
         self.missing.values().any(|m| m.contains_key(object))
@@ -474,9 +474,9 @@ impl Pg {
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
         if holders.is_empty() {
+            r.own_bad.insert(object, now);
+            r.not_before.entry(object).or_insert(now + UNREADABLE_AGAIN_MS);
             if strays {
-                r.own_bad.insert(object, now);
-                r.not_before.entry(object).or_insert(now + UNREADABLE_AGAIN_MS);
                 r.asked_strays = 0;
             }
             return strays;

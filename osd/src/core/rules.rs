@@ -1,0 +1,93 @@
+//! Rules that can be switched off one at a time in the simulator, which must notice (mutation check).
+//!
+//! Without the feature `mutants` every rule holds, and the compiler removes the question.
+
+/// A rule of `docs/ARCHITECTURE.md`, as far as the core keeps it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Messages belong to one interval and one run of both processes (P1).
+    Intervals,
+    /// A sub-write applies to exactly its predecessor (P2).
+    VersionOrder,
+    /// Only members with the highest activated interval say what an object's version should be (P3).
+    Authority,
+    /// The activation is durable on every acting member before anything is served (P3).
+    ActivationEverywhere,
+    /// A member of each earlier interval must have answered (invariant 3).
+    Coverage,
+    /// What a member misses is durable with its activation (P4).
+    MissingMap,
+    /// An object leaves the missing map only when it is stored (P4).
+    MissingUntilStored,
+    /// A read waits for overlapping writes in flight (P5).
+    ReadsWaitForWrites,
+    /// A read waits while the authority disagrees about the object (P5).
+    ReadsWaitForDoubt,
+    /// Reads and answers need the lease (P6).
+    Lease,
+    /// A write is answered when every acting member has it durable (invariant 1).
+    EveryMember,
+    /// A member that refused a sub-write does not count as having it (P7).
+    Refusals,
+    /// Members that owe something are reported (P8).
+    StuckReports,
+    /// Operations of before the interval are refused (C1).
+    OperationEpoch,
+    /// Older sessions of the holder are refused (C1).
+    Sessions,
+    /// Only the holder's generation is served (C2).
+    Generations,
+    /// A fence is acknowledged when older writes have ended (C3).
+    FenceDrains,
+    /// A copy is deleted only when the group is clean elsewhere (invariant 8).
+    StraysStay,
+}
+
+impl Rule {
+    pub const ALL: [Rule; 18] = [
+        Rule::Intervals,
+        Rule::VersionOrder,
+        Rule::Authority,
+        Rule::ActivationEverywhere,
+        Rule::Coverage,
+        Rule::MissingMap,
+        Rule::MissingUntilStored,
+        Rule::ReadsWaitForWrites,
+        Rule::ReadsWaitForDoubt,
+        Rule::Lease,
+        Rule::EveryMember,
+        Rule::Refusals,
+        Rule::StuckReports,
+        Rule::OperationEpoch,
+        Rule::Sessions,
+        Rule::Generations,
+        Rule::FenceDrains,
+        Rule::StraysStay,
+    ];
+}
+
+/// The rules that one core keeps.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    #[cfg(feature = "mutants")]
+    without: Option<Rule>,
+}
+
+impl Rules {
+    /// All but one.
+    #[cfg(feature = "mutants")]
+    pub fn without(rule: Rule) -> Rules {
+        Rules { without: Some(rule) }
+    }
+
+    #[cfg(feature = "mutants")]
+    pub fn keep(self, rule: Rule) -> bool {
+        self.without != Some(rule)
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    #[inline(always)]
+    pub fn keep(self, _rule: Rule) -> bool {
+        true
+    }
+}
