@@ -131,11 +131,7 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             c.ready = false;
             attach(w, i, false);
         }
-        ClientEvent::Map(map) => {
-            if map.epoch > w.clients[i].map.epoch {
-                w.clients[i].map = map;
-            }
-        }
+        ClientEvent::Map(map) if map.epoch > w.clients[i].map.epoch => w.clients[i].map = map,
         ClientEvent::AwaitFence { epoch, life } if life == w.clients[i].life => {
             let c = &w.clients[i];
             let volume = c.volume;

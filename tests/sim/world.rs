@@ -248,11 +248,9 @@ impl World {
             Ev::ToMonitor { node, run, token, request } => self.report(node, run, token, request),
             Ev::StoreRun { node, run } if self.live(node, run) => self.store_run(node, run),
             Ev::Boot { node, run } => self.boot(node, run),
-            Ev::Map { node, run, map } if self.live(node, run) => {
-                if map.epoch > self.nodes[node].epoch {
-                    self.nodes[node].epoch = map.epoch;
-                    self.step(node, Event::Map(map));
-                }
+            Ev::Map { node, run, map } if self.live(node, run) && map.epoch > self.nodes[node].epoch => {
+                self.nodes[node].epoch = map.epoch;
+                self.step(node, Event::Map(map));
             }
             Ev::MapForClient { client } => self.map_for_client(client),
             Ev::Client { client, event } => client::handle(self, client, event),

@@ -111,7 +111,12 @@ impl Driver {
     fn active() -> Driver {
         let meta = PgMeta { promised: Epoch(5), activated: Epoch(5) };
         let core = {
-            let boot = Boot { cluster: ClusterId::default(), id: OsdId(1), incarnation: Incarnation(1), epoch: Epoch(1) };
+            let boot = Boot {
+                cluster: ClusterId::default(),
+                id: OsdId(1),
+                incarnation: Incarnation(1),
+                epoch: Epoch(1),
+            };
             OsdCore::new(boot, vec![(PG, meta)], 0)
         };
         let mut d = Driver { core, now: 10_000 };
