@@ -42,8 +42,12 @@ impl Monitor {
     /// Refuses a guest that its host has no room for. A host that does not report is asked when it does: its agent
     /// judges again before it starts the guest.
     fn admit(&self, vm: &str, host: &str, wants: Resources, running: Vec<Resources>) -> Result<(), Status> {
+        let unheard = self.hosts_unheard();
         let volatile = self.0.volatile.lock();
-        let Some((_, agent)) = volatile.agents.get(host) else { return Ok(()) };
+        let Some((_, agent)) = volatile.agents.get(host) else {
+            // What it has is not known to this leader yet, and may be less than is asked for.
+            return if unheard { Err(self.too_early("host agent")) } else { Ok(()) };
+        };
         let has = Resources { cpus: agent.cpus, memory_bytes: agent.memory_bytes };
         match admission::refusal(has, running, wants) {
             Some(why) => {
@@ -60,8 +64,7 @@ impl Monitor {
         }
         if self.hosts_unheard() {
             // As many as there are now may be too few to tell.
-            let why = format!("this monitor leads since a moment ago: each {what} has yet to report");
-            return Err(self.membership_failed(crate::raft::MembershipError::Later(why)));
+            return Err(self.too_early(what));
         }
         match hosts.len() {
             0 => Err(Status::failed_precondition(format!(

@@ -82,6 +82,18 @@ impl Monitor {
         lead.as_ref().is_none_or(|l| l.inherited && boottime_ms() < l.since_ms + HOSTS_REPORT_MS)
     }
 
+    /// To be asked again: a new leader has not heard from everybody.
+    pub(super) fn too_early(&self, who: &str) -> Status {
+        self.later(format!("this monitor leads since a moment ago: each {who} has yet to report"))
+    }
+
+    /// A refusal after which the same call may succeed.
+    fn later(&self, message: String) -> Status {
+        let mut status = Status::unavailable(message);
+        headers::put(status.metadata_mut(), headers::MONITOR, &self.0.consensus.id().to_string());
+        status
+    }
+
     /// What a caller is told when this monitor cannot do it: where to go, or what is missing.
     pub(super) fn failed(&self, e: ConsensusError) -> Status {
         let consensus = &self.0.consensus;
@@ -113,12 +125,7 @@ impl Monitor {
             MembershipError::Invalid(m) => Status::invalid_argument(m),
             MembershipError::NotFound(_) => Status::not_found(e.to_string()),
             MembershipError::Precondition(m) => Status::failed_precondition(m),
-            MembershipError::Later(m) => {
-                let mut status = Status::unavailable(m);
-                let id = self.0.consensus.id().to_string();
-                headers::put(status.metadata_mut(), headers::MONITOR, &id);
-                status
-            }
+            MembershipError::Later(m) => self.later(m),
             MembershipError::Consensus(e) => self.failed(e),
         }
     }

@@ -299,6 +299,10 @@ impl Consensus {
         term: Option<u64>,
         command: Command,
     ) -> Result<CommandResult, ConsensusError> {
+        if !self.0.standing.borrow().in_touch {
+            // It could only wait in the log, with whatever else is asked for until a quorum returns.
+            return Err(ConsensusError::NoQuorum(self.quorum_words()));
+        }
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let stamped = Stamped { unix_ms, request, term, command };
         let bytes = postcard::to_stdvec(&stamped).map_err(stopped)?.len();
