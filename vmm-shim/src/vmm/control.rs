@@ -88,7 +88,8 @@ impl Client {
     pub fn receive(&mut self) -> io::Result<Vec<Request>> {
         let mut buffer = [0; 4096];
         let mut requests = Vec::new();
-        loop {
+        // What is left is announced again.
+        for _ in 0..CONTROL_LINE_BYTES_MAX / buffer.len() {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => {
@@ -100,6 +101,7 @@ impl Client {
                 Err(e) => return Err(e),
             }
         }
+        Ok(requests)
     }
 
     fn cut(&mut self, requests: &mut Vec<Request>) -> io::Result<()> {

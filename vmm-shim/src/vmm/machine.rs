@@ -117,8 +117,8 @@ pub fn create_vm(memory: &GuestMemoryMmap) -> Result<(Kvm, VmFd), MachineError> 
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the mapping belongs to `memory`, which the machine keeps for as long as the process
-        // runs; slots and addresses of its regions do not overlap.
+        // SAFETY: the mapping belongs to `memory`, which lives for as long as vCPUs run (see
+        // `Machine::run`); slots and addresses of its regions do not overlap.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm_error("guest memory"))?;
     }
     Ok((kvm, vm))
@@ -238,6 +238,8 @@ impl Machine {
     /// Runs the guest to its end.
     pub fn run(mut self) -> Result<End, MachineError> {
         self.running = true;
+        // vCPUs may be inside the guest until the process ends, also when this has returned.
+        std::mem::forget(self.memory.clone());
         for (vcpu, id) in std::mem::take(&mut self.vcpus).into_iter().zip(0..) {
             let board = self.board.clone();
             std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {

@@ -151,7 +151,7 @@ fn name_refused_calls() {
         // SAFETY: the kernel passes a siginfo_t of at least 128 bytes to a SA_SIGINFO handler.
         let call = unsafe { info.cast::<u8>().add(CALL_NUMBER_AT).cast::<i32>().read_unaligned() };
         let mut text = *b"seccomp: system call      is not allowed\n";
-        let (mut rest, mut at) = (call.unsigned_abs(), 25);
+        let (mut rest, mut at) = (call.unsigned_abs(), 24);
         while rest > 0 && at > 20 {
             text[at] = b'0' + (rest % 10) as u8;
             rest /= 10;
@@ -187,5 +187,28 @@ mod tests {
         assert!(list(Thread::Disk).iter().all(|call| main.contains(call)));
         assert!(!list(Thread::Vcpu).contains(&libc::SYS_openat), "a vCPU opens nothing");
         assert!(!list(Thread::Main).contains(&libc::SYS_execve), "nobody runs programs");
+    }
+
+    /// Runs itself: the child makes a call that vCPUs may not make.
+    #[test]
+    fn a_refused_call_ends_the_process_and_is_named() {
+        const CHILD: &str = "GABION_TEST_SECCOMP_CHILD";
+        if std::env::var_os(CHILD).is_some() {
+            restrict(Thread::Vcpu).unwrap();
+            let _ = std::fs::File::open("/dev/null");
+            unreachable!("the call was not refused");
+        }
+        let name = "vmm::seccomp::tests::a_refused_call_ends_the_process_and_is_named";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(REFUSED_EXIT_CODE));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            text.contains(&format!("seccomp: system call  {} is not allowed", libc::SYS_openat)),
+            "{text}"
+        );
     }
 }

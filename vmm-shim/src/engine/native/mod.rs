@@ -187,9 +187,7 @@ impl NativeGuest {
         };
         let connected = async {
             let (control, events) = attempts.await?;
-            let status = control.command(Command::Status).await?;
-            let status: Status =
-                serde_json::from_value(status).map_err(|e| ControlError::Malformed(e.to_string()))?;
+            let status = status(&control).await?;
             Ok((control, events, status))
         };
         let (control, events, status) =
@@ -209,6 +207,11 @@ impl NativeGuest {
         let bytes = serde_json::to_vec_pretty(&record).map_err(|e| EngineError::Refused(e.to_string()))?;
         gabion_common::addr_file::replace(&path, &bytes).map_err(io_error("cannot write", &path))
     }
+}
+
+async fn status(control: &Control) -> Result<Status, ControlError> {
+    let status = control.command(Command::Status).await?;
+    serde_json::from_value(status).map_err(|e| ControlError::Malformed(e.to_string()))
 }
 
 /// Keeps the list of volumes what the guest has.
@@ -267,8 +270,11 @@ impl Guest for NativeGuest {
 
     async fn attach(&mut self, disk: Disk) -> Result<(), EngineError> {
         let Disk { volume, socket } = disk;
-        self.control.command(Command::Attach { volume: volume.clone(), socket }).await?;
-        lock(&self.volumes).push(volume);
+        let attached = self.control.command(Command::Attach { volume, socket }).await;
+        // Also after an error: an answer that came too late may have been a yes.
+        let status = status(&self.control).await?;
+        *lock(&self.volumes) = status.disks.into_iter().map(|disk| disk.volume).collect();
+        attached?;
         Ok(())
     }
 
