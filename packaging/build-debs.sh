@@ -102,7 +102,7 @@ package() {
         script "$each"
     done
     chmod -R go-w "$root"
-    dpkg-deb --root-owner-group -Zxz -z3 --build "$root" "$out/${package}_${version}_$arch.deb" >/dev/null
+    dpkg-deb --root-owner-group -Zxz -z1 --build "$root" "$out/${package}_${version}_$arch.deb" >/dev/null
     echo "$out/${package}_${version}_$arch.deb"
 }
 

@@ -2,6 +2,7 @@
 # run.sh [BINARIES]: deploys Gabion with Ansible on real systemd machines (systemd-nspawn) from nothing,
 # breaks it, grows it and takes it off again. As root. Everything that it makes is gone afterwards.
 #
+# With GABION_DEBS=DIR the packages there are used instead of new ones from BINARIES.
 # With GABION_KEEP=1 a failure leaves the machines up until Enter is pressed (or input ends).
 set -Eeuo pipefail
 
@@ -131,7 +132,7 @@ all:
         gabion_clients: {hosts: {node1: , node2: , node3: $1}}
       vars:
         gabion_packages_dir: $work/debs
-        gabion_osds_here: [{name: a, size: 512M}, {name: b, size: 512M}]
+        gabion_osds_here: [{name: a, size: 768M}, {name: b, size: 768M}]
         gabion_down_out_secs: 15
   hosts:
     node1: {gabion_cluster_address: 10.77.0.11}
@@ -141,7 +142,7 @@ YAML
     [ $# -lt 2 ] || cat >>"$work/inventory.yml" <<YAML
     node4:
       gabion_cluster_address: 10.77.0.14
-      gabion_osds_here: [{name: a, size: 512M}, {name: disk, size: 512M, device: $2}]
+      gabion_osds_here: [{name: a, size: 768M}, {name: disk, size: 768M, device: $2}]
 YAML
 }
 
@@ -149,7 +150,11 @@ step "packages, Ansible, the nodes' root"
 prepare_packages
 prepare_ansible
 prepare_node_root
-"$top/packaging/build-debs.sh" "$binaries" "$work/debs"
+if [ -n "${GABION_DEBS:-}" ]; then
+    cp -r "$GABION_DEBS" "$work/debs"
+else
+    "$top/packaging/build-debs.sh" "$binaries" "$work/debs"
+fi
 
 step "three bare machines"
 network_up
@@ -196,6 +201,33 @@ step "site.yml again"
 play again site.yml
 check "a second run changes nothing" unchanged "$work/again.log"
 
+step "a guest on node 1 writes to a disk attached while it runs"
+"$top/demo/make-root.sh" "$work/guest.raw"
+cp --sparse=always "$work/guest.raw" "$work/node1/root/root/guest.raw"
+gabion volume create guest --size 1228M --pool rep3
+gabion volume create extra --size 16M --pool rep3
+guest_uri=$(gabion -o json export add guest --nbd --host node1 | jq -r .uri)
+on_node 1 "nbdcopy --flush /root/guest.raw '$guest_uri' && rm /root/guest.raw"
+rm "$work/guest.raw"
+gabion --yes export rm guest
+# The guest's only work: it waits for a second disk, fills it, says so and powers off.
+cat >"$work/node1/root/root/kernel-args" <<'ARGS'
+quiet systemd.run="/bin/sh -c 'echo GUEST-RUNS >/dev/ttyS0; until test -b /dev/vdb; do sleep 0.2; done; yes gabion | dd of=/dev/vdb bs=1M count=16 iflag=fullblock oflag=direct conv=fsync && echo GUEST-WROTE >/dev/ttyS0'"
+ARGS
+on_node 1 'gabion vm create guest --cpus 1 --memory 512M --disk guest --host node1 --kernel-args "$(cat /root/kernel-args)" && gabion vm start guest --timeout-secs 120'
+await 300 "the guest runs" on_node 1 'grep -aq GUEST-RUNS /run/gabion/host/vms/guest/console.log'
+gabion vm attach guest extra
+await 300 "the guest wrote" on_node 1 'grep -aq GUEST-WROTE /run/gabion/host/vms/guest/console.log'
+await 120 "the guest is off" is '.state == "stopped"' vm show guest
+gabion vm detach guest extra || true
+gabion --yes vm rm guest
+guest_uri=$(gabion -o json export add extra --nbd --host node2 | jq -r .uri)
+check "node 3 reads through node 2 what the guest wrote on node 1" \
+    [ "$(volume_sum 3 "$guest_uri")" = "$(head -c 16M < <(yes gabion) | sha256sum | cut -d' ' -f1)" ]
+gabion --yes export rm extra
+gabion --yes volume rm extra
+gabion --yes volume rm guest
+
 step "node 3 loses power"
 is '.pgs_by_state | keys == ["active+clean"]' status
 node_cut 3
@@ -210,7 +242,7 @@ sum=$(on_node 1 sha256sum /root/pattern | cut -d' ' -f1)
 check "writes go on with two of three copies" [ "$(volume_sum 2 "$uri")" = "$sum" ]
 
 step "add-node.yml: a fourth node takes its place"
-truncate -s 768M "$work/disk"
+truncate -s 1200M "$work/disk"
 loop=$(losetup --show --find "$work/disk")
 node_create 4
 node_on 4 --bind="$loop"
