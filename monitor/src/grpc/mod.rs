@@ -1,7 +1,7 @@
 //! The gRPC face of a monitor: everything of `proto/gabion/v1` but consoles.
 //!
-//! [`Monitor`] ties the agreed state to what daemons report between changes ([`volatile`]), and
-//! runs the failure detector while it leads ([`leadership`]). Only the leader answers; a monitor that
+//! [`Monitor`] ties the agreed state to what daemons report between changes (`volatile`), and
+//! runs the failure detector while it leads (`leadership`). Only the leader answers; a monitor that
 //! does not lead says where the leader is, and serves nothing but the map's stream. Every stream ends
 //! when the daemon stops; those of a leader also when it no longer leads.
 

@@ -99,7 +99,7 @@ fn refuse_foreign(device: &mut FileDevice, block: &Path) -> Result<(), StoreErro
     Ok(())
 }
 
-/// Whether [`format`] would find nothing in the way: there is no block device or file yet, or a blank one.
+/// Whether [`format()`] would find nothing in the way: there is no block device or file yet, or a blank one.
 pub fn ensure_blank(data_dir: &Path) -> Result<(), StoreError> {
     let block = data_dir.join("block");
     match block.try_exists() {
@@ -198,7 +198,7 @@ pub struct FsckReport {
     pub objects: u64,
     pub chunks_used: u64,
     pub blocks_read: u64,
-    /// The first findings, at most [`PROBLEMS_MAX`].
+    /// The first findings, at most `PROBLEMS_MAX`.
     pub problems: Vec<String>,
     pub problem_count: u64,
 }
