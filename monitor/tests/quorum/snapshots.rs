@@ -50,8 +50,8 @@ async fn a_lagging_and_a_wiped_monitor_catch_up() {
     let away = if leader == 3 { 2 } else { 3 };
     let monitors = cluster.client();
     cluster.kill(away);
-    // Many times what the log keeps.
-    changes(&monitors, "a", 100).await;
+    // More than twice what the log keeps.
+    changes(&monitors, "a", 60).await;
     let now = epoch(&monitors).await;
     cluster.launch(away, Start::Resume).await;
     eventually("it has the map", async || (served(&cluster, away).await? >= now).then_some(())).await;
@@ -60,7 +60,7 @@ async fn a_lagging_and_a_wiped_monitor_catch_up() {
     // Empty under its old number it is nobody, and says what to do.
     cluster.kill(away);
     cluster.wipe(away);
-    changes(&monitors, "b", 100).await;
+    changes(&monitors, "b", 60).await;
     cluster.launch(away, Start::Join).await;
     eventually("its loss is noticed", async || {
         let members = cluster.members().await;
