@@ -12,7 +12,7 @@ out=$(cd "$2" && pwd)
 for tool in dpkg-deb dpkg-shlibdeps strip gzip; do
     command -v "$tool" >/dev/null || { echo "build-debs: $tool is missing (packages dpkg-dev, binutils)" >&2; exit 1; }
 done
-for binary in gabion gabion-monitor gabion-osd gabion-gateway gabion-host; do
+for binary in gabion gabion-monitor gabion-osd gabion-gateway gabion-host gabion-vmm; do
     [ -x "$binaries/$binary" ] || { echo "build-debs: $binaries/$binary is missing: build it first" >&2; exit 1; }
 done
 
@@ -53,10 +53,12 @@ package() {
     units=$5 config=$6 data=$7
     root=$work/$package
     mkdir -p "$root/DEBIAN"
+    local libraries programs=("$package")
+    [ "$package" != gabion-host ] || programs+=(gabion-vmm)
     put 755 "$binaries/$package" usr/bin
-    strip --strip-debug "$root/usr/bin/$package"
-    local libraries
-    libraries=$(cd "$work/shlibs" && dpkg-shlibdeps -O -e"$root/usr/bin/$package" 2>"$work/shlibs.err") ||
+    if [ "$package" = gabion-host ]; then put 755 "$binaries/gabion-vmm" usr/bin; fi
+    strip --strip-debug "${programs[@]/#/$root/usr/bin/}"
+    libraries=$(cd "$work/shlibs" && dpkg-shlibdeps -O "${programs[@]/#/-e$root/usr/bin/}" 2>"$work/shlibs.err") ||
         { cat "$work/shlibs.err" >&2; exit 1; }
     depends="${libraries#shlibs:Depends=}${depends:+, $depends}"
 

@@ -125,7 +125,7 @@ all:
   children:
     gabion:
       children:
-        gabion_monitors: {hosts: {node1: }}
+        gabion_monitors: {hosts: {node1: , node2: , node3: }}
         gabion_osds: {hosts: {node1: , node2: , node3: $1}}
         gabion_gateways: {hosts: {node1: , node2: , node3: $1}}
         gabion_hypervisors: {hosts: {node1: }}
@@ -177,6 +177,7 @@ step "site.yml"
 bare=$SECONDS
 play site site.yml
 check "every OSD is up and in, and the cluster is healthy" is '.osds == 6 and .osds_up == 6 and .osds_in == 6 and .health != "error"' status
+check "three monitors vote" is '[.monitors[] | select(.voter and .up)] | length == 3' monitor ls
 check "the three nodes serve volumes" is '[.hosts[] | select(.gateway_up)] | length == 3' host ls
 check "the host agent reports" is '[.hosts[] | select(.agent_up) | .name] == ["node1"]' host ls
 for n in 1 2 3; do
@@ -233,6 +234,7 @@ is '.pgs_by_state | keys == ["active+clean"]' status
 node_cut 3
 await 60 "the monitors see it" is '.osds_up == 4' status
 check "the bytes are still there" [ "$(volume_sum 1 "$uri")" = "$sum" ]
+check "two monitors of three go on" is '[.monitors[] | select(.up)] | length == 2' monitor ls
 await 60 "it is out" is '.osds_in == 4' status
 # Three copies on three hosts: with one gone the honest answer is degraded, not clean.
 check "with two hosts left the cluster calls itself degraded" is '.pgs_not_clean > 0' rebuild status
@@ -267,10 +269,11 @@ gabion -o json osd ls | jq -r '.osds[] | select(.in | not) | .id' | while read -
     gabion osd in "$osd" </dev/null
 done
 timeout 300 ip netns exec "$id-c" ssh -F "$work/ssh_config" node1 gabion rebuild watch
+check "three monitors vote again" is '[.monitors[] | select(.voter and .up)] | length == 3' monitor ls
 check "everything is clean on four hosts" is '.pgs_not_clean == 0' rebuild status
 check "the bytes are the same" [ "$(volume_sum 3 "$uri")" = "$sum" ]
 
-step "the monitor's machine reboots"
+step "a machine with a monitor reboots"
 on_node 1 'systemctl reboot' || true
 await 60 "it is down" bash -c "grep -q 'node ended with 133' '$work/node1/console.log'"
 node_await 1
