@@ -27,7 +27,8 @@ Host node*
     UserKnownHostsFile $work/known_hosts
     ConnectTimeout 5
     LogLevel ERROR
-    ServerAliveInterval 5
+    ServerAliveInterval 3
+    ServerAliveCountMax 2
 SSH
 }
 
