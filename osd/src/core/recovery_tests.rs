@@ -160,7 +160,7 @@ impl Driver {
 #[test]
 fn a_bad_copy_is_repaired_from_a_stray() {
     let mut d = Driver::active();
-    d.now += 100;
+    d.now += 2_100;
     let effects = d.step(Event::Tick);
     assert!(sent(&effects).contains(&(OsdId(3), PeerBody::Query)), "asks osd.3: {effects:?}");
     d.hear(3, PeerBody::Info { activated: Epoch(5), object_count: 1, missing_count: 0 });
