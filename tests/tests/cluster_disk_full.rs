@@ -86,5 +86,6 @@ fn a_full_pool_refuses_and_recovers() -> Result<()> {
     for (old, new) in before.iter().zip(cluster.daemons()?) {
         ensure!(old["pid"] == new["pid"], "was {old}, is {new}");
     }
-    cluster.wait_clean(Duration::from_secs(60))
+    // On disks this small one write may overrun the reserve of a member, which then sits out for a minute.
+    cluster.wait_clean(Duration::from_secs(180))
 }
