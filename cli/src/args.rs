@@ -418,7 +418,7 @@ pub enum VmVerb {
         /// Appended to the kernel's command line.
         #[arg(long, default_value = "", allow_hyphen_values = true)]
         kernel_args: String,
-        /// What runs it; default: native where the host has hardware virtualization.
+        /// What runs it; default: qemu. native needs a host with vmx or svm.
         #[arg(long, value_enum)]
         engine: Option<Engine>,
     },

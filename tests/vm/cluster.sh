@@ -30,7 +30,7 @@ gabion pool create p --replicas 3 --failure-domain host
 gabion volume import /images/boot.ext4 root --pool p --format raw
 gabion volume create data --size 64M --pool p
 host=$(gabion -o json host ls | jq -r '.hosts[0].name')
-gabion vm create g --cpus 2 --memory 256M --disk root --host "$host" --kernel-args "quiet gabion.load=$rounds"
+gabion vm create g --engine native --cpus 2 --memory 256M --disk root --host "$host" --kernel-args "quiet gabion.load=$rounds"
 if gabion vm create big --cpus 65 --memory 256M --disk root --host "$host" 2>/tmp/refused; then
     fail "more vCPUs than cores were accepted"
 fi
