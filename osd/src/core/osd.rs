@@ -166,7 +166,8 @@ impl OsdCore {
             out,
         };
         self.client_ops = 0;
-        for pg in self.pgs.values_mut() {
+        for (id, pg) in &mut self.pgs {
+            let _span = tracing::debug_span!("pg", pg = %id).entered();
             cx.recovery_bytes_elsewhere -= pg.recovery_bytes();
             f(pg, &mut cx);
             cx.recovery_bytes_elsewhere += pg.recovery_bytes();
@@ -177,6 +178,7 @@ impl OsdCore {
 
     fn with_pg(&mut self, id: PgId, out: &mut Vec<Effect>, f: impl FnOnce(&mut Pg, &mut Context<'_, What>)) {
         let Some(pg) = self.pgs.get_mut(&id) else { return };
+        let _span = tracing::debug_span!("pg", pg = %id).entered();
         self.client_ops -= pg.client_ops();
         self.recovery_bytes -= pg.recovery_bytes();
         let mut cx = Context {

@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{Instrument, Span, debug_span, error, info, info_span, warn};
 
 /// Inputs that may wait for the core.
 const INPUTS_MAX: usize = 4096;
@@ -150,7 +150,8 @@ pub async fn serve(
         info!(osd = %identity.osd, %incarnation, %epoch, "up");
         current.store(incarnation.0, Ordering::Relaxed);
         let booted = Boot { cluster: identity.cluster, id: identity.osd, incarnation, epoch };
-        match shell.run(booted, start, &mut stop).await? {
+        let span = info_span!("osd", osd = %identity.osd, %incarnation);
+        match shell.run(booted, start, &mut stop).instrument(span).await? {
             End::Stop => {
                 shell.monitors.goodbye(identity.osd, incarnation).await;
                 shell.drain().await;
@@ -301,6 +302,13 @@ impl Shell {
     }
 
     fn step(&mut self, run: &mut Run, event: Event) {
+        let span = match &event {
+            Event::Client { token, op, .. } => {
+                debug_span!("op", op = token.0, client = %op.client, object = %op.object)
+            }
+            _ => Span::none(),
+        };
+        let _span = span.entered();
         let mut effects = std::mem::take(&mut run.effects);
         run.core.step(boottime_ms(), event, &mut effects);
         for effect in effects.drain(..) {
