@@ -11,7 +11,6 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
-const OSD_MIB: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn has(status: &Value, code: &str) -> Option<bool> {
@@ -33,15 +32,19 @@ fn a_full_pool_refuses_and_recovers() -> Result<()> {
     let mut client = NbdClient::new(stream, &export);
 
     // Below the warning there is nothing to say; the groups are not equally full.
+    let osds = cluster.json(&["osd", "ls"])?;
+    let room_bytes = osds["osds"][0]["capacity_bytes"].as_u64().context("an OSD without a capacity")?;
+    // Every OSD has a copy of everything.
+    let room = room_bytes as usize / MIB;
     let mut written = 0;
     let mut refused = None;
-    while written < 2 * OSD_MIB {
+    while written < 2 * room {
         if let Err(e) = client.write_all(&pattern(written)) {
             refused = Some(e);
             break;
         }
         written += 1;
-        if written == OSD_MIB * 90 / 100 {
+        if written == room * 90 / 100 {
             cluster.wait_for("a warning before it is full", Duration::from_secs(30), |s| {
                 has(s, "OSD_NEARFULL")
             })?;
@@ -49,7 +52,7 @@ fn a_full_pool_refuses_and_recovers() -> Result<()> {
     }
     let refused = refused.context("more was written than there is room for")?;
     ensure!(refused.to_string().contains("ENOSPC"), "the refusal says {refused}");
-    ensure!(written >= OSD_MIB * 90 / 100, "refused already after {written} MiB");
+    ensure!(written >= room * 90 / 100, "refused already after {written} MiB");
     cluster.wait_for("health says that OSDs are full", Duration::from_secs(30), |s| has(s, "OSD_FULL"))?;
 
     let mut bytes = vec![0; MIB];
@@ -59,7 +62,7 @@ fn a_full_pool_refuses_and_recovers() -> Result<()> {
         ensure!(bytes == pattern(mib), "MiB {mib} is not what was acknowledged");
     }
 
-    let discarded = OSD_MIB / 2;
+    let discarded = room / 2;
     let qemu_io = Command::new("qemu-io")
         .args(["-f", "raw", "-d", "unmap", "-c", &format!("discard 0 {discarded}M"), &volume.uri])
         .output()
