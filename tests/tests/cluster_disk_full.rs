@@ -22,6 +22,7 @@ fn pattern(mib: usize) -> Vec<u8> {
 }
 
 #[test]
+#[ignore = "takes a minute or more: a member that overran its reserve on so small a disk is left out, sometimes twice; run with --run-ignored all"]
 fn a_full_pool_refuses_and_recovers() -> Result<()> {
     let cluster = Cluster::start_sized(3, "256M")?;
     let volume = cluster.volume("v", "1G")?;
