@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 2;
+pub const PROTOCOL_VERSION: u8 = 3;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,12 +141,14 @@ pub struct ObjectEntry {
     pub uncertain: Option<Version>,
     /// Of a missing one: the version that is still held, and whether it is a tombstone.
     pub held: Option<(Version, bool)>,
+    /// Erasure coding: `version` is written beside this committed one and not yet committed itself.
+    pub base: Option<Version>,
 }
 
 impl ObjectEntry {
     /// An object that is here at `version`.
     pub fn here(object: ObjectId, version: Version, deleted: bool) -> ObjectEntry {
-        ObjectEntry { object, version, missing: false, deleted, uncertain: None, held: None }
+        ObjectEntry { object, version, missing: false, deleted, uncertain: None, held: None, base: None }
     }
 
     /// The copy that can be fetched there. One that is missing at the very version that is held could not be read.
@@ -169,6 +171,8 @@ pub enum PeerBody {
         activated: Epoch,
         object_count: u64,
         missing_count: u64,
+        /// Erasure coding: which shard of each object is here.
+        shard: Option<u8>,
     },
     /// Next page of the object list, after `after`.
     ListRequest {
@@ -180,7 +184,8 @@ pub enum PeerBody {
         last: bool,
     },
     /// One page of what the receiver must obtain (or delete, for tombstones) to match the
-    /// authority; the last page makes the activation durable.
+    /// authority; the last page makes the activation durable. Erasure coding: an entry that is not missing names the
+    /// committed version to which a pending one is rolled back.
     Activate {
         page: u32,
         missing: Vec<ObjectEntry>,
@@ -225,6 +230,28 @@ pub enum PeerBody {
     PushAck {
         tid: u64,
         result: SubResult,
+    },
+    /// Erasure coding: asks for rows of the receiver's shard of an object that is at `version` or later. The asker
+    /// is active and knows that version to be certain: the receiver commits it if it is pending.
+    ShardRead {
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        first_row: u32,
+        row_count: u32,
+    },
+    /// The rows, numbered within the shard, or why not. Bytes in the frame's data.
+    ShardData {
+        tid: u64,
+        result: Result<Vec<Extent>, SubResult>,
+    },
+    /// Erasure coding: every member holds these versions; they may be committed.
+    Commit {
+        objects: Vec<(ObjectId, Version)>,
+    },
+    /// What of them is not pending any more.
+    CommitAck {
+        objects: Vec<(ObjectId, Version)>,
     },
     /// The receiver promised a newer interval.
     Refused {

@@ -4,6 +4,7 @@ use crate::world::World;
 use gabion_osd::store::{ObjectState, Store, StoreError};
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
+use gabion_proto::map::Redundancy;
 
 type Whole = Vec<(ObjectId, ObjectState, Option<Content>)>;
 
@@ -30,6 +31,9 @@ impl World {
 
     /// Every acting member of every group holds the same, tombstones included, and misses nothing.
     pub fn compare_replicas(&mut self) -> Result<(), String> {
+        if let Redundancy::Erasure { .. } = self.plan.redundancy {
+            return self.compare_shards();
+        }
         for (pg, record) in self.monitor.state.map.pgs.clone() {
             let mut reference: Option<(OsdId, Whole)> = None;
             for member in record.members() {
@@ -38,6 +42,27 @@ impl World {
                     None => reference = Some((member, whole)),
                     Some((first, r)) => same(r, &whole)
                         .map_err(|e| format!("group {pg}: {first} and {member} differ after healing: {e}"))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every acting member of an erasure-coded group holds its shard of the same objects at the same versions. (That the
+    /// shards decode is for reads without some of them to see.)
+    fn compare_shards(&mut self) -> Result<(), String> {
+        for (pg, record) in self.monitor.state.map.pgs.clone() {
+            let mut reference: Option<(OsdId, Vec<(ObjectId, Version)>)> = None;
+            for member in record.members() {
+                let whole = self.whole_group(pg, member, record.primary == Some(member))?;
+                let versions: Vec<(ObjectId, Version)> =
+                    whole.iter().map(|(o, s, _)| (*o, s.pending.unwrap_or(s.version))).collect();
+                match &reference {
+                    None => reference = Some((member, versions)),
+                    Some((first, r)) if *r == versions => _ = first,
+                    Some((first, r)) => {
+                        return Err(format!("group {pg}: {first} has {r:?}, {member} {versions:?}"));
+                    }
                 }
             }
         }

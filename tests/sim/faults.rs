@@ -208,11 +208,31 @@ impl World {
         }
     }
 
-    /// Three copies survive the loss of any one disk at any time; two do once everything is clean.
+    /// Three copies, or two parity shards, survive the loss of any one disk at any time; others once everything is clean.
     fn may_lose_one(&mut self) -> bool {
         let clean = self.all_clean();
         self.lost_one &= !clean;
-        clean || (self.plan.redundancy == Redundancy::Replicated { size: 3 } && !self.lost_one)
+        clean || (self.plan.spare() > 0 && self.plan.width() > 2 && !self.lost_one)
+    }
+
+    /// Lets groups serve with as few members as decode.
+    pub fn may_serve_with_fewest(&mut self) {
+        let fewest = match self.plan.redundancy {
+            Redundancy::Replicated { .. } => 1,
+            Redundancy::Erasure { k, .. } => k,
+        };
+        self.command(Command::SetPool { name: "p".into(), min_size: Some(fewest) });
+    }
+
+    /// So many running nodes, by chance.
+    pub fn some_running(&mut self, count: usize) -> Vec<usize> {
+        let mut running: Vec<usize> =
+            (0..self.nodes.len()).filter(|n| self.nodes[*n].core.is_some()).collect();
+        while running.len() > count {
+            let leave = self.rng.below(running.len() as u64) as usize;
+            running.swap_remove(leave);
+        }
+        running
     }
 
     /// Faults stop, everything that can come back does.

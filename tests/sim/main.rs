@@ -14,6 +14,7 @@ mod plan;
 mod rng;
 mod world;
 
+use gabion_proto::map::Redundancy;
 use plan::{Scenario, Tally};
 use std::process::ExitCode;
 use world::World;
@@ -61,28 +62,52 @@ fn finish(mut w: World) -> Result<Tally, String> {
     if w.leftovers() > 0 {
         return Err(format!("{} objects of removed volumes are still there", w.leftovers()));
     }
-    // Read back everything that was ever written.
-    for id in w.oracle.blocks() {
-        let holder = w.seats[id.volume as usize].holder;
-        w.clients[holder].final_reads.push(id);
-    }
-    let deadline = w.now + HEAL_MS;
-    while w.now < deadline && !idle(&w) {
-        let next = w.now + 500;
-        w.run_until(next);
-        finding(&mut w)?;
-    }
-    if !idle(&w) {
-        return Err(format!("the last reads were not answered\n{}", w.describe()));
-    }
+    read_all(&mut w)?;
     // What the last reads found bad is repaired meanwhile.
     let next = w.now + 5_000;
     w.run_until(next);
     finding(&mut w)?;
     w.compare_replicas()?;
+    if let Redundancy::Erasure { m, .. } = w.plan.redundancy
+        && !w.plan.rot
+    {
+        // Every row must decode without any of its shards. With min-size k the group still serves.
+        w.may_serve_with_fewest();
+        w.tally.degraded_checks += 1;
+        for node in w.some_running(m as usize) {
+            w.stop(node, false);
+        }
+        read_all(&mut w)?;
+    }
+    let redundancy = match w.plan.redundancy {
+        Redundancy::Replicated { size } => format!("replicated {size}"),
+        Redundancy::Erasure { k, m } => format!("erasure {k}+{m}"),
+    };
+    *w.tally.by_redundancy.entry(redundancy).or_default() += 1;
     w.tally.reads_checked = w.oracle.reads_checked;
     w.tally.virtual_ms = w.now;
     Ok(w.tally)
+}
+
+/// Reads back everything that was ever written.
+fn read_all(w: &mut World) -> Result<(), String> {
+    for id in w.oracle.blocks() {
+        let holder = w.seats[id.volume as usize].holder;
+        w.clients[holder].final_reads.push(id);
+    }
+    let idle = |w: &World| w.clients.iter().all(|c| c.idle());
+    let deadline = w.now + HEAL_MS;
+    while w.now < deadline && !idle(w) {
+        let next = w.now + 500;
+        w.run_until(next);
+        if let Some(f) = w.finding.take() {
+            return Err(format!("{f} (at {} ms)", w.now));
+        }
+    }
+    match idle(w) {
+        true => Ok(()),
+        false => Err(format!("the last reads were not answered\n{}", w.describe())),
+    }
 }
 
 fn number(args: &[String], flag: &str, default: u64) -> Result<u64, String> {
@@ -132,6 +157,7 @@ fn main() -> ExitCode {
         sum.map_epochs,
         sum.virtual_ms as f64 / 3_600_000.0
     );
+    println!("seeds: {:?}, {} read back without shards", sum.by_redundancy, sum.degraded_checks);
     println!("faults: {:?}", sum.by_kind);
     ExitCode::SUCCESS
 }

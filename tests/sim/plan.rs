@@ -35,10 +35,22 @@ pub enum Scenario {
 
 impl Plan {
     pub fn of(rng: &mut Rng) -> Plan {
-        let size = if rng.chance(750) { 3 } else { 2 };
+        let redundancy = match rng.below(100) {
+            0..45 => Redundancy::Replicated { size: 3 },
+            45..60 => Redundancy::Replicated { size: 2 },
+            60..82 => Redundancy::Erasure { k: 2, m: 1 },
+            82..97 => Redundancy::Erasure { k: 4, m: 2 },
+            _ => Redundancy::Erasure { k: 3, m: 2 },
+        };
+        Plan::with(redundancy, rng)
+    }
+
+    /// Everything else by chance.
+    pub fn with(redundancy: Redundancy, rng: &mut Rng) -> Plan {
+        let width = (redundancy.width() as u64).max(3);
         Plan {
-            osds: rng.range(3, 6) as u32,
-            redundancy: Redundancy::Replicated { size },
+            osds: rng.range(width, width + 3) as u32,
+            redundancy,
             volumes: rng.range(1, 4) as usize,
             fault_phase_ms: rng.range(40_000, 120_000),
             loss: [0, 0, 5, 30][rng.below(4) as usize],
@@ -54,6 +66,15 @@ impl Plan {
     pub fn width(&self) -> usize {
         self.redundancy.width()
     }
+
+    /// Disks that may be lost at once, at any time, without losing what was acknowledged.
+    pub fn spare(&self) -> u32 {
+        match self.redundancy {
+            // Min-size is more than half of them.
+            Redundancy::Replicated { size } => size / 2,
+            Redundancy::Erasure { m, .. } => m - 1,
+        }
+    }
 }
 
 /// Counters of a run, for honest reports.
@@ -66,6 +87,10 @@ pub struct Tally {
     pub by_kind: std::collections::BTreeMap<&'static str, u64>,
     pub map_epochs: u64,
     pub virtual_ms: u64,
+    /// Runs whose last reads were repeated without as many shards as the code can spare.
+    pub degraded_checks: u64,
+    /// Seeds by redundancy.
+    pub by_redundancy: std::collections::BTreeMap<String, u64>,
 }
 
 impl Tally {
@@ -80,6 +105,10 @@ impl Tally {
         self.faults += other.faults;
         self.map_epochs += other.map_epochs;
         self.virtual_ms += other.virtual_ms;
+        self.degraded_checks += other.degraded_checks;
+        for (redundancy, n) in &other.by_redundancy {
+            *self.by_redundancy.entry(redundancy.clone()).or_default() += n;
+        }
         for (kind, n) in &other.by_kind {
             *self.by_kind.entry(kind).or_default() += n;
         }

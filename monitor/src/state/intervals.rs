@@ -31,7 +31,7 @@ pub fn recompute(
         let Some(pool) = map.pools.get(&id.pool) else { continue };
         let suspects = suspects.get(id).unwrap_or(&none);
         let acting = acting(record, pool, &map.osds, suspects);
-        let primary = acting.iter().copied().find(|o| *o != OsdId::NONE);
+        let primary = primary(record, pool, &acting);
         let rebooted = acting.iter().any(|o| incarnation(osds, *o) != incarnation(&map.osds, *o));
         let policy = |p: &Pool| (p.redundancy, p.min_size, p.pg_count);
         let same = record.interval != Epoch(0)
@@ -98,19 +98,45 @@ fn acting(
     let serves = |osd: &OsdId| serves(osds, suspects, *osd);
     match pool.redundancy {
         Redundancy::Erasure { .. } => {
-            record.up.iter().map(|osd| if serves(osd) { *osd } else { OsdId::NONE }).collect()
+            // What an OSD keeps of one shard may be needed: until the group is clean without it, it gets no other one.
+            let elsewhere = |osd: &OsdId, position: usize| {
+                holders(record).any(|acting| acting.iter().position(|o| o == osd).is_some_and(|p| p != position))
+            };
+            let keeps = |(position, osd): (usize, &OsdId)| match serves(osd) && !elsewhere(osd, position) {
+                true => *osd,
+                false => OsdId::NONE,
+            };
+            record.up.iter().enumerate().map(keeps).collect()
         }
         Redundancy::Replicated { .. } => {
             let mut acting: Vec<OsdId> = record.up.iter().copied().filter(serves).collect();
-            let current = record.activated.then_some(&record.acting);
-            let past = record.past.iter().rev().map(|p| &p.acting);
-            let holder =
-                current.into_iter().chain(past).flatten().find_map(|o| acting.iter().position(|a| a == o));
+            let holder = holders(record).flatten().find_map(|o| acting.iter().position(|a| a == o));
             if let Some(at) = holder {
                 let primary = acting.remove(at);
                 acting.insert(0, primary);
             }
             acting
+        }
+    }
+}
+
+/// Acting sets of the intervals that may have written what is needed, newest first.
+fn holders(record: &PgRecord) -> impl Iterator<Item = &Vec<OsdId>> {
+    let current = record.activated.then_some(&record.acting);
+    current.into_iter().chain(record.past.iter().rev().map(|p| &p.acting))
+}
+
+/// Who orders writes: the first one; of shards, the first that has data.
+fn primary(record: &PgRecord, pool: &Pool, acting: &[OsdId]) -> Option<OsdId> {
+    let there = |o: &&OsdId| **o != OsdId::NONE;
+    let first = acting.iter().find(there).copied();
+    match pool.redundancy {
+        Redundancy::Replicated { .. } => first,
+        Redundancy::Erasure { .. } => {
+            let holds = |o: &&OsdId| holders(record).next().is_some_and(|acting| acting.contains(o));
+            // Who is primary stays it: nothing else would be gained by a new interval.
+            let stays = record.primary.filter(|o| record.acting == acting && acting.contains(o));
+            stays.or_else(|| acting.iter().filter(there).find(holds).copied()).or(first)
         }
     }
 }

@@ -75,6 +75,13 @@ impl MonitorState {
                 r.clean = true;
                 r.past.clear();
             });
+            // Positions of an erasure-coded group that stayed empty until now, see `intervals`.
+            let held_back = self.map.pgs.get(&pg).is_some_and(|r| {
+                r.up.iter().zip(&r.acting).any(|(up, acting)| up != acting && self.map.up_osd(*up).is_some())
+            });
+            if held_back {
+                self.change_groups(false, |_| {});
+            }
         }
         Ok(Reply::Done)
     }

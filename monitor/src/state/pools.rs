@@ -9,6 +9,15 @@ pub const PG_COUNT_DEFAULT: u32 = 32;
 /// Groups of all pools together: the map carries every one.
 const PGS_MAX: usize = 262_144;
 
+/// Replicated: more than half. Erasure coded: one more than decodes, so that what is acknowledged survives another loss;
+/// with a single parity shard that would leave no loss at all, so such a pool goes on without any to spare.
+fn min_size_default(redundancy: Redundancy) -> u32 {
+    match redundancy {
+        Redundancy::Replicated { size } => size / 2 + 1,
+        Redundancy::Erasure { k, m } => k + u32::from(m > 1),
+    }
+}
+
 fn check(pool: &Pool) -> Result<(), Refusal> {
     gabion_proto::convert::check_pool(pool).map_err(|e| Refusal::invalid(e.to_string()))
 }
@@ -23,9 +32,6 @@ impl MonitorState {
         pg_count: u32,
         object_bytes: u32,
     ) -> CommandResult {
-        if let Redundancy::Erasure { .. } = redundancy {
-            return Err(Refusal::new(RefusalKind::NotBuilt, "erasure-coded pools are not built yet"));
-        }
         if self.map.pools.values().any(|p| p.name == name) {
             return Err(Refusal::exists(format!("there is a pool {name:?} already")));
         }
@@ -33,7 +39,7 @@ impl MonitorState {
         let pool = Pool {
             name,
             redundancy,
-            min_size: default_to(min_size, redundancy.width() as u32 / 2 + 1),
+            min_size: default_to(min_size, min_size_default(redundancy)),
             failure_domain,
             pg_count: default_to(pg_count, PG_COUNT_DEFAULT),
             object_bytes: default_to(object_bytes, OBJECT_BYTES_DEFAULT),

@@ -67,7 +67,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Driver {
-        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5) };
+        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
         let (cluster, epoch) = (ClusterId::default(), Epoch(0));
         let boot = Boot { cluster, id: OsdId(1), incarnation: Incarnation(1), epoch };
         Driver { core: OsdCore::new(boot, vec![(PG, meta)], 0), epoch: 0, interval: 0 }
@@ -180,6 +180,6 @@ fn a_refused_activation_is_not_claimed_later() {
     d.commit(&activation, Err(StoreError::NoSpace));
     let begun = d.map(12, 12, false);
     let promise = d.load(&begun);
-    let promised = PgMeta { promised: Epoch(12), activated: Epoch(5) };
+    let promised = PgMeta { promised: Epoch(12), activated: Epoch(5), shard: None };
     assert_eq!(txn(&promise).1, vec![TxnOp::SetMeta(promised)]);
 }

@@ -41,10 +41,20 @@ pub enum Rule {
     FenceDrains,
     /// A copy is deleted only when the group is clean elsewhere (invariant 8).
     StraysStay,
+    /// Erasure coding: as many members of each earlier interval as decode must have answered (invariant 3).
+    CoverageDecodes,
+    /// Erasure coding: a version that a member of its own interval lacks was never acknowledged, and is rolled back.
+    RollBack,
+    /// Erasure coding: a version replaces the one before it only when every member holds it (invariant 4).
+    TwoPhases,
+    /// Erasure coding: every write gives all shards the new version (E1).
+    AllShards,
+    /// Erasure coding: rows are computed from shards of one version only (E2).
+    OneVersion,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 18] = [
+    pub const ALL: [Rule; 23] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -63,6 +73,11 @@ impl Rule {
         Rule::Generations,
         Rule::FenceDrains,
         Rule::StraysStay,
+        Rule::CoverageDecodes,
+        Rule::RollBack,
+        Rule::TwoPhases,
+        Rule::AllShards,
+        Rule::OneVersion,
     ];
 }
 

@@ -27,7 +27,7 @@ const JOURNAL_SHARE: u64 = 16;
 
 const MAGIC: &[u8; 8] = b"GABIONSB";
 /// Of the superblock, and with it of everything else.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 const SUPER_BYTES: usize = 8 + 4 + 8 + 8 + 16 + 4 + 16 + 4 + 8 + 8 + 4 + 4 + 8;
 const VALUE_VERSION: u8 = 2;
 

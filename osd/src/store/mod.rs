@@ -50,6 +50,7 @@ pub use device::Traffic;
 pub use open::{DirStore, Engine, FsckReport, Info, ensure_blank, format, fsck, info, open, open_with};
 pub use wake::Waker;
 
+use crate::erasure::ShardId;
 use bytes::Bytes;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -71,6 +72,8 @@ pub struct PgMeta {
     pub promised: Epoch,
     /// Highest interval in which this OSD was made an active member.
     pub activated: Epoch,
+    /// Erasure coding: which shard of each object is here.
+    pub shard: Option<ShardId>,
 }
 
 /// Where an object stands on this OSD.

@@ -291,7 +291,14 @@ impl Generator {
             32 => TxnOp::RollbackPending { object },
             33 => TxnOp::PurgeTombstone { object, version: v(now.version) },
             34 => TxnOp::Purge { object },
-            35 => TxnOp::SetMeta(PgMeta { promised: Epoch(version.raw()), activated: Epoch(prev.raw()) }),
+            35 => {
+                let shard = wrong.then_some(ShardId { number: 1, k: 2, m: 1, matrix: 1 });
+                TxnOp::SetMeta(PgMeta {
+                    promised: Epoch(version.raw()),
+                    activated: Epoch(prev.raw()),
+                    shard,
+                })
+            },
             36 => TxnOp::AddMissing { object, needed: Needed::certain(version, wrong) },
             37 => TxnOp::DropMissing { object },
             38 => TxnOp::ClearMissing,

@@ -187,7 +187,7 @@ pub fn frame(seed: u64) -> Frame {
         })
     };
     let mut data = Bytes::new();
-    let message = match n.below(7) {
+    let message = match n.below(10) {
         0 => Message::Hello(Hello {
             cluster: ClusterId([n.any() as u8; 16]),
             role: Role::Client { id: ClientId(n.any()) },
@@ -225,11 +225,21 @@ pub fn frame(seed: u64) -> Frame {
                 deleted: n.flag(),
                 uncertain: n.flag().then(|| Version::from_raw(n.any())),
                 held: n.flag().then(|| (Version::from_raw(n.any()), n.flag())),
+                base: n.flag().then(|| Version::from_raw(n.any())),
             };
             let entries = vec![entry; n.below(50) as usize];
             let body = PeerBody::List { after: Some(object), entries, last: n.flag() };
             peer(n, body)
         }
+        6 => {
+            data = content.data;
+            peer(n, PeerBody::ShardData { tid: n.any(), result: Ok(content.extents) })
+        }
+        7 => {
+            let (first_row, row_count) = (n.any() as u32, n.any() as u32);
+            peer(n, PeerBody::ShardRead { tid: n.any(), object, version, first_row, row_count })
+        }
+        8 => peer(n, PeerBody::Commit { objects: vec![(object, version); n.below(50) as usize] }),
         _ => {
             let image = Err(SubResult::VersionMismatch);
             let body = PeerBody::PullReply { tid: n.any(), object, version, image };

@@ -34,7 +34,7 @@ pub struct Member {
     /// The last page is in, the activation is being made durable.
     activating: bool,
     /// Activated in this interval, durably.
-    active: bool,
+    pub active: bool,
     /// By object and predecessor.
     early: BTreeMap<(ObjectId, Version), Early>,
     /// Submitted and not durable: tids that want an answer.
@@ -46,7 +46,7 @@ pub struct Member {
 }
 
 impl Pg {
-    fn member(&mut self) -> Option<&mut Member> {
+    pub(super) fn member(&mut self) -> Option<&mut Member> {
         match &mut self.phase {
             Phase::Member(m) => Some(m),
             _ => None,
@@ -89,6 +89,7 @@ impl Pg {
             activated: self.meta.activated,
             object_count: self.index.objects.len() as u64,
             missing_count: self.index.missing.len() as u64,
+            shard: self.meta.shard.map(|s| s.number),
         };
         self.send(cx, primary, body, Bytes::new());
     }
@@ -109,7 +110,9 @@ impl Pg {
 
     /// What this member has or should have, in order.
     pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
-        let held = self.index.objects.iter().map(|(o, h)| (*o, ObjectEntry::here(*o, h.version, h.deleted)));
+        let held = self.index.objects.iter().map(|(o, h)| {
+            (*o, ObjectEntry { base: h.base, ..ObjectEntry::here(*o, h.version, h.deleted) })
+        });
         let missing = self.index.missing.iter().map(|(o, n)| {
             let held = self.index.objects.get(o).map(|h| (h.version, h.deleted));
             let uncertain = n.uncertain;
@@ -167,13 +170,12 @@ impl Pg {
         }
         m.activating = true;
         let pages = std::mem::take(&mut m.pages);
-        self.submit_activation(
-            cx,
-            pages.iter().map(|e| {
-                let needed = Needed { version: e.version, deleted: e.deleted, uncertain: e.uncertain };
-                (e.object, needed)
-            }),
-        );
+        let missing = pages.iter().filter(|e| e.missing).map(|e| {
+            let needed = Needed { version: e.version, deleted: e.deleted, uncertain: e.uncertain };
+            (e.object, needed)
+        });
+        let back = pages.iter().filter(|e| !e.missing).map(|e| (e.object, e.version));
+        self.submit_activation(cx, missing, back);
     }
 
     /// Missing map and activation change in one transaction (rules P3 and P4).
@@ -181,10 +183,20 @@ impl Pg {
         &mut self,
         cx: &mut Cx<'_>,
         missing: impl Iterator<Item = (ObjectId, Needed)>,
+        back: impl Iterator<Item = (ObjectId, Version)>,
     ) {
         self.index.missing = missing.collect();
+        let mut rollbacks = Vec::new();
+        for (object, version) in back {
+            let pending = self.index.objects.get(&object).is_some_and(|h| h.base == Some(version));
+            if pending && cx.rules.keep(Rule::RollBack) {
+                self.index.hold(object, Needed::certain(version, false));
+                rollbacks.push(TxnOp::RollbackPending { object });
+            }
+        }
         // `self.meta` follows when it is durable: a refused activation must not be claimed by the next promise.
-        let meta = PgMeta { promised: self.record.interval, activated: self.record.interval };
+        let meta =
+            PgMeta { promised: self.record.interval, activated: self.record.interval, shard: self.meta.shard };
         let durable = if cx.rules.keep(Rule::MissingMap) { usize::MAX } else { 0 };
         let entries = self
             .index
@@ -194,6 +206,7 @@ impl Pg {
             .map(|(o, n)| TxnOp::AddMissing { object: *o, needed: *n });
         let ops = std::iter::once(TxnOp::ClearMissing)
             .chain(entries)
+            .chain(rollbacks)
             .chain(std::iter::once(TxnOp::SetMeta(meta)))
             .collect();
         self.submit(cx, What::Activated, ops);
@@ -218,7 +231,7 @@ impl Pg {
         }
     }
 
-    fn version_of(&self, object: &ObjectId) -> Version {
+    pub(super) fn version_of(&self, object: &ObjectId) -> Version {
         self.index.objects.get(object).map_or(Version::ZERO, |h| h.version)
     }
 
@@ -260,7 +273,7 @@ impl Pg {
 
     fn apply_sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) -> bool {
         let Early { tid, object, version, prev, write, data } = w;
-        let op = match write {
+        let ops = match write {
             SubWriteKind::Write { extents } => {
                 let content = Content { extents, data };
                 if let Err(error) = content.validate(true) {
@@ -269,23 +282,29 @@ impl Pg {
                     self.send(cx, from, body, Bytes::new());
                     return false;
                 }
-                TxnOp::Write { object, prev, version, content }
+                match self.code {
+                    Some(_) => self.prepare_ops(object, prev, version, content),
+                    None => vec![TxnOp::Write { object, prev, version, content }],
+                }
             }
+            // Shards are only ever prepared.
+            _ if self.code.is_some() => return false,
             SubWriteKind::Zero { first_block, block_count, discard } => {
-                TxnOp::Zero { object, prev, version, first_block, block_count, discard }
+                vec![TxnOp::Zero { object, prev, version, first_block, block_count, discard }]
             }
-            SubWriteKind::Delete => TxnOp::Delete { object, prev, version },
+            SubWriteKind::Delete => vec![TxnOp::Delete { object, prev, version }],
         };
         if is_removed(cx.map, &object) {
             // The primary does not know yet.
             self.purged = 0;
         }
-        let deleted = matches!(op, TxnOp::Delete { .. });
-        self.index.objects.insert(object, Held { version, deleted });
+        let deleted = matches!(ops[..], [TxnOp::Delete { .. }]);
+        let base = self.code.is_some().then_some(prev);
+        self.index.objects.insert(object, Held { version, deleted, base });
         if let Some(m) = self.member() {
             m.in_flight.insert((object, version), tid);
         }
-        self.submit(cx, What::SubWrite { tid, object, version }, vec![op]);
+        self.submit(cx, What::SubWrite { tid, object, version }, ops);
         true
     }
 
@@ -328,12 +347,15 @@ impl Pg {
     ) {
         let needed = self.index.missing.get(&object).copied();
         let have = self.version_of(&object);
+        let coded = self.code.is_some();
         let Some(m) = self.member() else { return };
         if !m.active || m.applying.contains(&object) {
             return;
         }
         let answer = match needed {
             Some(n) if n.version == version && n.deleted == image.deleted => None,
+            // A shard that this member could not read, computed from the others.
+            None if coded && have == version && !image.deleted => None,
             None if have >= version => Some(SubResult::Ok),
             _ => Some(SubResult::VersionMismatch),
         };
@@ -351,7 +373,7 @@ impl Pg {
             true => replace_ops(object, version, image.deleted, content),
             false => vec![TxnOp::DropMissing { object }],
         };
-        self.submit(cx, What::PushApplied { tid, object }, ops);
+        self.submit(cx, What::PushApplied { tid, object, version }, ops);
     }
 
     pub(super) fn push_applied(
@@ -359,6 +381,7 @@ impl Pg {
         cx: &mut Cx<'_>,
         tid: u64,
         object: ObjectId,
+        version: Version,
         result: Result<(), StoreError>,
     ) {
         let Some(primary) = self.record.primary else { return };
@@ -369,6 +392,8 @@ impl Pg {
             Ok(()) => {
                 if let Some(needed) = self.index.missing.remove(&object) {
                     self.index.hold(object, needed);
+                } else if let Some(h) = self.index.objects.get_mut(&object).filter(|h| h.version == version) {
+                    h.base = None;
                 }
                 SubResult::Ok
             }
@@ -421,7 +446,7 @@ impl Index {
         if needed.version == Version::ZERO {
             self.objects.remove(&object);
         } else {
-            self.objects.insert(object, Held { version: needed.version, deleted: needed.deleted });
+            self.objects.insert(object, Held::committed(needed.version, needed.deleted));
         }
     }
 }

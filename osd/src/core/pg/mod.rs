@@ -40,16 +40,19 @@ mod member;
 mod ops;
 mod peering;
 mod recovery;
+mod shards;
 mod status;
 
 use super::context::{Context, Purpose};
 use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
+use crate::erasure::Code;
 use crate::store::{Needed, PgMeta, StoreError, Txn, TxnOp};
 use bytes::Bytes;
 use gabion_proto::ids::*;
-use gabion_proto::map::{ClusterMap, PgRecord, Redundancy};
+use gabion_proto::map::{ClusterMap, PgRecord};
 use gabion_proto::msg::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 pub use ops::ClientWork;
 
@@ -82,12 +85,22 @@ pub enum What {
     PushApplied {
         tid: u64,
         object: ObjectId,
+        version: Version,
     },
     Recovered {
         object: ObjectId,
     },
     PushRead {
         object: ObjectId,
+    },
+    /// Erasure coding: rows of the own shard for a gathering of this primary.
+    OwnRows {
+        tid: u64,
+    },
+    /// Erasure coding: rows of the own shard for the primary, or its successor.
+    ServeRows {
+        to: OsdId,
+        tid: u64,
     },
     ReportActivated,
     ReportClean,
@@ -100,6 +113,14 @@ pub enum What {
 pub struct Held {
     pub version: Version,
     pub deleted: bool,
+    /// Erasure coding: `version` is pending beside this committed one.
+    pub base: Option<Version>,
+}
+
+impl Held {
+    pub fn committed(version: Version, deleted: bool) -> Held {
+        Held { version, deleted, base: None }
+    }
 }
 
 /// What the store has, or will have once everything submitted is done.
@@ -160,6 +181,8 @@ pub struct Pg {
     worn: bool,
     /// How many removed volumes the map named when nothing of any of them was left here.
     purged: usize,
+    /// Of an erasure-coded pool.
+    code: Option<Arc<dyn Code>>,
 }
 
 impl Pg {
@@ -185,6 +208,7 @@ impl Pg {
             since: 0,
             worn: false,
             purged: 0,
+            code: None,
         }
     }
 
@@ -236,6 +260,7 @@ impl Pg {
         }
         self.abandon(cx);
         self.record = record.clone();
+        self.choose_code(cx);
         self.round += 1;
         self.index = Index::default();
         self.phase = Phase::Loading;
@@ -292,10 +317,16 @@ impl Pg {
         self.index.objects = listing
             .objects
             .into_iter()
-            .filter(|(_, s)| s.version != Version::ZERO)
-            .map(|(o, s)| (o, Held { version: s.version, deleted: s.deleted }))
+            .map(|(o, s)| match s.pending {
+                Some(version) => (o, Held { version, deleted: false, base: Some(s.version) }),
+                None => (o, Held::committed(s.version, s.deleted)),
+            })
+            .filter(|(_, h)| h.version != Version::ZERO)
             .collect();
         self.index.missing = listing.missing.into_iter().collect();
+        if !self.take_place(cx) {
+            return;
+        }
         if self.record.primary == Some(cx.id) {
             self.start_peering(cx);
         } else {
@@ -325,7 +356,9 @@ impl Pg {
             What::Activated if result.is_ok() => self.activation_durable(cx),
             What::Write { tid } => self.own_write_done(cx, tid, result),
             What::SubWrite { tid, object, version } => self.sub_write_done(cx, tid, object, version, result),
-            What::PushApplied { tid, object } => self.push_applied(cx, tid, object, result),
+            What::PushApplied { tid, object, version } => {
+                self.push_applied(cx, tid, object, version, result);
+            }
             What::Recovered { object } => self.own_recovered(cx, object, result),
             What::Housekeeping if result.is_ok() => {}
             _ => {
@@ -372,6 +405,8 @@ impl Pg {
             Phase::Member(_) => self.tell_full(cx),
             Phase::Active(_) => {
                 self.resend_writes(cx);
+                self.gather_again(cx);
+                self.commit_lazily(cx);
                 self.recover(cx);
                 self.resume(cx);
             }
@@ -397,7 +432,13 @@ impl Pg {
             PeerBody::Pull { tid, object, version } if is_primary => {
                 self.serve_pull(cx, from, tid, object, version)
             }
-            PeerBody::Info { activated, .. } => self.info(cx, from, activated),
+            PeerBody::ShardRead { tid, object, version, first_row, row_count } if is_primary => {
+                self.serve_rows(cx, from, tid, object, version, (first_row, row_count));
+            }
+            PeerBody::ShardData { tid, result } => self.rows_came(cx, from, tid, result, data),
+            PeerBody::Commit { objects } if is_primary => self.commit_told(cx, from, objects),
+            PeerBody::CommitAck { objects } => self.commit_acked(from, &objects),
+            PeerBody::Info { activated, shard, .. } => self.info(cx, from, activated, shard),
             PeerBody::List { after, entries, last } => self.list_page(cx, from, after, entries, last),
             PeerBody::ActivateAck { page } => self.activate_ack(cx, from, page),
             PeerBody::SubWriteAck { tid, result } => self.sub_write_ack(cx, from, tid, result),
@@ -439,11 +480,7 @@ impl Pg {
     }
 
     fn pool_min_size(&self, cx: &Cx<'_>) -> Option<usize> {
-        let pool = cx.map.pools.get(&self.id.pool)?;
-        match pool.redundancy {
-            Redundancy::Replicated { .. } => Some(pool.min_size as usize),
-            Redundancy::Erasure { .. } => None,
-        }
+        Some(cx.map.pools.get(&self.id.pool)?.min_size as usize)
     }
 }
 

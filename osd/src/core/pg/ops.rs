@@ -2,6 +2,7 @@
 
 use super::member::{FULL_FOR_MS, sub_result};
 use super::*;
+use crate::erasure::Block;
 use gabion_proto::blocks::{Content, ContentError};
 use gabion_proto::limits::*;
 use gabion_proto::map::Attachment;
@@ -26,17 +27,18 @@ pub struct ClientWork {
 
 /// A write that some member has not made durable yet.
 #[derive(Debug)]
-struct Write {
+pub(super) struct Write {
     /// `None`: nobody waits for the answer any more.
     token: Option<ClientToken>,
     op_of: (VolumeId, ClientId, Session, Generation),
-    object: ObjectId,
+    pub object: ObjectId,
     version: Version,
     prev: Version,
     first_block: u32,
     block_count: u32,
-    body: SubWriteKind,
-    data: Bytes,
+    /// What each member is sent.
+    parts: Parts,
+    bytes: u64,
     own: bool,
     waiting: BTreeSet<OsdId>,
     /// Members that said no (rule P7): never acknowledged in this interval.
@@ -45,8 +47,112 @@ struct Write {
     sent: Millis,
 }
 
+/// What members are sent.
 #[derive(Debug)]
-struct Read {
+pub(super) enum Parts {
+    Same(SubWriteKind, Bytes),
+    Each(BTreeMap<OsdId, (SubWriteKind, Bytes)>),
+    /// Nothing yet: the new blocks, whose parity depends on old ones.
+    Gathering(BTreeMap<u32, Option<Block>>),
+}
+
+impl Write {
+    /// An erasure-coded group's write that waits for old rows.
+    pub(super) fn gathering(
+        work: &ClientWork,
+        (first_block, block_count): (u32, u32),
+        new: BTreeMap<u32, Option<Block>>,
+        now: Millis,
+    ) -> Write {
+        let op = &work.op;
+        Write {
+            token: Some(work.token),
+            op_of: (op.object.volume, op.client, op.session, op.generation),
+            object: op.object,
+            version: Version::ZERO,
+            prev: Version::ZERO,
+            first_block,
+            block_count,
+            parts: Parts::Gathering(new),
+            bytes: work.data.len() as u64,
+            own: false,
+            waiting: BTreeSet::new(),
+            refused: BTreeMap::new(),
+            started: now,
+            sent: now,
+        }
+    }
+
+    pub(super) fn take_new(&mut self) -> BTreeMap<u32, Option<Block>> {
+        match &mut self.parts {
+            Parts::Gathering(new) => std::mem::take(new),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    /// Old rows came: from now on members owe an answer.
+    pub(super) fn send(
+        &mut self,
+        prev: Version,
+        version: Version,
+        parts: BTreeMap<OsdId, (SubWriteKind, Bytes)>,
+        now: Millis,
+    ) {
+        self.waiting = parts.keys().copied().collect();
+        (self.prev, self.version, self.parts) = (prev, version, Parts::Each(parts));
+        (self.started, self.sent) = (now, now);
+    }
+
+    pub(super) fn is_sent(&self) -> bool {
+        !matches!(self.parts, Parts::Gathering(_))
+    }
+
+    pub(super) fn prev(&self) -> Version {
+        self.prev
+    }
+
+    /// First block and number of blocks.
+    pub(super) fn range(&self) -> (u32, u32) {
+        (self.first_block, self.block_count)
+    }
+
+    pub(super) fn token(&self) -> Option<ClientToken> {
+        self.token
+    }
+}
+
+impl Read {
+    pub(super) fn of(work: &ClientWork) -> Read {
+        Read { op: work.op.clone(), arrived: work.arrived }
+    }
+
+    pub(super) fn op(&self) -> &ClientOp {
+        &self.op
+    }
+}
+
+impl ClientWork {
+    pub(super) fn op(&self) -> &ClientOp {
+        &self.op
+    }
+
+    pub(super) fn data(&self) -> &Bytes {
+        &self.data
+    }
+}
+
+impl Parts {
+    fn of(&self, member: OsdId) -> Option<(SubWriteKind, Bytes)> {
+        match self {
+            Parts::Same(kind, data) => Some((kind.clone(), data.clone())),
+            Parts::Each(parts) => parts.get(&member).cloned(),
+            Parts::Gathering(_) => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Read {
     op: ClientOp,
     arrived: Millis,
 }
@@ -54,8 +160,9 @@ struct Read {
 /// What an active primary keeps.
 #[derive(Debug)]
 pub struct Active {
-    writes: BTreeMap<u64, Write>,
-    reads: BTreeMap<ClientToken, Read>,
+    pub(super) writes: BTreeMap<u64, Write>,
+    pub(super) reads: BTreeMap<ClientToken, Read>,
+    pub(super) shards: shards::Shards,
     next_tid: u64,
     pub recovery: recovery::Recovery,
     /// Members that have too little room for clients' writes, and when they last said so (rule P7).
@@ -67,15 +174,16 @@ pub struct Active {
 
 impl Active {
     pub fn new(
-        missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
-        sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
-        uncertain: BTreeSet<ObjectId>,
+        recovery: recovery::Recovery,
+        pending: BTreeMap<ObjectId, (Version, BTreeSet<OsdId>)>,
+        now: Millis,
     ) -> Active {
         Active {
             writes: BTreeMap::new(),
             reads: BTreeMap::new(),
+            shards: shards::Shards::new(pending, now),
             next_tid: 0,
-            recovery: recovery::Recovery::new(missing, sources, uncertain),
+            recovery,
             full: BTreeMap::new(),
             clean_confirmed: false,
             clean_reported: false,
@@ -97,10 +205,15 @@ impl Active {
     pub fn has_writes(&self, object: &ObjectId) -> bool {
         self.writes.values().any(|w| w.object == *object)
     }
+
+    /// Rule P7: some member has too little room for clients' writes.
+    pub(super) fn lacks_room(&self, cx: &Cx<'_>) -> bool {
+        cx.full || self.full.values().any(|heard| cx.now < heard + FULL_FOR_MS)
+    }
 }
 
 /// Blocks that an operation touches, or `None` when it is malformed.
-fn range_of(op: &ClientOp, object_blocks: u32) -> Option<(u32, u32)> {
+pub(super) fn range_of(op: &ClientOp, object_blocks: u32) -> Option<(u32, u32)> {
     let (first, count) = match &op.kind {
         OpKind::Read { first_block, block_count, below } => {
             if below.len() > LAYERS_MAX {
@@ -123,11 +236,11 @@ fn range_of(op: &ClientOp, object_blocks: u32) -> Option<(u32, u32)> {
 }
 
 impl Pg {
-    fn reply(&mut self, cx: &mut Cx<'_>, token: ClientToken, reply: OpReply) {
+    pub(super) fn reply(&mut self, cx: &mut Cx<'_>, token: ClientToken, reply: OpReply) {
         cx.out.push(Effect::Reply { token, reply, data: Bytes::new() });
     }
 
-    fn retry(&mut self, cx: &mut Cx<'_>, token: ClientToken, why: RetryWhy) {
+    pub(super) fn retry(&mut self, cx: &mut Cx<'_>, token: ClientToken, why: RetryWhy) {
         let reply = OpReply::Retry { epoch: cx.map.epoch, why };
         self.reply(cx, token, reply);
     }
@@ -226,6 +339,9 @@ impl Pg {
             return true;
         };
         let is_read = matches!(op.kind, OpKind::Read { .. });
+        if self.code.is_some() {
+            return self.start_coded(cx, work, first_block, block_count);
+        }
         let Phase::Active(a) = &mut self.phase else { return false };
         let layers = match &op.kind {
             OpKind::Read { below, .. } => below.as_slice(),
@@ -256,8 +372,7 @@ impl Pg {
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
-        let member_full = a.full.values().any(|heard| cx.now < heard + FULL_FOR_MS);
-        if (cx.full || member_full) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+        if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
         }
@@ -282,7 +397,12 @@ impl Pg {
     }
 
     pub fn read_done(&mut self, cx: &mut Cx<'_>, what: What, result: Result<Content, StoreError>) {
-        let What::Read { token } = what else { return };
+        let token = match what {
+            What::Read { token } => token,
+            What::OwnRows { tid } => return self.own_rows_read(cx, tid, result),
+            What::ServeRows { to, tid } => return self.rows_read(cx, to, tid, result),
+            _ => return,
+        };
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(Read { op, arrived }) = a.reads.remove(&token) else { return };
         // Rule P6: the lease was good when the bytes were read.
@@ -325,7 +445,7 @@ impl Pg {
             self.retry(cx, work.token, RetryWhy::NotActive);
             return self.fail(cx, format!("object {object} has no versions left in this interval"));
         };
-        self.worn |= version.counter() >= VERSIONS_WORN;
+        self.note_worn(version);
         let data = work.data.clone();
         let (body, op) = match &work.op.kind {
             OpKind::Write { extents } => {
@@ -344,7 +464,7 @@ impl Pg {
             }
             OpKind::Read { .. } => return,
         };
-        self.index.objects.insert(object, Held { version, deleted: false });
+        self.index.objects.insert(object, Held::committed(version, false));
         let others = self.others(cx);
         let Phase::Active(a) = &mut self.phase else { return };
         let tid = a.next_tid();
@@ -356,8 +476,8 @@ impl Pg {
             prev,
             first_block,
             block_count,
-            body: body.clone(),
-            data: data.clone(),
+            parts: Parts::Same(body.clone(), data.clone()),
+            bytes: data.len() as u64,
             own: false,
             waiting: others.iter().copied().collect(),
             refused: BTreeMap::new(),
@@ -370,6 +490,10 @@ impl Pg {
             let body = PeerBody::SubWrite { tid, object, version, prev, write: body.clone() };
             self.send(cx, o, body, data.clone());
         }
+    }
+
+    pub(super) fn note_worn(&mut self, version: Version) {
+        self.worn |= version.counter() >= VERSIONS_WORN;
     }
 
     pub(super) fn own_write_done(&mut self, cx: &mut Cx<'_>, tid: u64, result: Result<(), StoreError>) {
@@ -424,7 +548,10 @@ impl Pg {
         }
         let Some(w) = a.writes.remove(&tid) else { return };
         self.counters.writes += 1;
-        self.counters.write_bytes += w.data.len() as u64;
+        self.counters.write_bytes += w.bytes;
+        if self.code.is_some() {
+            self.commit_later(cx, w.object, w.version);
+        }
         if let Some(token) = w.token {
             // Without the lease this may be a deposed primary: another one may have decided already.
             if cx.has_lease() {
@@ -444,14 +571,15 @@ impl Pg {
         {
             w.sent = cx.now;
             for o in w.waiting.iter().filter(|o| !w.refused.contains_key(o)) {
+                let Some((write, data)) = w.parts.of(*o) else { continue };
                 let body = PeerBody::SubWrite {
                     tid: *tid,
                     object: w.object,
                     version: w.version,
                     prev: w.prev,
-                    write: w.body.clone(),
+                    write,
                 };
-                again.push((*o, body, w.data.clone()));
+                again.push((*o, body, data));
             }
         }
         for (o, body, data) in again {
@@ -504,7 +632,7 @@ impl Pg {
                 *entry = (*entry).max(age);
             }
         }
-        for (o, since) in a.recovery.late() {
+        for (o, since) in a.recovery.late().chain(a.shards.late()) {
             let entry = late.entry(o).or_default();
             *entry = (*entry).max(now.saturating_sub(since));
         }

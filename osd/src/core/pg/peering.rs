@@ -17,12 +17,17 @@ pub struct Told {
     complete: bool,
     /// When it last told something.
     heard: Millis,
+    /// Erasure coding: which shard of each object it keeps.
+    pub shard: Option<u8>,
 }
 
 impl Told {
     /// Whether the object can be fetched there as it should be.
     pub fn has(&self, object: &ObjectId, n: &Needed) -> bool {
-        self.entries.get(object).and_then(ObjectEntry::copy) == Some((n.version, n.deleted))
+        self.entries.get(object).is_some_and(|e| {
+            let beside = !e.missing && !n.deleted && e.base == Some(n.version);
+            beside || e.copy() == Some((n.version, n.deleted))
+        })
     }
 }
 
@@ -46,6 +51,12 @@ pub struct Activating {
     reported: bool,
     sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
     uncertain: BTreeSet<ObjectId>,
+    /// Erasure coding: the committed version to which each acting member returns.
+    back: BTreeMap<OsdId, BTreeMap<ObjectId, Version>>,
+    /// Erasure coding: what is pending at whom and will be committed.
+    pending: BTreeMap<ObjectId, (Version, BTreeSet<OsdId>)>,
+    /// Erasure coding: which shard members of earlier intervals keep.
+    strays: BTreeMap<OsdId, u8>,
     sent: Option<Millis>,
 }
 
@@ -69,12 +80,18 @@ impl Activating {
     pub fn waiting_for(&self) -> Vec<OsdId> {
         self.pages.keys().copied().collect()
     }
+
+    /// What a member must hear.
+    fn entries(&self, member: OsdId) -> usize {
+        let back = self.back.get(&member).map_or(0, BTreeMap::len);
+        back + self.missing.get(&member).map_or(0, BTreeMap::len)
+    }
 }
 
 impl Pg {
     pub(super) fn start_peering(&mut self, cx: &mut Cx<'_>) {
         let Some(min_size) = self.pool_min_size(cx) else {
-            return self.fail(cx, "erasure coding is not built yet".into());
+            return self.fail(cx, "the pool of the group is unknown".into());
         };
         if self.record.members().count() < min_size {
             self.phase = Phase::Undersized;
@@ -86,7 +103,7 @@ impl Pg {
         self.peer_on(cx);
     }
 
-    pub(super) fn info(&mut self, cx: &mut Cx<'_>, from: OsdId, activated: Epoch) {
+    pub(super) fn info(&mut self, cx: &mut Cx<'_>, from: OsdId, activated: Epoch, shard: Option<u8>) {
         if !self.record.all_known().contains(&from) {
             return;
         }
@@ -96,10 +113,10 @@ impl Pg {
                 if p.told.contains_key(&from) {
                     return;
                 }
-                p.told.insert(from, Told { activated, heard: cx.now, ..Told::default() });
+                p.told.insert(from, Told { activated, shard, heard: cx.now, ..Told::default() });
                 self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
             }
-            Phase::Active(_) => self.late_source_speaks(cx, from),
+            Phase::Active(_) => self.late_source_speaks(cx, from, shard),
             _ => {}
         }
     }
@@ -171,7 +188,11 @@ impl Pg {
             .collect();
         let own = self.meta.activated;
         let told = &p.told;
-        // Invariant 3: of each past interval, one that was active in it.
+        // Invariant 3: of each past interval, one that was active in it, or as many as decode what it wrote.
+        let enough = match &self.code {
+            Some(code) if cx.rules.keep(Rule::CoverageDecodes) => usize::from(code.geometry().k),
+            _ => 1,
+        };
         let covers = |o: &OsdId, interval: Epoch| match *o == id {
             true => own >= interval,
             false => told.get(o).is_some_and(|t| t.complete && t.activated >= interval),
@@ -180,13 +201,13 @@ impl Pg {
             .record
             .past
             .iter()
-            .find(|past| !past.acting.iter().any(|o| covers(o, past.interval)))
+            .find(|past| past.acting.iter().filter(|o| covers(o, past.interval)).count() < enough)
             .filter(|_| cx.rules.keep(Rule::Coverage))
             .map(|past| (past.interval, past.acting.clone()));
         p.waiting_for = if !missing_acting.is_empty() {
             format!("answers of {missing_acting:?}")
         } else if let Some((interval, acting)) = &uncovered {
-            format!("a member of interval {interval}: one of {acting:?}")
+            format!("a member of interval {interval}: {enough} of {acting:?}")
         } else {
             String::new()
         };
@@ -213,14 +234,25 @@ impl Pg {
         let mut told = std::mem::take(&mut p.told);
         // Who went away before the end of its list may know of more than it said: neither authority nor source.
         told.retain(|_, t| t.complete);
-        let own =
-            Told { activated: self.meta.activated, entries: self.entries(), complete: true, heard: cx.now };
+        let own = Told {
+            activated: self.meta.activated,
+            entries: self.entries(),
+            complete: true,
+            heard: cx.now,
+            shard: self.meta.shard.map(|s| s.number),
+        };
         told.insert(cx.id, own);
         let highest = told.values().map(|t| t.activated).max().unwrap_or_default();
         if !cx.rules.keep(Rule::Authority) {
             told.values_mut().for_each(|t| t.activated = highest);
         }
-        let wanted = history::wanted(&told, highest, |o| is_removed(cx.map, o));
+        let removed = |o: &ObjectId| is_removed(cx.map, o);
+        let newest_past = self.record.past.last().map_or(Epoch(0), |p| p.interval);
+        let wanted = match &self.code {
+            None => history::wanted(&told, highest, removed),
+            Some(_) => shards::wanted(&told, highest, newest_past, removed),
+        };
+        let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
         let mut uncertain = BTreeSet::new();
         for member in self.record.members() {
@@ -238,7 +270,8 @@ impl Pg {
             for (o, e) in &t.entries {
                 let unknown = !wanted.contains_key(o) && !is_removed(cx.map, o);
                 let held = !e.missing || self.index.objects.contains_key(o) || member != cx.id;
-                if unknown && held {
+                let goes_back = back.get(&member).is_some_and(|b| b.contains_key(o));
+                if unknown && held && !goes_back {
                     lacks.insert(*o, Needed::certain(Version::ZERO, true));
                 }
             }
@@ -250,15 +283,20 @@ impl Pg {
             sources.insert(*o, holders);
         }
         let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
+        let pending = shards::pending(&told, &wanted, self.record.members());
+        let acting: BTreeSet<OsdId> = self.record.members().collect();
+        let strays =
+            told.iter().filter(|(o, _)| !acting.contains(o)).filter_map(|(o, t)| Some((*o, t.shard?)));
+        let strays = strays.collect();
         let own_missing = missing.get(&cx.id).cloned().unwrap_or_default();
+        let own_back = back.get(&cx.id).cloned().unwrap_or_default();
+        let base = |o: &ObjectId| told.get(&cx.id)?.entries.get(o)?.base;
         // From here on the index is what the objects should be; what is left of removed volumes is purged from it.
-        self.index.objects.retain(|o, _| is_removed(cx.map, o));
-        self.index.objects.extend(
-            wanted
-                .iter()
-                .filter(|(o, _)| !own_missing.contains_key(o))
-                .map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted })),
-        );
+        self.index.objects.retain(|o, _| is_removed(cx.map, o) || own_back.contains_key(o));
+        let kept = wanted.iter().filter(|(o, _)| !own_missing.contains_key(o) && !own_back.contains_key(o));
+        self.index
+            .objects
+            .extend(kept.map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted, base: base(o) })));
         self.phase = Phase::Activating(Activating {
             missing,
             pages,
@@ -266,9 +304,12 @@ impl Pg {
             reported: false,
             sources,
             uncertain,
+            back,
+            pending,
+            strays,
             sent: None,
         });
-        self.submit_activation(cx, own_missing.into_iter());
+        self.submit_activation(cx, own_missing.into_iter(), own_back.into_iter());
         self.activate_on(cx);
     }
 
@@ -277,7 +318,7 @@ impl Pg {
         if a.pages.get(&from) != Some(&page) {
             return;
         }
-        let entries = a.missing.get(&from).map_or(0, BTreeMap::len);
+        let entries = a.entries(from);
         if (page as usize + 1) * LIST_ENTRIES_MAX >= entries {
             a.pages.remove(&from);
         } else {
@@ -310,21 +351,16 @@ impl Pg {
             .pages
             .iter()
             .map(|(o, page)| {
-                let entries = a.missing.get(o);
                 let start = *page as usize * LIST_ENTRIES_MAX;
-                let total = entries.map_or(0, BTreeMap::len);
-                let missing = entries
-                    .into_iter()
-                    .flatten()
-                    .skip(start)
-                    .take(LIST_ENTRIES_MAX)
-                    .map(|(o, n)| ObjectEntry {
-                        missing: true,
-                        uncertain: n.uncertain,
-                        ..ObjectEntry::here(*o, n.version, n.deleted)
-                    })
-                    .collect();
-                let last = start + LIST_ENTRIES_MAX >= total;
+                let missing = a.missing.get(o).into_iter().flatten().map(|(o, n)| ObjectEntry {
+                    missing: true,
+                    uncertain: n.uncertain,
+                    ..ObjectEntry::here(*o, n.version, n.deleted)
+                });
+                let back = a.back.get(o).into_iter().flatten();
+                let back = back.map(|(o, v)| ObjectEntry::here(*o, *v, false));
+                let missing = missing.chain(back).skip(start).take(LIST_ENTRIES_MAX).collect();
+                let last = start + LIST_ENTRIES_MAX >= a.entries(*o);
                 (*o, PeerBody::Activate { page: *page, missing, last })
             })
             .collect();
@@ -336,11 +372,21 @@ impl Pg {
     /// The activation is durable everywhere, the monitors included: serve.
     pub(super) fn go_active(&mut self, cx: &mut Cx<'_>) {
         let Phase::Activating(a) = &mut self.phase else { return };
-        let active = ops::Active::new(
+        let coded = self.code.as_ref().map(|code| {
+            let acting = self.record.acting.iter().copied().zip(0..).filter(|(o, _)| *o != OsdId::NONE);
+            recovery::Coded {
+                k: usize::from(code.geometry().k),
+                acting: acting.collect(),
+                strays: std::mem::take(&mut a.strays),
+            }
+        });
+        let recovery = recovery::Recovery::new(
             std::mem::take(&mut a.missing),
             std::mem::take(&mut a.sources),
             std::mem::take(&mut a.uncertain),
+            coded,
         );
+        let active = ops::Active::new(recovery, std::mem::take(&mut a.pending), cx.now);
         self.phase = Phase::Active(Box::new(active));
         self.since = cx.now;
         self.recover(cx);

@@ -28,6 +28,8 @@ const FORGIVEN_MS: Millis = 15_000;
 #[derive(Debug)]
 enum Stage {
     Pulling { from: OsdId },
+    /// Erasure coding: enough shards are being read.
+    Gathering,
     Replacing,
     Reading,
     Pushing { waiting: BTreeSet<OsdId> },
@@ -63,6 +65,18 @@ pub struct Recovery {
     forgotten: usize,
     /// What one object under way may move.
     object_bytes: u64,
+    coded: Option<Coded>,
+    /// Erasure coding: shards of acting members of which some row could not be read.
+    damaged: BTreeSet<(ObjectId, OsdId)>,
+}
+
+/// Erasure coding: who keeps which shard.
+#[derive(Debug)]
+pub struct Coded {
+    pub k: usize,
+    pub acting: BTreeMap<OsdId, u8>,
+    /// Members of earlier intervals.
+    pub strays: BTreeMap<OsdId, u8>,
 }
 
 impl Recovery {
@@ -70,6 +84,7 @@ impl Recovery {
         missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
         sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
         uncertain: BTreeSet<ObjectId>,
+        coded: Option<Coded>,
     ) -> Recovery {
         Recovery {
             missing,
@@ -84,6 +99,82 @@ impl Recovery {
             asked_strays: 0,
             forgotten: 0,
             object_bytes: 0,
+            coded,
+            damaged: BTreeSet::new(),
+        }
+    }
+
+    /// Erasure coding: who can read which shard of an object as it should be. Members of earlier intervals stand in where no acting one can.
+    /// A damaged shard may still have other rows than the one that could not be read.
+    pub fn holders(&self, object: &ObjectId, damaged: bool) -> BTreeMap<u8, OsdId> {
+        let Some(coded) = &self.coded else { return BTreeMap::new() };
+        let lacks = |o: &OsdId| {
+            let lacks = self.missing.get(o).is_some_and(|m| m.contains_key(object));
+            lacks && !(damaged && self.damaged.contains(&(*object, *o)))
+        };
+        let good = |o: &OsdId| !self.bad.contains(&(*object, *o));
+        let strays = self.sources.get(object).into_iter().flatten();
+        let strays = strays.filter_map(|o| Some((*coded.strays.get(o)?, *o)));
+        let acting = coded.acting.iter().filter(|(o, _)| !lacks(o)).map(|(o, n)| (*n, *o));
+        strays.chain(acting).filter(|(_, o)| good(o)).collect()
+    }
+
+    /// Whether some acting member lacks the object.
+    pub fn is_missing(&self, object: &ObjectId) -> bool {
+        self.missing.values().any(|m| m.contains_key(object))
+    }
+
+    /// Erasure coding: who lacks the object, by shard.
+    pub fn lacking(&self, object: &ObjectId) -> BTreeMap<u8, (OsdId, Needed)> {
+        let Some(coded) = &self.coded else { return BTreeMap::new() };
+        let lacking = self.missing.iter().filter_map(|(o, m)| Some((o, m.get(object)?)));
+        lacking.filter_map(|(o, n)| Some((*coded.acting.get(o)?, (*o, *n)))).collect()
+    }
+
+    /// Erasure coding: shards of an object are read to compute those that are lacking. Writes in flight have ended:
+    /// what could not be read before may be at a later version by now.
+    pub fn begin_gathering(&mut self, object: ObjectId, tid: u64, held: Option<Version>, now: Millis) {
+        self.work.insert(object, Work { stage: Stage::Gathering, since: now, tid });
+        if let Some(version) = held {
+            let lacking = self.missing.values_mut().filter_map(|m| m.get_mut(&object));
+            lacking.filter(|n| !n.deleted).for_each(|n| n.version = version);
+        }
+    }
+
+    pub fn gathering_failed(&mut self, object: ObjectId, not_before: Millis) {
+        self.work.remove(&object);
+        self.not_before.insert(object, not_before);
+    }
+
+    /// The lacking shards of `version` are computed: who gets which, and the number of the transfer.
+    pub fn begin_pushing(
+        &mut self,
+        object: &ObjectId,
+        version: Version,
+        now: Millis,
+    ) -> Option<(u64, BTreeMap<u8, OsdId>)> {
+        let lacking = self.lacking(object).into_iter();
+        let lacking: BTreeMap<u8, OsdId> =
+            lacking.filter(|(_, (_, n))| n.version == version).map(|(n, (o, _))| (n, o)).collect();
+        let work = self.work.get_mut(object).filter(|w| matches!(w.stage, Stage::Gathering))?;
+        work.stage = Stage::Pushing { waiting: lacking.values().copied().collect() };
+        work.since = now;
+        let tid = work.tid;
+        if lacking.is_empty() {
+            self.work.remove(object);
+        }
+        lacking.values().for_each(|o| self.asked(*o, now));
+        Some((tid, lacking))
+    }
+
+    /// Erasure coding: a member cannot read its shard; it is computed from the others.
+    pub fn lose_shard(&mut self, member: OsdId, object: ObjectId, version: Version) {
+        match self.coded.as_ref().is_some_and(|c| c.acting.contains_key(&member)) {
+            true => {
+                self.damaged.insert((object, member));
+                self.missing.entry(member).or_default().insert(object, Needed::certain(version, false));
+            }
+            false => _ = self.bad.insert((object, member)),
         }
     }
 
@@ -115,12 +206,20 @@ impl Recovery {
 
     /// The needed version is with nobody who can be reached.
     fn is_unfound(&self, own: OsdId, object: &ObjectId) -> bool {
+        if let Some(coded) = &self.coded {
+            let needed = self.missing.values().find_map(|m| m.get(object));
+            return needed.is_some_and(|n| !n.deleted) && self.holders(object, false).len() < coded.k;
+        }
         let needed = self.missing.get(&own).and_then(|m| m.get(object));
         needed.is_some_and(|n| !n.deleted)
             && !self.sources.get(object).is_some_and(|s| s.iter().any(|o| !self.bad.contains(&(*object, *o))))
     }
 
     pub fn unfound(&self, own: OsdId) -> u64 {
+        if self.coded.is_some() {
+            let missing: BTreeSet<&ObjectId> = self.missing.values().flat_map(|m| m.keys()).collect();
+            return missing.into_iter().filter(|o| self.is_unfound(own, o)).count() as u64;
+        }
         let missing = self.missing.get(&own).into_iter().flat_map(|m| m.keys());
         (missing.filter(|o| self.is_unfound(own, o)).count() + self.own_bad.len()) as u64
     }
@@ -131,7 +230,7 @@ impl Recovery {
             self.work.values().any(|w| match &w.stage {
                 Stage::Pulling { from } => from == o,
                 Stage::Pushing { waiting } => waiting.contains(o),
-                Stage::Replacing | Stage::Reading => false,
+                Stage::Replacing | Stage::Reading | Stage::Gathering => false,
             })
         };
         self.owing.iter().map(|(o, (since, _))| (*o, *since)).filter(move |(o, _)| working(o))
@@ -149,6 +248,7 @@ impl Recovery {
         if let Some(m) = self.missing.get_mut(&member) {
             m.remove(object);
         }
+        self.damaged.remove(&(*object, member));
         if !self.missing.values().any(|m| m.contains_key(object)) {
             self.uncertain.remove(object);
             self.demanded.remove(object);
@@ -209,7 +309,7 @@ impl Pg {
         let patience = |s: &Stage| match s {
             Stage::Pulling { .. } => Some(PULL_PATIENCE_MS),
             Stage::Pushing { .. } => Some(PUSH_PATIENCE_MS),
-            Stage::Replacing | Stage::Reading => None,
+            Stage::Replacing | Stage::Reading | Stage::Gathering => None,
         };
         let is_stale = |w: &Work| patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms);
         let stale: Vec<ObjectId> =
@@ -241,6 +341,12 @@ impl Pg {
         if a.has_writes(&object) {
             return false;
         }
+        let needed = a.recovery.missing.values().find_map(|m| m.get(&object));
+        if self.code.is_some() && needed.is_some_and(|n| !n.deleted) {
+            self.gather_lost(cx, object);
+            return true;
+        }
+        let Phase::Active(a) = &mut self.phase else { return false };
         let tid = a.next_tid();
         let r = &mut a.recovery;
         let own = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
@@ -338,7 +444,16 @@ impl Pg {
         result: Result<(), StoreError>,
     ) {
         let Some(r) = self.recovery() else { return };
-        r.work.remove(&object);
+        let pushing = match r.work.get_mut(&object).map(|w| &mut w.stage) {
+            Some(Stage::Pushing { waiting }) => {
+                waiting.remove(&cx.id);
+                !waiting.is_empty()
+            }
+            _ => false,
+        };
+        if !pushing {
+            r.work.remove(&object);
+        }
         match result {
             Ok(()) => {
                 let needed = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
@@ -380,7 +495,7 @@ impl Pg {
                     if let Some(r) = self.recovery() {
                         r.own_bad.remove(&object);
                     }
-                    if held == Some(Held { version: state.version, deleted: state.deleted }) {
+                    if held == Some(Held::committed(state.version, state.deleted)) {
                         self.push_to_all(cx, object, state.deleted, content);
                     } else if let Some(r) = self.recovery() {
                         r.work.remove(&object);
@@ -521,6 +636,7 @@ impl Pg {
             r.demanded.remove(&o);
             r.uncertain.remove(&o);
             r.own_bad.remove(&o);
+            r.damaged.retain(|(object, _)| *object != o);
         }
     }
 
@@ -541,7 +657,12 @@ impl Pg {
         }
     }
 
-    pub(super) fn late_source_speaks(&mut self, cx: &mut Cx<'_>, from: OsdId) {
+    pub(super) fn late_source_speaks(&mut self, cx: &mut Cx<'_>, from: OsdId, shard: Option<u8>) {
+        if let (Some(coded), Some(n)) = (self.recovery().and_then(|r| r.coded.as_mut()), shard)
+            && !coded.acting.contains_key(&from)
+        {
+            coded.strays.insert(from, n);
+        }
         self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
     }
 
@@ -558,7 +679,7 @@ impl Pg {
         let same: Vec<ObjectId> = entries
             .iter()
             .filter(|e| {
-                !e.missing && held(&e.object) == Some(Held { version: e.version, deleted: e.deleted })
+                !e.missing && held(&e.object) == Some(Held::committed(e.version, e.deleted))
             })
             .map(|e| e.object)
             .collect();
@@ -574,8 +695,12 @@ impl Pg {
         }
         let Some(r) = self.recovery() else { return };
         for e in &entries {
-            let wanted = r.missing.get(&own).and_then(|m| m.get(&e.object));
-            if wanted.is_some_and(|n| e.copy() == Some((n.version, n.deleted))) {
+            let wanted = match r.coded.is_some() {
+                true => r.missing.values().find_map(|m| m.get(&e.object)),
+                false => r.missing.get(&own).and_then(|m| m.get(&e.object)),
+            };
+            let beside = |n: &Needed| !e.missing && e.base == Some(n.version);
+            if wanted.is_some_and(|n| e.copy() == Some((n.version, n.deleted)) || beside(n)) {
                 r.sources.entry(e.object).or_default().insert(from);
             }
         }

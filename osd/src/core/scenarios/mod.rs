@@ -85,7 +85,7 @@ impl Rig {
     }
 
     pub fn booted(objects: &[(u32, Version)], epoch: Epoch) -> Rig {
-        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5) };
+        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
         let boot = Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch };
         let pool = Pool {
             name: "p".into(),
@@ -206,7 +206,7 @@ impl Rig {
 
     /// A member's answers to peering.
     pub fn tells(&mut self, from: u32, activated: u64, entries: &[ObjectEntry]) {
-        self.hear(from, PeerBody::Info { activated: Epoch(activated), object_count: 0, missing_count: 0 });
+        self.hear(from, PeerBody::Info { activated: Epoch(activated), object_count: 0, missing_count: 0, shard: None });
         self.hear(from, PeerBody::List { after: None, entries: entries.to_vec(), last: true });
     }
 

@@ -1,0 +1,151 @@
+//! Erasure-coded groups: what differs from keeping whole copies.
+//!
+//! Position `n` of the acting set keeps shard `n` of every object (see [`crate::erasure`]). Peering, activation, fences,
+//! leases and the order of operations are those of every group; this module adds:
+//!
+//! - *Gathering.* Rows are read from the shards that are wanted, or from any `k` when one of them is away, late or unreadable,
+//!   and decoded. Rows that are being read are not written meanwhile, so all of them are of one version (E2).
+//! - *Two phases.* A write computes parity from new and gathered old rows and is *prepared* on every acting member beside
+//!   the committed version; shards that do not change get the new version only (E1). When all have it durable it is answered.
+//!   It is committed where the next write, a read of it, or a timer (E3) says so. One write of an object at a time, so that a member never
+//!   holds more than two versions.
+//! - *Rolling back.* A version was never acknowledged if a member that was active in the interval that wrote it lacks it; then the version
+//!   before it is with everybody, and the activation drops the newer one in the same transaction (invariant 4).
+//!   Otherwise the newest version is kept, and the older one too until the new interval is active.
+//! - *A member keeps its shard number.* The monitors give an OSD that may be needed for one shard no other one. What is left of another
+//!   number when it takes its place is older than the last time the group was clean.
+
+mod gather;
+mod history;
+mod write;
+
+pub use history::{pending, rollbacks, wanted};
+
+use super::ops::{ClientWork, range_of};
+use super::*;
+use crate::erasure::{Geometry, ReedSolomon};
+use gabion_proto::blocks::Extent;
+use gabion_proto::limits::{BLOCK_BYTES, OBJECT_BYTES_MAX};
+use gather::{For, Gather};
+use write::Uncommitted;
+
+/// Blocks of the largest object.
+const OBJECT_BLOCKS: u32 = OBJECT_BYTES_MAX / BLOCK_BYTES;
+
+/// What an active primary of an erasure-coded group keeps.
+#[derive(Debug, Default)]
+pub struct Shards {
+    gathers: BTreeMap<u64, Gather>,
+    uncommitted: BTreeMap<ObjectId, Uncommitted>,
+}
+
+impl Pg {
+    /// The code of the group's pool, when its map is first seen.
+    pub(super) fn choose_code(&mut self, cx: &Cx<'_>) {
+        if self.code.is_some() {
+            return;
+        }
+        let pool = cx.map.pools.get(&self.id.pool);
+        let Some(geometry) = pool.and_then(|p| Geometry::of(p.redundancy)) else { return };
+        match ReedSolomon::shared(geometry) {
+            Ok(code) => self.code = Some(code),
+            Err(error) => tracing::error!(pg = %self.id, osd = %cx.id, %error, "cannot serve this group"),
+        }
+    }
+
+    fn geometry(&self) -> Option<Geometry> {
+        self.code.as_ref().map(|c| c.geometry())
+    }
+
+    /// Loaded: this OSD keeps the shard of its position from now on. False when it cannot.
+    pub(super) fn take_place(&mut self, cx: &mut Cx<'_>) -> bool {
+        let pool = cx.map.pools.get(&self.id.pool);
+        if self.code.is_none() && pool.is_some_and(|p| Geometry::of(p.redundancy).is_some()) {
+            self.fail(cx, "erasure coding is not possible on this machine".into());
+            return false;
+        }
+        let position = self.record.acting.iter().position(|o| *o == cx.id);
+        let (Some(geometry), Some(number)) = (self.geometry(), position) else { return true };
+        let place = geometry.shard(number as u8);
+        let held = self.meta.shard.filter(|s| *s != place);
+        let Some(held) = held else {
+            self.meta.shard = Some(place);
+            return true;
+        };
+        if self.record.past.iter().any(|p| p.acting.contains(&cx.id)) {
+            self.fail(cx, format!("it holds {held:?}, which is needed, and was given {place:?}"));
+            return false;
+        }
+        // Invariant 8: everything was on the members of an interval without this OSD, which the monitors called clean.
+        tracing::info!(pg = %self.id, osd = %cx.id, ?held, ?place, "what an earlier place left is deleted");
+        self.meta = PgMeta { promised: self.meta.promised, activated: Epoch(0), shard: Some(place) };
+        self.index = Index::default();
+        self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg, TxnOp::SetMeta(self.meta)]);
+        true
+    }
+
+    /// The newest version of an object that every acting member holds.
+    fn acked(&self, object: &ObjectId) -> Version {
+        if let Phase::Active(a) = &self.phase
+            && let Some(w) = a.writes.values().find(|w| w.object == *object && w.is_sent())
+        {
+            return w.prev();
+        }
+        let held = self.index.objects.get(object).map(|h| h.version);
+        held.or_else(|| self.index.missing.get(object).map(|n| n.version)).unwrap_or(Version::ZERO)
+    }
+
+    /// False: it must wait. See `start` of whole copies.
+    pub(super) fn start_coded(
+        &mut self,
+        cx: &mut Cx<'_>,
+        work: &ClientWork,
+        first_block: u32,
+        block_count: u32,
+    ) -> bool {
+        let Some(geometry) = self.geometry() else { return false };
+        let (op, object) = (work.op(), work.op().object);
+        let rows = geometry.rows(first_block, block_count);
+        let overlap = |(first, count): (u32, u32)| first < rows.0 + rows.1 && rows.0 < first + count;
+        let known = self.index.objects.contains_key(&object) || self.index.missing.contains_key(&object);
+        let Phase::Active(a) = &mut self.phase else { return false };
+        if let OpKind::Read { below, .. } = &op.kind {
+            if !below.is_empty() {
+                tracing::warn!(pg = %self.id, %object, "layers are not supported in erasure-coded pools");
+                self.reply(cx, work.token, OpReply::Failed(OpError::Invalid));
+                return true;
+            }
+            let written = |w: &ops::Write| {
+                let (first, count) = w.range();
+                w.object == object && overlap(geometry.rows(first, count))
+            };
+            // Rule P5, and the row must stay of one version while it is read (E2).
+            if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(written) {
+                return false;
+            }
+            if known && a.recovery.holders(&object, true).len() < usize::from(geometry.k) {
+                a.recovery.demand(object);
+                return false;
+            }
+            self.read_rows(cx, work, known.then_some(rows), (first_block, block_count));
+            return true;
+        }
+        if a.recovery.is_missing(&object) {
+            a.recovery.demand(object);
+            return false;
+        }
+        let read = |r: &ops::Read| {
+            let range = range_of(r.op(), OBJECT_BLOCKS).unwrap_or((0, OBJECT_BLOCKS));
+            r.op().object == object && overlap(geometry.rows(range.0, range.1))
+        };
+        if a.has_writes(&object) || a.reads.values().any(read) {
+            return false;
+        }
+        if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+            self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
+            return true;
+        }
+        self.begin_write(cx, work, (first_block, block_count), known);
+        true
+    }
+}

@@ -1,0 +1,235 @@
+//! Writes in two phases: gather old rows, compute parity, prepare everywhere; commit later.
+
+use super::*;
+use crate::erasure::{Block, Rows, content_of};
+use gabion_proto::blocks::Content;
+
+/// A version that no later write or read commits is committed by a message of its own after this long (E3).
+const COMMIT_AFTER_MS: Millis = 1_000;
+/// And told again after this long.
+const TELL_AGAIN_MS: Millis = 2_000;
+/// Objects in one such message.
+const COMMITS_AT_ONCE: usize = 256;
+
+/// A version that every member holds and that may still be pending at some.
+#[derive(Debug)]
+pub struct Uncommitted {
+    version: Version,
+    members: BTreeSet<OsdId>,
+    due: Millis,
+}
+
+impl Shards {
+    pub fn new(pending: BTreeMap<ObjectId, (Version, BTreeSet<OsdId>)>, now: Millis) -> Shards {
+        let uncommitted = pending
+            .into_iter()
+            .map(|(o, (version, members))| (o, Uncommitted { version, members, due: now + COMMIT_AFTER_MS }));
+        Shards { uncommitted: uncommitted.collect(), ..Shards::default() }
+    }
+}
+
+/// The new content of the blocks that an operation names; `None` is zeros.
+fn new_blocks(op: &ClientOp, data: &Bytes) -> BTreeMap<u32, Option<Block>> {
+    match &op.kind {
+        OpKind::Read { .. } => BTreeMap::new(),
+        OpKind::Zero { first_block, block_count, .. } => {
+            (*first_block..first_block.saturating_add(*block_count)).map(|b| (b, None)).collect()
+        }
+        OpKind::Write { extents } => {
+            let content = Content { extents: extents.clone(), data: data.clone() };
+            extents
+                .iter()
+                .flat_map(|e| {
+                    let rows = crate::erasure::rows_of(&content, e.first_block, e.block_count);
+                    (e.first_block..).zip(rows)
+                })
+                .collect()
+        }
+    }
+}
+
+impl Pg {
+    /// Starts a write whose turn it is: first whatever old rows its parity depends on.
+    pub(super) fn begin_write(
+        &mut self,
+        cx: &mut Cx<'_>,
+        work: &ClientWork,
+        range: (u32, u32),
+        known: bool,
+    ) {
+        let (Some(geometry), Phase::Active(a)) = (self.geometry(), &mut self.phase) else { return };
+        let object = work.op().object;
+        let tid = a.next_tid();
+        let new = new_blocks(work.op(), work.data());
+        let rows: BTreeSet<u32> = new.keys().map(|b| geometry.place(*b).1).collect();
+        // Data shards that a row keeps as they are.
+        let mut wanted = BTreeSet::new();
+        let mut partial: Option<(u32, u32)> = None;
+        for row in rows {
+            let kept = (0..geometry.k).filter(|n| !new.contains_key(&geometry.block(*n, row)));
+            let kept: Vec<u8> = kept.collect();
+            if !kept.is_empty() {
+                wanted.extend(kept);
+                partial = Some(partial.map_or((row, row), |(first, _)| (first, row)));
+            }
+        }
+        a.writes.insert(tid, ops::Write::gathering(work, range, new, cx.now));
+        match partial.filter(|_| known) {
+            Some((first, last)) => {
+                self.gather(cx, For::Write { tid }, object, (first, last - first + 1), wanted);
+            }
+            None => self.encode_write(cx, tid, 0, &BTreeMap::new()),
+        }
+    }
+
+    /// Old rows are here: computes parity and sends every member its part.
+    pub(super) fn encode_write(
+        &mut self,
+        cx: &mut Cx<'_>,
+        tid: u64,
+        first_row: u32,
+        old: &BTreeMap<u8, Rows>,
+    ) {
+        let Some(code) = self.code.clone() else { return };
+        let geometry = code.geometry();
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(w) = a.writes.get_mut(&tid) else { return };
+        let (object, new) = (w.object, w.take_new());
+        let rows: Vec<u32> =
+            new.keys().map(|b| geometry.place(*b).1).collect::<BTreeSet<u32>>().into_iter().collect();
+        let old_block = |n: u8, row: u32| {
+            let at = row.checked_sub(first_row)? as usize;
+            old.get(&n)?.get(at)?.clone()
+        };
+        let data: BTreeMap<u8, Rows> = (0..geometry.k)
+            .map(|n| {
+                let row = |r: &u32| match new.get(&geometry.block(n, *r)) {
+                    Some(block) => block.clone(),
+                    None => old_block(n, *r),
+                };
+                (n, rows.iter().map(row).collect())
+            })
+            .collect();
+        let parity: Vec<u8> = (geometry.k..geometry.width()).collect();
+        let computed = match code.compute(&data, &parity) {
+            Ok(computed) => computed,
+            Err(error) => return self.fail(cx, format!("parity cannot be computed: {error}")),
+        };
+        let prev = self.version_of(&object);
+        let Some(version) = prev.successor(self.record.interval) else {
+            return self.fail(cx, format!("object {object} has no versions left in this interval"));
+        };
+        self.note_worn(version);
+        let content = |n: u8| match computed.get(&n) {
+            Some(parity) => content_of(rows.iter().copied().zip(parity.iter().cloned())),
+            None => content_of(rows.iter().filter_map(|r| {
+                let block = new.get(&geometry.block(n, *r))?;
+                Some((*r, block.clone()))
+            })),
+        };
+        let places = self.record.acting.iter().copied().zip(0u8..).filter(|(o, _)| *o != OsdId::NONE);
+        let mut parts: BTreeMap<OsdId, Content> = places.map(|(o, n)| (o, content(n))).collect();
+        if !cx.rules.keep(Rule::AllShards) {
+            parts.retain(|o, c| *o == cx.id || !c.extents.is_empty());
+        }
+        let own = parts.remove(&cx.id).unwrap_or_default();
+        let Phase::Active(a) = &mut self.phase else { return };
+        a.shards.uncommitted.remove(&object);
+        let Some(w) = a.writes.get_mut(&tid) else { return };
+        let parts: BTreeMap<OsdId, (SubWriteKind, Bytes)> = parts
+            .into_iter()
+            .map(|(o, c)| (o, (SubWriteKind::Write { extents: c.extents }, c.data)))
+            .collect();
+        w.send(prev, version, parts.clone(), cx.now);
+        let ops = self.prepare_ops(object, prev, version, own);
+        let ops = match cx.rules.keep(Rule::TwoPhases) {
+            true => ops,
+            false => ops.into_iter().chain([TxnOp::CommitPending { object, version }]).collect(),
+        };
+        self.index.objects.insert(object, Held { version, deleted: false, base: Some(prev) });
+        self.submit(cx, What::Write { tid }, ops);
+        for (o, (write, data)) in parts {
+            self.send(cx, o, PeerBody::SubWrite { tid, object, version, prev, write }, data);
+        }
+    }
+
+    /// The new version beside the one before it, which everybody holds.
+    pub(in super::super) fn prepare_ops(
+        &self,
+        object: ObjectId,
+        prev: Version,
+        version: Version,
+        content: Content,
+    ) -> Vec<TxnOp> {
+        let pending = self.index.objects.get(&object).is_some_and(|h| h.version == prev && h.base.is_some());
+        let commit = pending.then_some(TxnOp::CommitPending { object, version: prev });
+        let prepare = TxnOp::Prepare { object, base: prev, version, content };
+        commit.into_iter().chain([prepare]).collect()
+    }
+
+    /// Commits `version` here if it is the pending one: somebody who knows says that it is certain.
+    pub(super) fn commit_held(&mut self, cx: &mut Cx<'_>, object: ObjectId, version: Version) {
+        let held = self.index.objects.get_mut(&object);
+        let Some(held) = held.filter(|h| h.version == version && h.base.is_some()) else { return };
+        held.base = None;
+        self.submit(cx, What::Housekeeping, vec![TxnOp::CommitPending { object, version }]);
+    }
+
+    /// Every member holds it.
+    pub(in super::super) fn commit_later(&mut self, cx: &mut Cx<'_>, object: ObjectId, version: Version) {
+        let members = self.record.members().collect();
+        let Phase::Active(a) = &mut self.phase else { return };
+        let due = cx.now + COMMIT_AFTER_MS;
+        a.shards.uncommitted.insert(object, Uncommitted { version, members, due });
+    }
+
+    pub(in super::super) fn commit_lazily(&mut self, cx: &mut Cx<'_>) {
+        let (own, now) = (cx.id, cx.now);
+        let Phase::Active(a) = &mut self.phase else { return };
+        let mut told: BTreeMap<OsdId, Vec<(ObjectId, Version)>> = BTreeMap::new();
+        for (o, u) in a.shards.uncommitted.iter_mut().filter(|(_, u)| now >= u.due).take(COMMITS_AT_ONCE) {
+            u.due = now + TELL_AGAIN_MS;
+            for m in &u.members {
+                told.entry(*m).or_default().push((*o, u.version));
+            }
+        }
+        for (member, objects) in told {
+            if member == own {
+                for (object, version) in &objects {
+                    self.commit_held(cx, *object, *version);
+                }
+                self.commit_acked(own, &objects);
+            } else {
+                self.send(cx, member, PeerBody::Commit { objects }, Bytes::new());
+            }
+        }
+    }
+
+    pub(in super::super) fn commit_told(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        objects: Vec<(ObjectId, Version)>,
+    ) {
+        if !self.member().is_some_and(|m| m.active) || objects.len() > COMMITS_AT_ONCE {
+            return;
+        }
+        for (object, version) in &objects {
+            if !self.index.missing.contains_key(object) {
+                self.commit_held(cx, *object, *version);
+            }
+        }
+        self.send(cx, from, PeerBody::CommitAck { objects }, Bytes::new());
+    }
+
+    pub(in super::super) fn commit_acked(&mut self, from: OsdId, objects: &[(ObjectId, Version)]) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        for (o, version) in objects {
+            let Some(u) = a.shards.uncommitted.get_mut(o).filter(|u| u.version == *version) else { continue };
+            u.members.remove(&from);
+            if u.members.is_empty() {
+                a.shards.uncommitted.remove(o);
+            }
+        }
+    }
+}
