@@ -45,6 +45,24 @@ pub fn recompute(
     }
 }
 
+/// The position whose shard an OSD may be needed for.
+fn place_of(record: &PgRecord, osd: OsdId) -> Option<usize> {
+    let places = |acting: &Vec<OsdId>| acting.iter().position(|o| *o == osd);
+    if osd == OsdId::NONE { None } else { holders(record).find_map(places) }
+}
+
+/// Who comes back to an erasure-coded group takes the position that it had, if nobody else needs that one.
+fn return_to_places(record: &PgRecord, up: &mut [OsdId]) {
+    for from in 0..up.len() {
+        // Each swap puts one more OSD in its place.
+        while let Some(to) = place_of(record, up[from])
+            .filter(|to| *to != from && *to < up.len() && place_of(record, up[*to]) != Some(*to))
+        {
+            up.swap(from, to);
+        }
+    }
+}
+
 fn incarnation(osds: &BTreeMap<OsdId, OsdInfo>, osd: OsdId) -> Option<Incarnation> {
     osds.get(&osd).map(|o| o.incarnation)
 }
@@ -60,8 +78,12 @@ fn place(map: &mut ClusterMap) {
             }
             false => Vec::new(),
         };
-        for (id, up) in ids.zip(placement::assign_from(pool, *pool_id, &map.osds, &current)) {
-            map.pgs.entry(id).or_default().up = up;
+        for (id, mut up) in ids.zip(placement::assign_from(pool, *pool_id, &map.osds, &current)) {
+            let record = map.pgs.entry(id).or_default();
+            if let Redundancy::Erasure { .. } = pool.redundancy {
+                return_to_places(record, &mut up);
+            }
+            record.up = up;
         }
     }
 }
@@ -99,14 +121,20 @@ fn acting(
     match pool.redundancy {
         Redundancy::Erasure { .. } => {
             // What an OSD keeps of one shard may be needed: until the group is clean without it, it gets no other one.
-            let elsewhere = |osd: &OsdId, position: usize| {
-                holders(record).any(|acting| acting.iter().position(|o| o == osd).is_some_and(|p| p != position))
-            };
-            let keeps = |(position, osd): (usize, &OsdId)| match serves(osd) && !elsewhere(osd, position) {
-                true => *osd,
-                false => OsdId::NONE,
-            };
-            record.up.iter().enumerate().map(keeps).collect()
+            let here = |osd: &OsdId, position| place_of(record, *osd).is_none_or(|p| p == position);
+            let can = |osd: &OsdId, position| serves(osd) && here(osd, position);
+            let up = record.up.iter().enumerate();
+            let mut acting: Vec<OsdId> =
+                up.map(|(p, osd)| if can(osd, p) { *osd } else { OsdId::NONE }).collect();
+            // Meanwhile whoever has that shard keeps it.
+            for p in 0..acting.len() {
+                let held_back = acting[p] == OsdId::NONE && serves(&record.up[p]);
+                let earlier = holders(record).filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
+                if let Some(osd) = earlier.filter(|_| held_back) {
+                    acting[p] = *osd;
+                }
+            }
+            acting
         }
         Redundancy::Replicated { .. } => {
             let mut acting: Vec<OsdId> = record.up.iter().copied().filter(serves).collect();
