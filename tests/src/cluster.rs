@@ -70,7 +70,12 @@ impl Cluster {
 
     /// A pool with three copies and a volume in it, exported by NBD.
     pub fn volume(&self, name: &str, size: &str) -> Result<Exported> {
-        self.run(&["pool", "create", "p", "--replicas", "3", "--pgs", "16"])?;
+        self.volume_in(&["--replicas", "3"], name, size)
+    }
+
+    /// A pool with that redundancy and a volume in it, exported by NBD.
+    pub fn volume_in(&self, redundancy: &[&str], name: &str, size: &str) -> Result<Exported> {
+        self.run(&[&["pool", "create", "p", "--pgs", "16"], redundancy].concat())?;
         self.run(&["volume", "create", name, "--size", size, "--pool", "p"])?;
         let export = self.json(&["export", "add", name, "--nbd"])?;
         let field = |name: &str| {
