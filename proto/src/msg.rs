@@ -231,8 +231,8 @@ pub enum PeerBody {
         tid: u64,
         result: SubResult,
     },
-    /// Erasure coding: asks for rows of the receiver's shard of an object that is at `version` or later. The asker
-    /// is active and knows that version to be certain: the receiver commits it if it is pending.
+    /// Erasure coding: asks for rows of the receiver's shard of an object that is at `version`, pending or not, or
+    /// later.
     ShardRead {
         tid: u64,
         object: ObjectId,

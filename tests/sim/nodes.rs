@@ -261,6 +261,9 @@ impl World {
             Effect::Read { token, pg, object, below, first_block, block_count } => {
                 Event::ReadDone { token, result: store.read(pg, object, &below, first_block, block_count) }
             }
+            Effect::ReadPending { token, pg, object, first_block, block_count } => {
+                Event::ReadDone { token, result: store.read_pending(pg, object, first_block, block_count) }
+            }
             Effect::ReadObject { token, pg, object } => {
                 Event::ObjectRead { token, result: store.read_object(pg, object) }
             }

@@ -115,6 +115,14 @@ pub enum Effect {
         first_block: u32,
         block_count: u32,
     },
+    /// Erasure coding: as `Read`, of an object with its pending version as if it were committed. Answered alike.
+    ReadPending {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    },
     ReadObject {
         token: Token,
         pg: PgId,

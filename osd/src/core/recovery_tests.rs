@@ -131,7 +131,7 @@ impl Driver {
         let result = Ok(Listing { objects, missing: Vec::new() });
         let effects = d.step(Event::Listed { token: token.expect("lists"), result });
         d.commit(&effects);
-        d.hear(2, PeerBody::Info { activated: Epoch(0), object_count: 0, missing_count: 0 });
+        d.hear(2, PeerBody::Info { activated: Epoch(0), object_count: 0, missing_count: 0, shard: None });
         let effects = d.hear(2, PeerBody::List { after: None, entries: Vec::new(), last: true });
         d.commit(&effects);
         let effects = d.hear(2, PeerBody::ActivateAck { page: 0 });
@@ -163,7 +163,7 @@ fn a_bad_copy_is_repaired_from_a_stray() {
     d.now += 2_100;
     let effects = d.step(Event::Tick);
     assert!(sent(&effects).contains(&(OsdId(3), PeerBody::Query)), "asks osd.3: {effects:?}");
-    d.hear(3, PeerBody::Info { activated: Epoch(5), object_count: 1, missing_count: 0 });
+    d.hear(3, PeerBody::Info { activated: Epoch(5), object_count: 1, missing_count: 0, shard: None });
     let entry = ObjectEntry::here(OBJECT, version(), false);
     let effects = d.hear(3, PeerBody::List { after: None, entries: vec![entry], last: true });
     let needed = Needed::certain(version(), false);

@@ -364,6 +364,11 @@ impl Shell {
                 Effect::Store { token, txn } => {
                     self.store.commit(txn, move |result| answer(Event::Committed { token, result }));
                 }
+                Effect::ReadPending { token, pg, object, first_block, block_count } => {
+                    self.store.read_pending(pg, object, first_block, block_count, move |result| {
+                        answer(Event::ReadDone { token, result });
+                    });
+                }
                 Effect::Read { token, pg, object, below, first_block, block_count } => {
                     self.store.read(pg, object, below, first_block, block_count, move |result| {
                         answer(Event::ReadDone { token, result });

@@ -364,7 +364,24 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
         block_count: u32,
     ) -> Result<Content, StoreError> {
         let tag = self.own_tag();
-        self.start(tag, Work::Read { pg, object, below: below.to_vec(), first_block, block_count });
+        let below = below.to_vec();
+        self.start(tag, Work::Read { pg, object, below, first_block, block_count, pending: false });
+        match self.finish_own(tag) {
+            Done::Read(result) => result,
+            _ => unreachable!("a read ends as a read"),
+        }
+    }
+
+    fn read_pending(
+        &mut self,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    ) -> Result<Content, StoreError> {
+        let tag = self.own_tag();
+        let below = Vec::new();
+        self.start(tag, Work::Read { pg, object, below, first_block, block_count, pending: true });
         match self.finish_own(tag) {
             Done::Read(result) => result,
             _ => unreachable!("a read ends as a read"),

@@ -8,6 +8,7 @@ use super::chunk_store::ChunkStore;
 use super::device::Device;
 use super::kv::Kv;
 use super::layout::{self, BLOCK, ChunkRecord, Key, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
+use super::read::pending_block;
 use super::rules::{Rule, holds};
 use super::stage::{FreshBlocks, Stage};
 use super::view::{self, BlockBytes, ChunkOverlay, DataBlock, Value, View};
@@ -299,15 +300,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
         let mut new = Vec::new();
         for (key, value) in self.staged_scan(stage, &layout::object_key(kind::PENDING, pg, object))? {
-            let block = match value {
-                Value::Block(block) => Some(block),
-                Value::Record(bytes) => layout::parse_pending(&bytes)?
-                    .map(|(crc, data)| DataBlock { crc, bytes: BlockBytes::Raw(bytes.slice_ref(data)) }),
-            };
-            new.push((layout::parse_numbered(&key)?.2, block));
+            new.push((layout::parse_numbered(&key)?.2, pending_block(value)?));
             stage.delete(key);
         }
-        self.apply_blocks(stage, pg, object, new, 0, Mode::Over)?;
+        // A shard of a discarded range gives its space back.
+        self.apply_blocks(stage, pg, object, new, 0, Mode::Discard)?;
         self.put_object(stage, pg, object, Some(ObjectRecord { version, deleted: false, pending: None }))
     }
 

@@ -175,6 +175,9 @@ fn random_operations_match_the_model() {
             let read = store.read(PGS[0], top, &[LayerId(0)], first, count).expect("reads");
             let wanted = model.read(PGS[0], top, &[LayerId(0)], first, count);
             assert_eq!(stamps(&read), wanted, "{}: through layers", what());
+            let read = store.read_pending(PGS[0], top, first, count).expect("reads");
+            let wanted = model.read_pending(PGS[0], top, first, count);
+            assert_eq!(stamps(&read), wanted, "{}: with what is pending", what());
             match generator.rng.random_range(0..24) {
                 0 => assert_eq!(store.background(), Ok(false), "{}", what()),
                 kind @ 1..3 => {

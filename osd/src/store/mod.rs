@@ -213,6 +213,14 @@ pub trait Store: Send {
         first_block: u32,
         block_count: u32,
     ) -> Result<Content, StoreError>;
+    /// Erasure coding: the object's own layer as it will be once its pending version, if there is one, is committed.
+    fn read_pending(
+        &mut self,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    ) -> Result<Content, StoreError>;
     /// State of one object; `None` when nothing is known of it.
     fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError>;
     /// A whole object with its state, for recovery: only its own layer.
@@ -261,6 +269,8 @@ pub enum Work {
         below: Vec<LayerId>,
         first_block: u32,
         block_count: u32,
+        /// As [`Store::read_pending`].
+        pending: bool,
     },
     ReadObject {
         pg: PgId,

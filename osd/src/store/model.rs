@@ -148,6 +148,16 @@ impl Model {
         }
         out
     }
+
+    /// One layer as it will be when its pending version is committed.
+    pub fn read_pending(&self, pg: PgId, object: ObjectId, first: u32, count: u32) -> ModelBlocks {
+        let Some(o) = self.0.get(&pg).and_then(|pg| pg.objects.get(&object)) else {
+            return ModelBlocks::new();
+        };
+        let mut blocks = o.blocks.clone();
+        blocks.extend(o.pending.iter().flat_map(|(_, new)| new));
+        blocks.range(first..first + count).map(|(b, s)| (*b, *s)).collect()
+    }
 }
 
 fn step(pg: &mut ModelPg, op: &TxnOp) -> bool {

@@ -5,11 +5,13 @@ use super::chunk_store::{ChunkStore, Purpose};
 use super::device::{Device, ReadPart, Request};
 use super::kv::Kv;
 use super::layout::{self, BLOCK, ChunkRecord, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
+use super::view::{BlockBytes, ChunkOverlay, DataBlock, Value};
 use super::{Done, ObjectState, StoreError, Work};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
 use std::io;
+use std::ops::Range;
 
 /// A mismatch may come from write-back that overtook the read; one that stays is damage.
 const ATTEMPTS_MAX: u32 = 4;
@@ -76,8 +78,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
 
     fn begin_read(&mut self, tag: u64, work: Work, attempts: u32) {
         let result = match &work {
-            Work::Read { pg, object, below, first_block, block_count } => {
-                self.plan(tag, *pg, *object, below, *first_block, *block_count)
+            Work::Read { pg, object, below, first_block, block_count, pending } => {
+                self.plan(tag, *pg, *object, below, *first_block..first_block.saturating_add(*block_count), *pending)
             }
             Work::ReadObject { pg, object } => self.plan_object(tag, *pg, *object),
             _ => unreachable!("only reads are started here"),
@@ -112,7 +114,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             end = (number + 1).saturating_mul(BLOCKS_PER_CHUNK).min(OBJECT_BLOCKS_MAX);
             Ok(())
         })?;
-        let (mut job, buffer) = self.plan(tag, pg, object, &[], 0, end)?;
+        let (mut job, buffer) = self.plan(tag, pg, object, &[], 0..end, false)?;
         job.state = Some(record.into());
         Ok((job, buffer))
     }
@@ -124,11 +126,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         pg: PgId,
         object: ObjectId,
         below: &[LayerId],
-        first: u32,
-        count: u32,
+        Range { start: first, end }: Range<u32>,
+        pending: bool,
     ) -> Result<(ReadJob, BlocksMut), StoreError> {
-        let end = first.checked_add(count).filter(|&end| end <= OBJECT_BLOCKS_MAX);
-        let end = end.ok_or_else(|| StoreError::Invalid("the range is beyond the object".into()))?;
+        if end > OBJECT_BLOCKS_MAX {
+            return Err(StoreError::Invalid("the range is beyond the object".into()));
+        }
+        let count = end.saturating_sub(first);
         if below.len() > LAYERS_MAX {
             return Err(StoreError::Invalid(format!("more than {LAYERS_MAX} layers")));
         }
@@ -153,15 +157,41 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             let mut wanted = bits(u32::MAX)
                 .filter(|b| (first..end).contains(&(start + b)))
                 .fold(0u32, |mask, b| mask | 1 << b);
+            let mut prepared = None;
+            if pending {
+                let chunk = layout::numbered_key(kind::PENDING_CHUNK, pg, object, number);
+                prepared = self.index.get(&chunk)?;
+                for bit in bits(wanted) {
+                    let key = layout::numbered_key(kind::PENDING, pg, object, start + bit);
+                    let Some(value) = self.index.get(&key)? else { continue };
+                    let block = pending_block(value)?;
+                    job.found[at(bit)] = match &block {
+                        Some(block) => Found::Data(block.crc, object.layer),
+                        None => Found::Zero,
+                    };
+                    if let Some(block) = block {
+                        buffer.bytes_mut()[at(bit) * BLOCK..][..BLOCK].copy_from_slice(block.bytes.get());
+                    }
+                    wanted &= !(1 << bit);
+                }
+            }
             for layer in std::iter::once(object.layer).chain(below.iter().copied()) {
                 let key = layout::numbered_key(kind::CHUNK, pg, ObjectId { layer, ..object }, number);
-                let Some(value) = self.index.get(&key)? else { continue };
+                // A whole chunk of the pending version is as it will be, without anything over it.
+                let whole = prepared.take();
+                let over = whole.is_none();
+                let Some(value) = (match whole {
+                    Some(value) => Some(value),
+                    None => self.index.get(&key)?,
+                }) else {
+                    continue;
+                };
                 let chunk = ChunkRecord::decode(value.record()?)?;
                 bits(chunk.zero & wanted).for_each(|bit| job.found[at(bit)] = Found::Zero);
                 for bit in bits(chunk.data & wanted) {
                     job.found[at(bit)] = Found::Data(chunk.crcs[bit as usize], layer);
                 }
-                let overlay = self.index.overlay(&key)?;
+                let overlay = if over { self.index.overlay(&key)? } else { ChunkOverlay::default() };
                 for bit in bits(overlay.mask & chunk.data & wanted) {
                     if let Some(block) = overlay.blocks[bit as usize] {
                         buffer.bytes_mut()[at(bit) * BLOCK..][..BLOCK].copy_from_slice(block.bytes.get());
@@ -278,4 +308,13 @@ fn assemble(first: u32, found: &[Found], mut buffer: BlocksMut) -> Content {
         }
     }
     Content { extents, data: buffer.into_bytes(len) }
+}
+
+/// A block of a pending version, from memory or from the index; `None` is zeros.
+pub(super) fn pending_block(value: Value) -> Result<Option<DataBlock>, StoreError> {
+    Ok(match value {
+        Value::Block(block) => Some(block),
+        Value::Record(bytes) => layout::parse_pending(&bytes)?
+            .map(|(crc, data)| DataBlock { crc, bytes: BlockBytes::Raw(bytes.slice_ref(data)) }),
+    })
 }

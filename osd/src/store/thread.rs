@@ -26,7 +26,15 @@ type Answer<T> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
 
 enum Request {
     Commit(Txn, Answer<()>),
-    Read { pg: PgId, object: ObjectId, below: Vec<LayerId>, first: u32, count: u32, answer: Answer<Content> },
+    Read {
+        pg: PgId,
+        object: ObjectId,
+        below: Vec<LayerId>,
+        first: u32,
+        count: u32,
+        pending: bool,
+        answer: Answer<Content>,
+    },
     ReadObject(PgId, ObjectId, Answer<(ObjectState, Content)>),
     List(PgId, Answer<Listing>),
     Pgs(Answer<Vec<(PgId, PgMeta)>>),
@@ -75,7 +83,21 @@ impl StoreHandle {
         count: u32,
         answer: impl FnOnce(Result<Content, StoreError>) + Send + 'static,
     ) {
-        self.send(Request::Read { pg, object, below, first, count, answer: Box::new(answer) });
+        let (answer, pending) = (Box::new(answer), false);
+        self.send(Request::Read { pg, object, below, first, count, pending, answer });
+    }
+
+    /// As [`super::Store::read_pending`].
+    pub fn read_pending(
+        &self,
+        pg: PgId,
+        object: ObjectId,
+        first: u32,
+        count: u32,
+        answer: impl FnOnce(Result<Content, StoreError>) + Send + 'static,
+    ) {
+        let (answer, pending) = (Box::new(answer), true);
+        self.send(Request::Read { pg, object, below: Vec::new(), first, count, pending, answer });
     }
 
     pub fn read_object(
@@ -242,8 +264,8 @@ impl<S: ConcurrentStore> Worker<S> {
                 self.settled = false;
                 self.start(Work::Commit(vec![txn]), Pending::Commit(answer));
             }
-            Request::Read { pg, object, below, first, count, answer } => {
-                let work = Work::Read { pg, object, below, first_block: first, block_count: count };
+            Request::Read { pg, object, below, first, count, pending, answer } => {
+                let work = Work::Read { pg, object, below, first_block: first, block_count: count, pending };
                 self.start(work, Pending::Read(answer));
             }
             Request::ReadObject(pg, object, answer) => {

@@ -247,10 +247,9 @@ impl Pg {
             told.values_mut().for_each(|t| t.activated = highest);
         }
         let removed = |o: &ObjectId| is_removed(cx.map, o);
-        let newest_past = self.record.past.last().map_or(Epoch(0), |p| p.interval);
         let wanted = match &self.code {
             None => history::wanted(&told, highest, removed),
-            Some(_) => shards::wanted(&told, highest, newest_past, removed),
+            Some(_) => shards::wanted(&told, highest, &self.record.past, removed),
         };
         let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();

@@ -124,6 +124,11 @@ impl Recovery {
         self.missing.values().any(|m| m.contains_key(object))
     }
 
+    /// Erasure coding: the object may have to go back to the version before, as long as somebody lacks it.
+    pub fn is_uncertain(&self, object: &ObjectId) -> bool {
+        self.uncertain.contains(object) && self.is_missing(object)
+    }
+
     /// Erasure coding: who lacks the object, by shard.
     pub fn lacking(&self, object: &ObjectId) -> BTreeMap<u8, (OsdId, Needed)> {
         let Some(coded) = &self.coded else { return BTreeMap::new() };

@@ -155,7 +155,7 @@ impl Rig {
             }
             Effect::Send { msg, .. } => self.sent.push((msg.to, msg.body)),
             Effect::Reply { token, reply, .. } => self.replies.push((token, reply)),
-            Effect::Read { token, object, .. } => self.reads.push_back((token, object)),
+            Effect::Read { token, object, .. } | Effect::ReadPending { token, object, .. } => self.reads.push_back((token, object)),
             Effect::ReadObject { token, object, .. } => self.object_reads.push_back((token, object)),
             Effect::WantMap { .. } => {}
         }

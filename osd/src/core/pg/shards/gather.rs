@@ -167,15 +167,24 @@ impl Pg {
             let body = PeerBody::ShardRead { tid, object, version, first_row, row_count };
             return self.send(cx, member, body, Bytes::new());
         }
-        self.commit_held(cx, object, version);
-        let token = self.token(cx, What::OwnRows { tid });
-        cx.out.push(Effect::Read {
-            token,
-            pg: self.id,
-            object,
-            below: Vec::new(),
-            first_block: first_row,
-            block_count: row_count,
+        self.read_own_rows(cx, What::OwnRows { tid }, object, version, (first_row, row_count));
+    }
+
+    /// Rows of the own shard, which holds `version`, perhaps still pending.
+    fn read_own_rows(
+        &mut self,
+        cx: &mut Cx<'_>,
+        what: What,
+        object: ObjectId,
+        version: Version,
+        (first_block, block_count): (u32, u32),
+    ) {
+        let pending =
+            self.index.objects.get(&object).is_some_and(|h| h.version == version && h.base.is_some());
+        let (token, pg) = (self.token(cx, what), self.id);
+        cx.out.push(match pending {
+            true => Effect::ReadPending { token, pg, object, first_block, block_count },
+            false => Effect::Read { token, pg, object, below: Vec::new(), first_block, block_count },
         });
     }
 
@@ -374,16 +383,7 @@ impl Pg {
             let body = PeerBody::ShardData { tid, result: Err(SubResult::Missing) };
             return self.send(cx, from, body, Bytes::new());
         }
-        self.commit_held(cx, object, version);
-        let token = self.token(cx, What::ServeRows { to: from, tid });
-        cx.out.push(Effect::Read {
-            token,
-            pg: self.id,
-            object,
-            below: Vec::new(),
-            first_block: first_row,
-            block_count: row_count,
-        });
+        self.read_own_rows(cx, What::ServeRows { to: from, tid }, object, version, (first_row, row_count));
     }
 
     pub(in super::super) fn rows_read(

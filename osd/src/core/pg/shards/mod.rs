@@ -7,11 +7,11 @@
 //!   and decoded. Rows that are being read are not written meanwhile, so all of them are of one version (E2).
 //! - *Two phases.* A write computes parity from new and gathered old rows and is *prepared* on every acting member beside
 //!   the committed version; shards that do not change get the new version only (E1). When all have it durable it is answered.
-//!   It is committed where the next write, a read of it, or a timer (E3) says so. One write of an object at a time, so that a member never
+//!   It is committed where the next write or a timer (E3) says so. One write of an object at a time, so that a member never
 //!   holds more than two versions.
-//! - *Rolling back.* A version was never acknowledged if a member that was active in the interval that wrote it lacks it; then the version
-//!   before it is with everybody, and the activation drops the newer one in the same transaction (invariant 4).
-//!   Otherwise the newest version is kept, and the older one too until the new interval is active.
+//! - *Rolling back.* A version that was provably never acknowledged or shown is dropped by the activation, in the same transaction
+//!   (see `history`): the version before it is with everybody. Otherwise the newest version is kept. While some acting member
+//!   lacks one that may not have been acknowledged, it is neither shown nor committed (invariant 4).
 //! - *A member keeps its shard number.* The monitors give an OSD that may be needed for one shard no other one. What is left of another
 //!   number when it takes its place is older than the last time the group was clean.
 
@@ -123,7 +123,8 @@ impl Pg {
             if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(written) {
                 return false;
             }
-            if known && a.recovery.holders(&object, true).len() < usize::from(geometry.k) {
+            let doubt = a.recovery.is_uncertain(&object) && cx.rules.keep(Rule::ReadsWaitForDoubt);
+            if doubt || (known && a.recovery.holders(&object, true).len() < usize::from(geometry.k)) {
                 a.recovery.demand(object);
                 return false;
             }

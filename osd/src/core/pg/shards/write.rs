@@ -187,7 +187,12 @@ impl Pg {
         let (own, now) = (cx.id, cx.now);
         let Phase::Active(a) = &mut self.phase else { return };
         let mut told: BTreeMap<OsdId, Vec<(ObjectId, Version)>> = BTreeMap::new();
-        for (o, u) in a.shards.uncommitted.iter_mut().filter(|(_, u)| now >= u.due).take(COMMITS_AT_ONCE) {
+        // What somebody still lacks may have to go back (invariant 4).
+        let recovery = &a.recovery;
+        let due = a.shards.uncommitted.iter_mut();
+        for (o, u) in
+            due.filter(|(o, u)| now >= u.due && !recovery.is_missing(o)).take(COMMITS_AT_ONCE)
+        {
             u.due = now + TELL_AGAIN_MS;
             for m in &u.members {
                 told.entry(*m).or_default().push((*o, u.version));
