@@ -9,7 +9,7 @@ const ASK_AGAIN_MS: Millis = 300;
 const STRAY_PATIENCE_MS: Millis = 3_000;
 
 /// What a member told.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Told {
     pub activated: Epoch,
     /// Its list, as far as it has come in.
@@ -22,6 +22,12 @@ pub struct Told {
 }
 
 impl Told {
+    #[cfg(test)]
+    pub fn of(activated: u64, entries: impl IntoIterator<Item = ObjectEntry>) -> Told {
+        let entries = entries.into_iter().map(|e| (e.object, e)).collect();
+        Told { activated: Epoch(activated), entries, complete: true, ..Told::default() }
+    }
+
     /// Whether the object can be fetched there as it should be.
     pub fn has(&self, object: &ObjectId, n: &Needed) -> bool {
         self.entries.get(object).is_some_and(|e| {

@@ -115,13 +115,11 @@ mod tests {
     /// A member and what it holds of the object: the newest version and the committed one beside a pending one.
     fn member(osd: u32, activated: u64, held: Option<(Version, Option<Version>)>) -> (OsdId, Told) {
         let entry = held.map(|(version, base)| ObjectEntry { base, ..ObjectEntry::here(O, version, false) });
-        let entries = entry.into_iter().map(|e| (O, e)).collect();
-        (OsdId(osd), Told { activated: Epoch(activated), entries, ..Told::default() })
+        (OsdId(osd), Told::of(activated, entry))
     }
 
     fn choice(told: &[(OsdId, Told)], past: &[(u64, &[u32])]) -> Option<(Version, Option<Version>)> {
-        let told: BTreeMap<OsdId, Told> =
-            told.iter().map(|(o, t)| (*o, Told { entries: t.entries.clone(), ..*t })).collect();
+        let told: BTreeMap<OsdId, Told> = told.iter().cloned().collect();
         let past: Vec<PastInterval> = past
             .iter()
             .map(|(interval, acting)| PastInterval {
@@ -137,7 +135,7 @@ mod tests {
     /// A member that was told in `activated` to obtain a version that may never have been acknowledged.
     fn misses(osd: u32, activated: u64, version: Version, uncertain: Option<Version>) -> (OsdId, Told) {
         let entry = ObjectEntry { missing: true, uncertain, ..ObjectEntry::here(O, version, false) };
-        (OsdId(osd), Told { activated: Epoch(activated), entries: [(O, entry)].into(), ..Told::default() })
+        (OsdId(osd), Told::of(activated, [entry]))
     }
 
     const I5: (u64, &[u32]) = (5, &[1, 2, 3]);
