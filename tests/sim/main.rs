@@ -25,15 +25,38 @@ const HEAL_MS: u64 = 120_000;
 /// A broken link must be worked around within this time (rule P8).
 const LINK_MS: u64 = 30_000;
 
-/// Runs one seed.
-fn run(seed: u64, trace: bool) -> Result<Tally, String> {
-    finish(World::new(seed, trace))
+/// A run is no test of much with fewer operations and faults; it goes on until then, or this much longer.
+const OPERATIONS_MIN: u64 = 500;
+const FAULTS_MIN: u64 = 10;
+const LONGER_MS: u64 = 600_000;
+
+/// Runs one seed, of one kind of pool if it is given.
+fn run(seed: u64, pool: Option<Redundancy>, trace: bool) -> Result<Tally, String> {
+    let mut rng = rng::Rng::new(seed);
+    let plan = match pool {
+        Some(redundancy) => plan::Plan::with(redundancy, &mut rng),
+        None => plan::Plan::of(&mut rng),
+    };
+    finish(World::planned(plan, rng, trace))
+}
+
+/// `3` is three copies, `4+2` an erasure code.
+fn redundancy(text: &str) -> Option<Redundancy> {
+    match text.split_once('+') {
+        None => Some(Redundancy::Replicated { size: text.parse().ok()? }),
+        Some((k, m)) => Some(Redundancy::Erasure { k: k.parse().ok()?, m: m.parse().ok()? }),
+    }
 }
 
 /// The fault phase, healing, the last reads and the comparison.
 fn finish(mut w: World) -> Result<Tally, String> {
     let end = w.now + w.plan.fault_phase_ms;
     w.run_until(end);
+    let little = |w: &World| w.tally.client_ops < OPERATIONS_MIN || w.tally.faults < FAULTS_MIN;
+    while w.plan.scenario == Scenario::Faults && w.finding.is_none() && little(&w) && w.now < end + LONGER_MS {
+        let next = w.now + 5_000;
+        w.run_until(next);
+    }
     let finding = |w: &mut World| match w.finding.take() {
         Some(f) => Err(format!("{f} (at {} ms)", w.now)),
         None => Ok(()),
@@ -114,7 +137,7 @@ fn number(args: &[String], flag: &str, default: u64) -> Result<u64, String> {
     match args.iter().position(|a| a == flag) {
         None => Ok(default),
         Some(i) => args.get(i + 1).and_then(|v| v.parse().ok()).ok_or_else(|| {
-            format!("{flag} needs a number; usage: gabion-sim [--seeds N] [--from S] [--trace | --mutants]")
+            format!("{flag} needs a number; usage: gabion-sim [--seeds N] [--from S] [--pool COPIES|K+M] [--trace | --mutants]")
         }),
     }
 }
@@ -129,6 +152,16 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let pool = match args.iter().position(|a| a == "--pool") {
+        None => None,
+        Some(i) => match args.get(i + 1).and_then(|text| redundancy(text)) {
+            Some(pool) => Some(pool),
+            None => {
+                println!("--pool needs a number of copies, or K+M");
+                return ExitCode::from(2);
+            }
+        },
+    };
     let trace = args.iter().any(|a| a == "--trace");
     if args.iter().any(|a| a == "--mutants") {
         return match number(&args, "--seeds", mutants::SEEDS).and_then(mutants::check) {
@@ -139,12 +172,14 @@ fn main() -> ExitCode {
             }
         };
     }
-    let mut sum = Tally::default();
+    let mut sum = Tally { least_ops: u64::MAX, least_faults: u64::MAX, ..Tally::default() };
     for seed in from..from.saturating_add(seeds) {
-        match run(seed, trace) {
+        match run(seed, pool, trace) {
             Ok(t) => sum.add(&t),
             Err(finding) => {
-                println!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed}");
+                let pool = args.iter().skip_while(|a| *a != "--pool").take(2).cloned().collect::<Vec<_>>();
+                println!("seed {seed}: {finding}");
+                println!("replay: cargo xtask sim --seeds 1 --from {seed} {}", pool.join(" "));
                 return ExitCode::FAILURE;
             }
         }
@@ -157,6 +192,7 @@ fn main() -> ExitCode {
         sum.map_epochs,
         sum.virtual_ms as f64 / 3_600_000.0
     );
+    println!("at least {} operations and {} faults each", sum.least_ops, sum.least_faults);
     println!("seeds: {:?}, {} read back without shards", sum.by_redundancy, sum.degraded_checks);
     println!("faults: {:?}", sum.by_kind);
     ExitCode::SUCCESS
@@ -167,8 +203,19 @@ mod tests {
     #[test]
     fn forty_seeds_without_a_finding() {
         for seed in 1..=40 {
-            if let Err(finding) = super::run(seed, false) {
+            if let Err(finding) = super::run(seed, None, false) {
                 panic!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn erasure_coded_pools_without_a_finding() {
+        for (pool, seeds) in [("2+1", 1..=10), ("4+2", 1..=10)] {
+            for seed in seeds {
+                if let Err(finding) = super::run(seed, super::redundancy(pool), false) {
+                    panic!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed} --pool {pool}");
+                }
             }
         }
     }
@@ -192,8 +239,8 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_run() {
-        let a = super::run(7, false).map(|t| format!("{t:?}"));
-        let b = super::run(7, false).map(|t| format!("{t:?}"));
+        let a = super::run(7, None, false).map(|t| format!("{t:?}"));
+        let b = super::run(7, None, false).map(|t| format!("{t:?}"));
         assert_eq!(a, b);
     }
 }

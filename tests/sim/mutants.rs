@@ -4,6 +4,7 @@ use crate::plan::{Plan, Scenario};
 use crate::rng::Rng;
 use crate::world::World;
 use gabion_osd::core::{Rule, Rules};
+use gabion_proto::map::Redundancy;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Seeds within which each rule must be missed.
@@ -14,7 +15,16 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
         Rule::StuckReports => Scenario::OneBrokenLink,
         _ => Scenario::Faults,
     };
-    Plan { rules: Rules::without(rule), scenario, ..Plan::of(rng) }
+    let coded = matches!(
+        rule,
+        Rule::CoverageDecodes | Rule::RollBack | Rule::TwoPhases | Rule::AllShards | Rule::OneVersion
+    );
+    let plan = match (coded, rng.chance(500)) {
+        (false, _) => Plan::of(rng),
+        (true, false) => Plan::with(Redundancy::Erasure { k: 2, m: 1 }, rng),
+        (true, true) => Plan::with(Redundancy::Erasure { k: 4, m: 2 }, rng),
+    };
+    Plan { rules: Rules::without(rule), scenario, ..plan }
 }
 
 /// The first seed that notices, and how.

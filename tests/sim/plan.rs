@@ -81,6 +81,9 @@ impl Plan {
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
     pub client_ops: u64,
+    /// Of all runs added.
+    pub least_ops: u64,
+    pub least_faults: u64,
     pub reads_checked: u64,
     pub faults: u64,
     /// Faults by kind.
@@ -100,6 +103,8 @@ impl Tally {
     }
 
     pub fn add(&mut self, other: &Tally) {
+        self.least_ops = self.least_ops.min(other.client_ops);
+        self.least_faults = self.least_faults.min(other.faults);
         self.client_ops += other.client_ops;
         self.reads_checked += other.reads_checked;
         self.faults += other.faults;

@@ -121,12 +121,6 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(seed: u64, trace: bool) -> World {
-        let mut rng = Rng::new(seed);
-        let plan = Plan::of(&mut rng);
-        World::planned(plan, rng, trace)
-    }
-
     pub fn planned(plan: Plan, rng: Rng, trace: bool) -> World {
         let mut state = MonitorState::default();
         let mut must = |c: Command| state.apply(0, c).unwrap_or_else(|e| panic!("set-up refused: {e}"));

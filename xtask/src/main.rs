@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask verify
        cargo xtask licences
-       cargo xtask sim --seeds N [--from S]
+       cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M]
        cargo xtask test-vm";
 
 fn main() -> ExitCode {

@@ -11,23 +11,29 @@ use std::process::Command;
 pub struct Seeds {
     pub count: u64,
     pub from: u64,
+    /// Copies, or K+M; any kind if not given.
+    pub pool: Option<String>,
 }
 
 impl Seeds {
-    /// From `--seeds N [--from S]`.
+    /// From `--seeds N [--from S] [--pool COPIES|K+M]`.
     pub fn parse(args: &[&str]) -> Result<Seeds> {
-        let (mut count, mut from) = (None, 1);
+        let (mut count, mut from, mut pool) = (None, 1, None);
         for pair in args.chunks(2) {
             let [key, value] = pair else { bail!("{} needs a number", pair[0]) };
+            if *key == "--pool" {
+                pool = Some((*value).to_owned());
+                continue;
+            }
             let number: u64 = value.parse().with_context(|| format!("{key} {value}: not a number"))?;
             match *key {
                 "--seeds" => count = Some(number),
                 "--from" => from = number,
-                _ => bail!("{key} is not known: --seeds N [--from S]"),
+                _ => bail!("{key} is not known: --seeds N [--from S] [--pool COPIES|K+M]"),
             }
         }
         match count {
-            Some(count) if count > 0 => Ok(Seeds { count, from }),
+            Some(count) if count > 0 => Ok(Seeds { count, from, pool }),
             _ => bail!("--seeds N is needed, at least 1"),
         }
     }
@@ -37,6 +43,7 @@ impl Seeds {
     fn append_to(&self, command: &mut Command) {
         let (count, from) = (self.count.to_string(), self.from.to_string());
         command.args(["--seeds", &count, "--from", &from]);
+        command.args(self.pool.iter().flat_map(|pool| ["--pool", pool]));
     }
 }
 
@@ -79,9 +86,9 @@ mod tests {
 
     #[test]
     fn seeds_are_parsed_or_refused() {
-        assert_eq!(Seeds::parse(&["--seeds", "5"]).unwrap(), Seeds { count: 5, from: 1 });
-        let both = Seeds::parse(&["--from", "9", "--seeds", "5"]).unwrap();
-        assert_eq!(both, Seeds { count: 5, from: 9 });
+        assert_eq!(Seeds::parse(&["--seeds", "5"]).unwrap(), Seeds { count: 5, from: 1, pool: None });
+        let both = Seeds::parse(&["--from", "9", "--seeds", "5", "--pool", "4+2"]).unwrap();
+        assert_eq!(both, Seeds { count: 5, from: 9, pool: Some("4+2".into()) });
         for bad in [&[][..], &["--seeds"], &["--seeds", "0"], &["--seeds", "x"], &["--seed", "1"]] {
             assert!(Seeds::parse(bad).is_err(), "{bad:?}");
         }

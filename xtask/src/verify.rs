@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Seeds of the simulator's smoke run.
-const SMOKE: sim::Seeds = sim::Seeds { count: 200, from: 1 };
+const SMOKE: sim::Seeds = sim::Seeds { count: 200, from: 1, pool: None };
 
 /// How a step that did not fail ended.
 enum Outcome {
