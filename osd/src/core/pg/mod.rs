@@ -42,6 +42,7 @@ mod peering;
 mod recovery;
 mod shards;
 mod status;
+mod writes;
 
 use super::context::{Context, Purpose};
 use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};

@@ -2,7 +2,7 @@
 
 use super::member::{FULL_FOR_MS, sub_result};
 use super::*;
-use crate::erasure::Block;
+use super::writes::{Requested, Write};
 use gabion_proto::blocks::{Content, ContentError};
 use gabion_proto::limits::*;
 use gabion_proto::map::Attachment;
@@ -25,100 +25,10 @@ pub struct ClientWork {
     arrived: Millis,
 }
 
-/// A write that some member has not made durable yet.
 #[derive(Debug)]
-pub(super) struct Write {
-    /// `None`: nobody waits for the answer any more.
-    token: Option<ClientToken>,
-    op_of: (VolumeId, ClientId, Session, Generation),
-    pub object: ObjectId,
-    version: Version,
-    prev: Version,
-    first_block: u32,
-    block_count: u32,
-    /// What each member is sent.
-    parts: Parts,
-    bytes: u64,
-    own: bool,
-    waiting: BTreeSet<OsdId>,
-    /// Members that said no (rule P7): never acknowledged in this interval.
-    refused: BTreeMap<OsdId, SubResult>,
-    started: Millis,
-    sent: Millis,
-}
-
-/// What members are sent.
-#[derive(Debug)]
-pub(super) enum Parts {
-    Same(SubWriteKind, Bytes),
-    Each(BTreeMap<OsdId, (SubWriteKind, Bytes)>),
-    /// Nothing yet: the new blocks, whose parity depends on old ones.
-    Gathering(BTreeMap<u32, Option<Block>>),
-}
-
-impl Write {
-    /// An erasure-coded group's write that waits for old rows.
-    pub(super) fn gathering(
-        work: &ClientWork,
-        (first_block, block_count): (u32, u32),
-        new: BTreeMap<u32, Option<Block>>,
-        now: Millis,
-    ) -> Write {
-        let op = &work.op;
-        Write {
-            token: Some(work.token),
-            op_of: (op.object.volume, op.client, op.session, op.generation),
-            object: op.object,
-            version: Version::ZERO,
-            prev: Version::ZERO,
-            first_block,
-            block_count,
-            parts: Parts::Gathering(new),
-            bytes: work.data.len() as u64,
-            own: false,
-            waiting: BTreeSet::new(),
-            refused: BTreeMap::new(),
-            started: now,
-            sent: now,
-        }
-    }
-
-    pub(super) fn take_new(&mut self) -> BTreeMap<u32, Option<Block>> {
-        match &mut self.parts {
-            Parts::Gathering(new) => std::mem::take(new),
-            _ => BTreeMap::new(),
-        }
-    }
-
-    /// Old rows came: from now on members owe an answer.
-    pub(super) fn send(
-        &mut self,
-        prev: Version,
-        version: Version,
-        parts: BTreeMap<OsdId, (SubWriteKind, Bytes)>,
-        now: Millis,
-    ) {
-        self.waiting = parts.keys().copied().collect();
-        (self.prev, self.version, self.parts) = (prev, version, Parts::Each(parts));
-        (self.started, self.sent) = (now, now);
-    }
-
-    pub(super) fn is_sent(&self) -> bool {
-        !matches!(self.parts, Parts::Gathering(_))
-    }
-
-    pub(super) fn prev(&self) -> Version {
-        self.prev
-    }
-
-    /// First block and number of blocks.
-    pub(super) fn range(&self) -> (u32, u32) {
-        (self.first_block, self.block_count)
-    }
-
-    pub(super) fn token(&self) -> Option<ClientToken> {
-        self.token
-    }
+pub(super) struct Read {
+    op: ClientOp,
+    arrived: Millis,
 }
 
 impl Read {
@@ -139,22 +49,6 @@ impl ClientWork {
     pub(super) fn data(&self) -> &Bytes {
         &self.data
     }
-}
-
-impl Parts {
-    fn of(&self, member: OsdId) -> Option<(SubWriteKind, Bytes)> {
-        match self {
-            Parts::Same(kind, data) => Some((kind.clone(), data.clone())),
-            Parts::Each(parts) => parts.get(&member).cloned(),
-            Parts::Gathering(_) => None,
-        }
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct Read {
-    op: ClientOp,
-    arrived: Millis,
 }
 
 /// What an active primary keeps.
@@ -197,7 +91,7 @@ impl Active {
 
     /// Everybody who waits for an answer.
     pub fn take_tokens(&mut self) -> Vec<ClientToken> {
-        let writes = self.writes.values_mut().filter_map(|w| w.token.take()).collect::<Vec<_>>();
+        let writes = self.writes.values_mut().flat_map(Write::take_tokens).collect::<Vec<_>>();
         let reads = std::mem::take(&mut self.reads);
         writes.into_iter().chain(reads.into_keys()).collect()
     }
@@ -329,6 +223,7 @@ impl Pg {
             }
         }
         self.waiting = later;
+        self.launch_writes(cx);
         self.recover(cx);
     }
 
@@ -357,8 +252,7 @@ impl Pg {
         let overlaps = |w: &&Write| {
             w.object.volume == op.object.volume
                 && w.object.index == op.object.index
-                && w.first_block < first_block + block_count
-                && first_block < w.first_block + w.block_count
+                && w.overlaps(first_block, block_count)
         };
         if is_read {
             // Rule P5: what is not durable everywhere is not shown.
@@ -468,22 +362,9 @@ impl Pg {
         let others = self.others(cx);
         let Phase::Active(a) = &mut self.phase else { return };
         let tid = a.next_tid();
-        let write = Write {
-            token: Some(work.token),
-            op_of: (object.volume, work.op.client, work.op.session, work.op.generation),
-            object,
-            version,
-            prev,
-            first_block,
-            block_count,
-            parts: Parts::Same(body.clone(), data.clone()),
-            bytes: data.len() as u64,
-            own: false,
-            waiting: others.iter().copied().collect(),
-            refused: BTreeMap::new(),
-            started: cx.now,
-            sent: cx.now,
-        };
+        let requested = Requested::of(work, (first_block, block_count));
+        let part = (body.clone(), data.clone());
+        let write = Write::same(requested, object, (prev, version), part, &others, cx.now);
         a.writes.insert(tid, write);
         self.submit(cx, What::Write { tid }, vec![op]);
         for o in others {
@@ -546,13 +427,13 @@ impl Pg {
         if !done {
             return;
         }
-        let Some(w) = a.writes.remove(&tid) else { return };
-        self.counters.writes += 1;
-        self.counters.write_bytes += w.bytes;
+        let Some(mut w) = a.writes.remove(&tid) else { return };
+        self.counters.writes += w.requested.len() as u64;
+        self.counters.write_bytes += w.requested.iter().map(|r| r.bytes).sum::<u64>();
         if self.code.is_some() {
             self.commit_later(cx, w.object, w.version);
         }
-        if let Some(token) = w.token {
+        for token in w.take_tokens().collect::<Vec<_>>() {
             // Without the lease this may be a deposed primary: another one may have decided already.
             if cx.has_lease() {
                 self.reply(cx, token, OpReply::Done { version: w.version });
@@ -571,7 +452,7 @@ impl Pg {
         {
             w.sent = cx.now;
             for o in w.waiting.iter().filter(|o| !w.refused.contains_key(o)) {
-                let Some((write, data)) = w.parts.of(*o) else { continue };
+                let Some((write, data)) = w.part(*o) else { continue };
                 let body = PeerBody::SubWrite {
                     tid: *tid,
                     object: w.object,
@@ -602,17 +483,16 @@ impl Pg {
         self.waiting.retain(|w| w.token != token);
         if let Phase::Active(a) = &mut self.phase {
             a.reads.remove(&token);
-            for w in a.writes.values_mut().filter(|w| w.token == Some(token)) {
-                w.token = None;
-            }
+            let requested = a.writes.values_mut().flat_map(|w| &mut w.requested);
+            requested.filter(|r| r.token == Some(token)).for_each(|r| r.token = None);
         }
     }
 
     /// Rule C3: a started write of a holder that is fenced by now.
     pub fn has_fenced_writes(&self, map: &ClusterMap) -> bool {
         let Phase::Active(a) = &self.phase else { return false };
-        a.writes.values().any(|w| {
-            let (volume, client, session, generation) = w.op_of;
+        a.writes.values().flat_map(|w| &w.requested).any(|r| {
+            let (volume, client, session, generation) = r.holder;
             !map.attachments.get(&volume).is_some_and(|h| is_holder(h, client, session, generation))
         })
     }

@@ -278,7 +278,8 @@ impl Pg {
             }
             For::Write { tid } => {
                 // Nothing of it was sent to anybody.
-                if let Some(token) = a.writes.remove(&tid).and_then(|w| w.token()) {
+                let mut write = a.writes.remove(&tid);
+                for token in write.iter_mut().flat_map(|w| w.take_tokens()) {
                     self.retry(cx, token, RetryWhy::NotActive);
                 }
             }

@@ -8,7 +8,7 @@
 //! - *Two phases.* A write computes parity from new and gathered old rows and is *prepared* on every acting member beside
 //!   the committed version; shards that do not change get the new version only (E1). When all have it durable it is answered.
 //!   It is committed where the next write or a timer (E3) says so. One write of an object at a time, so that a member never
-//!   holds more than two versions.
+//!   holds more than two versions; what waits meanwhile is written together in the next one.
 //! - *Rolling back.* A version that was provably never acknowledged or shown is dropped by the activation, in the same transaction
 //!   (see `history`): the version before it is with everybody. Otherwise the newest version is kept. While some acting member
 //!   lacks one that may not have been acknowledged, it is neither shown nor committed (invariant 4).
@@ -89,7 +89,7 @@ impl Pg {
         if let Phase::Active(a) = &self.phase
             && let Some(w) = a.writes.values().find(|w| w.object == *object && w.is_sent())
         {
-            return w.prev();
+            return w.prev;
         }
         let held = self.index.objects.get(object).map(|h| h.version);
         held.or_else(|| self.index.missing.get(object).map(|n| n.version)).unwrap_or(Version::ZERO)
@@ -115,9 +115,9 @@ impl Pg {
                 self.reply(cx, work.token, OpReply::Failed(OpError::Invalid));
                 return true;
             }
-            let written = |w: &ops::Write| {
-                let (first, count) = w.range();
-                w.object == object && overlap(geometry.rows(first, count))
+            let written = |w: &writes::Write| {
+                let rows = |r: &writes::Requested| overlap(geometry.rows(r.first_block, r.block_count));
+                w.object == object && w.requested.iter().any(rows)
             };
             // Rule P5, and the row must stay of one version while it is read (E2).
             if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(written) {
@@ -139,14 +139,13 @@ impl Pg {
             let range = range_of(r.op(), OBJECT_BLOCKS).unwrap_or((0, OBJECT_BLOCKS));
             r.op().object == object && overlap(geometry.rows(range.0, range.1))
         };
-        if a.has_writes(&object) || a.reads.values().any(read) {
+        if a.reads.values().any(read) {
             return false;
         }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
         }
-        self.begin_write(cx, work, (first_block, block_count), known);
-        true
+        self.open_write(cx, work, (first_block, block_count))
     }
 }

@@ -1,6 +1,7 @@
 //! Writes in two phases: gather old rows, compute parity, prepare everywhere; commit later.
 
 use super::*;
+use super::writes::{Requested, Write};
 use crate::erasure::{Block, Rows, content_of};
 use gabion_proto::blocks::Content;
 
@@ -8,6 +9,8 @@ use gabion_proto::blocks::Content;
 const COMMIT_AFTER_MS: Millis = 1_000;
 /// And told again after this long.
 const TELL_AGAIN_MS: Millis = 2_000;
+/// Blocks that one write of several operations may have.
+const JOINED_BLOCKS_MAX: usize = 512;
 /// Objects in one such message.
 const COMMITS_AT_ONCE: usize = 256;
 
@@ -49,18 +52,31 @@ fn new_blocks(op: &ClientOp, data: &Bytes) -> BTreeMap<u32, Option<Block>> {
 }
 
 impl Pg {
-    /// Starts a write whose turn it is: first whatever old rows its parity depends on.
-    pub(super) fn begin_write(
-        &mut self,
-        cx: &mut Cx<'_>,
-        work: &ClientWork,
-        range: (u32, u32),
-        known: bool,
-    ) {
-        let (Some(geometry), Phase::Active(a)) = (self.geometry(), &mut self.phase) else { return };
+    /// Takes a write whose turn it is in hand; false while an earlier one of the object is under way.
+    pub(super) fn open_write(&mut self, cx: &mut Cx<'_>, work: &ClientWork, range: (u32, u32)) -> bool {
+        let Phase::Active(a) = &mut self.phase else { return false };
         let object = work.op().object;
+        let (requested, new) = (Requested::of(work, range), new_blocks(work.op(), work.data()));
+        if let Some(w) = a.writes.values_mut().find(|w| w.object == object) {
+            return w.join(requested, &new, JOINED_BLOCKS_MAX);
+        }
         let tid = a.next_tid();
-        let new = new_blocks(work.op(), work.data());
+        a.writes.insert(tid, Write::open(requested, object, new, cx.now));
+        true
+    }
+
+    /// Everything that could join has: first come whatever old rows the parity depends on.
+    pub(in super::super) fn launch_writes(&mut self, cx: &mut Cx<'_>) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        let open = a.writes.iter().filter(|(_, w)| w.is_open()).map(|(tid, _)| *tid).collect::<Vec<u64>>();
+        open.into_iter().for_each(|tid| self.launch(cx, tid));
+    }
+
+    fn launch(&mut self, cx: &mut Cx<'_>, tid: u64) {
+        let (Some(geometry), Phase::Active(a)) = (self.geometry(), &mut self.phase) else { return };
+        let Some(w) = a.writes.get_mut(&tid) else { return };
+        let object = w.object;
+        let Some(new) = w.close() else { return };
         let rows: BTreeSet<u32> = new.keys().map(|b| geometry.place(*b).1).collect();
         // Data shards that a row keeps as they are.
         let mut wanted = BTreeSet::new();
@@ -73,8 +89,7 @@ impl Pg {
                 partial = Some(partial.map_or((row, row), |(first, _)| (first, row)));
             }
         }
-        a.writes.insert(tid, ops::Write::gathering(work, range, new, cx.now));
-        match partial.filter(|_| known) {
+        match partial.filter(|_| self.index.objects.contains_key(&object)) {
             Some((first, last)) => {
                 self.gather(cx, For::Write { tid }, object, (first, last - first + 1), wanted);
             }
@@ -94,7 +109,8 @@ impl Pg {
         let geometry = code.geometry();
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(w) = a.writes.get_mut(&tid) else { return };
-        let (object, new) = (w.object, w.take_new());
+        let object = w.object;
+        let Some(new) = w.close().cloned() else { return };
         let rows: Vec<u32> =
             new.keys().map(|b| geometry.place(*b).1).collect::<BTreeSet<u32>>().into_iter().collect();
         let old_block = |n: u8, row: u32| {
@@ -140,7 +156,7 @@ impl Pg {
             .into_iter()
             .map(|(o, c)| (o, (SubWriteKind::Write { extents: c.extents }, c.data)))
             .collect();
-        w.send(prev, version, parts.clone(), cx.now);
+        w.send((prev, version), parts.clone(), cx.now);
         let ops = self.prepare_ops(object, prev, version, own);
         let ops = match cx.rules.keep(Rule::TwoPhases) {
             true => ops,
