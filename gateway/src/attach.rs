@@ -139,7 +139,7 @@ impl Volumes {
             object_bytes: pool.object_bytes,
         };
         let generation = Generation(reply.generation);
-        let attached = Attached::new(self.granted.client, self.granted.session, generation);
+        let attached = Attached::new(shape.id, self.granted.client, self.granted.session, generation);
         let backend = ClusterBackend {
             objects: ObjectClient::new(self.cluster.clone(), Arc::new(attached), self.io_timeout),
             pool: PoolId(reply.pool),

@@ -327,6 +327,10 @@ impl Entry for pb::AttachmentEntry {
             generation: a.generation.0,
             client: a.client.0,
             session: a.session.0,
+            root: a.root.0,
+            top: a.top.0,
+            size_bytes: a.size_bytes,
+            snapshot: a.snapshot.map(|s| s.0),
         }
     }
 
@@ -335,6 +339,10 @@ impl Entry for pb::AttachmentEntry {
             generation: Generation(self.generation),
             client: ClientId(self.client),
             session: Session(self.session),
+            root: VolumeId(self.root),
+            top: LayerId(self.top),
+            size_bytes: self.size_bytes,
+            snapshot: self.snapshot.map(SnapshotId),
         });
         Ok((VolumeId(self.volume), value))
     }
@@ -387,6 +395,7 @@ impl From<&ClusterMap> for pb::ClusterMap {
             attachments: whole_out(&m.attachments),
             removed_volumes: m.removed_volumes.iter().map(|v| v.0).collect(),
             removed_pools: m.removed_pools.iter().map(|p| p.0).collect(),
+            removed_layers: layers_out(&m.removed_layers),
         }
     }
 }
@@ -403,6 +412,7 @@ impl TryFrom<pb::ClusterMap> for ClusterMap {
             attachments: whole_in("attachments", m.attachments, VOLUMES_MAX)?,
             removed_volumes: removed_in(m.removed_volumes),
             removed_pools: m.removed_pools.into_iter().map(PoolId).collect(),
+            removed_layers: layers_in(m.removed_layers),
         };
         for (id, record) in &map.pgs {
             check_pg(&map, *id, record).map_err(|e| e.within(&format!("pgs[{id}]")))?;
@@ -414,6 +424,14 @@ impl TryFrom<pb::ClusterMap> for ClusterMap {
 /// Tombstones are never dropped, so no number bounds them but that of the message's bytes.
 fn removed_in(list: Vec<u64>) -> BTreeSet<VolumeId> {
     list.into_iter().map(VolumeId).collect()
+}
+
+fn layers_out(layers: &BTreeSet<(VolumeId, LayerId)>) -> Vec<pb::RemovedLayer> {
+    layers.iter().map(|(root, layer)| pb::RemovedLayer { root: root.0, layer: layer.0 }).collect()
+}
+
+fn layers_in(list: Vec<pb::RemovedLayer>) -> BTreeSet<(VolumeId, LayerId)> {
+    list.into_iter().map(|l| (VolumeId(l.root), LayerId(l.layer))).collect()
 }
 
 /// Whether a group fits its pool and its map.
@@ -444,6 +462,7 @@ impl From<&MapIncrement> for pb::MapIncrement {
             attachments: changes_out(&m.attachments),
             removed_volumes: m.removed_volumes.iter().map(|v| v.0).collect(),
             removed_pools: m.removed_pools.iter().map(|p| p.0).collect(),
+            removed_layers: layers_out(&m.removed_layers),
         }
     }
 }
@@ -461,6 +480,7 @@ impl TryFrom<pb::MapIncrement> for MapIncrement {
             attachments: changes_in("attachments", m.attachments, VOLUMES_MAX)?,
             removed_volumes: removed_in(m.removed_volumes),
             removed_pools: m.removed_pools.into_iter().map(PoolId).collect(),
+            removed_layers: layers_in(m.removed_layers),
         };
         for (id, record) in &out.pgs {
             let interval = record.as_ref().map_or(Epoch(0), |r| r.interval);

@@ -26,7 +26,8 @@ id!(/** A pool: a redundancy policy and a set of placement groups. */ PoolId(u32
 id!(/** The number of a cluster map; grows by one with every change. */ Epoch(u64), "e");
 id!(/** One run of an OSD process, granted by the monitors (rule P1). */ Incarnation(u64), "inc");
 id!(/** A virtual disk. Never reused. */ VolumeId(u64), "vol");
-id!(/** One layer of a volume's chain; 0 is the bottom. */ LayerId(u32), "layer");
+id!(/** One layer of the volumes of one root; 0 is the bottom, later ones have greater numbers. */ LayerId(u32), "layer");
+id!(/** A snapshot of a volume. Never reused. */ SnapshotId(u64), "snap");
 id!(/** A data-path client: one gateway process's stable identity. */ ClientId(u64), "client");
 id!(/** One run of a client, numbered by the monitors (rule C1). */ Session(u64), "s");
 id!(/** An attachment of a volume; a newer one fences older ones (rule C2). */ Generation(u64), "g");

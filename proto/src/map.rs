@@ -22,6 +22,8 @@ pub struct ClusterMap {
     /// Volumes that were removed: their objects are deleted wherever they are met, and ids are
     /// never used again, so this set is the tombstone (invariant 7).
     pub removed_volumes: BTreeSet<VolumeId>,
+    /// Layers that nothing is made of any more, of root volumes that still have others, likewise.
+    pub removed_layers: BTreeSet<(VolumeId, LayerId)>,
     /// Pools that were removed, likewise. An OSD deletes a group only for this reason, or because the group is
     /// clean elsewhere: that a map does not mention a group may have other ones.
     pub removed_pools: BTreeSet<PoolId>,
@@ -121,12 +123,20 @@ pub struct PastInterval {
     pub primary: Option<OsdId>,
 }
 
-/// Who holds a volume.
+/// Who holds a volume, and the one layer that may be written: every other one is frozen (rule C6).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     pub generation: Generation,
     pub client: ClientId,
     pub session: Session,
+    /// Whose objects the volume's layers are: itself, or what it was cloned from.
+    pub root: VolumeId,
+    /// The volume's top layer. Numbers of layers grow, so a greater one is newer.
+    pub top: LayerId,
+    /// A grown volume tells its holder so.
+    pub size_bytes: u64,
+    /// A snapshot waits for the holder to pause and to say so.
+    pub snapshot: Option<SnapshotId>,
 }
 
 impl ClusterMap {
@@ -135,6 +145,29 @@ impl ClusterMap {
     pub fn pg_of(&self, pool: PoolId, volume: VolumeId, index: u32) -> Option<PgId> {
         let count = self.pools.get(&pool)?.pg_count;
         Some(PgId { pool, index: crate::placement::pg_index(volume, index, count) })
+    }
+
+    /// Whether nothing is made of an object any more: it is deleted wherever it is met (invariant 7).
+    pub fn is_removed(&self, object: &ObjectId) -> bool {
+        self.removed_volumes.contains(&object.volume)
+            || self.removed_layers.contains(&(object.volume, object.layer))
+    }
+
+    /// How many tombstones there are, in a form that no two maps with different ones share.
+    pub fn tombstones(&self) -> (usize, usize) {
+        // Layers leave their set only when their root enters the other one.
+        (self.removed_volumes.len(), self.removed_layers.len())
+    }
+
+    fn drop_covered_tombstones(&mut self) {
+        let roots = &self.removed_volumes;
+        self.removed_layers.retain(|(root, _)| !roots.contains(root));
+    }
+
+    /// Removes a root volume with all its layers.
+    pub fn remove_root(&mut self, root: VolumeId) {
+        self.removed_volumes.insert(root);
+        self.drop_covered_tombstones();
     }
 
     /// The record of an OSD that is up.
@@ -168,6 +201,7 @@ pub struct MapIncrement {
     pub pgs: BTreeMap<PgId, Option<PgRecord>>,
     pub attachments: BTreeMap<VolumeId, Option<Attachment>>,
     pub removed_volumes: BTreeSet<VolumeId>,
+    pub removed_layers: BTreeSet<(VolumeId, LayerId)>,
     pub removed_pools: BTreeSet<PoolId>,
 }
 
@@ -214,6 +248,7 @@ impl MapIncrement {
             pgs: diff_tree(&old.pgs, &new.pgs),
             attachments: diff_tree(&old.attachments, &new.attachments),
             removed_volumes: new.removed_volumes.difference(&old.removed_volumes).copied().collect(),
+            removed_layers: new.removed_layers.difference(&old.removed_layers).copied().collect(),
             removed_pools: new.removed_pools.difference(&old.removed_pools).copied().collect(),
         }
     }
@@ -228,6 +263,8 @@ impl MapIncrement {
         apply_tree(&mut map.pgs, &self.pgs);
         apply_tree(&mut map.attachments, &self.attachments);
         map.removed_volumes.extend(self.removed_volumes.iter().copied());
+        map.removed_layers.extend(self.removed_layers.iter().copied());
+        map.drop_covered_tombstones();
         map.removed_pools.extend(self.removed_pools.iter().copied());
         map.epoch = self.to;
         Ok(())

@@ -49,6 +49,8 @@ pub struct ClientOp {
     /// only read.
     pub session: Session,
     pub generation: Generation,
+    /// The volume whose attachment that is; of a clone another one than the object's root.
+    pub volume: VolumeId,
     /// The object and its top layer: writes go there.
     pub object: ObjectId,
     pub kind: OpKind,
@@ -107,6 +109,8 @@ pub enum OpError {
     Invalid,
     #[error("the volume was removed")]
     Removed,
+    #[error("a snapshot froze the layer")]
+    Frozen,
 }
 
 /// One OSD to another, about one placement group. `interval` and both incarnations are checked by

@@ -302,6 +302,7 @@ fn send(w: &mut World, i: usize, request: u64) {
         client: c.id,
         session: c.session,
         generation: c.generation,
+        volume: volume_id,
         object: ObjectId { volume: volume_id, index, layer: LayerId(0) },
         kind,
     };

@@ -130,6 +130,7 @@ impl ObjectClient {
             client: self.attached.client,
             session: self.attached.session,
             generation: self.attached.generation,
+            volume: self.attached.volume,
             object,
             kind: kind.clone(),
         };

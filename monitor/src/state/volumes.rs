@@ -137,8 +137,18 @@ impl MonitorState {
                 Generation(self.counters.generation)
             }
         };
+        let Volume { size_bytes, layers, .. } = &self.volumes[&id];
+        let attachment = Attachment {
+            generation,
+            client,
+            session,
+            root: id,
+            top: layers.first().copied().unwrap_or_default(),
+            size_bytes: *size_bytes,
+            snapshot: None,
+        };
         self.bump(|map| {
-            map.attachments.insert(id, Attachment { generation, client, session });
+            map.attachments.insert(id, attachment);
         });
         Ok(Reply::Attached { volume: id, generation, epoch: self.map.epoch })
     }

@@ -52,7 +52,15 @@ fn map() -> Arc<ClusterMap> {
         pgs: [(PG, record)].into(),
         attachments: [(
             VOLUME,
-            Attachment { generation: Generation(1), client: ClientId(1), session: Session(1) },
+            Attachment {
+                generation: Generation(1),
+                client: ClientId(1),
+                session: Session(1),
+                root: VOLUME,
+                top: OBJECT.layer,
+                size_bytes: 1 << 30,
+                snapshot: None,
+            },
         )]
         .into(),
         removed_volumes: [REMOVED.volume].into(),
@@ -208,6 +216,7 @@ fn a_bad_block_waits_for_writes_in_flight() {
         client: ClientId(1),
         session: Session(1),
         generation: Generation(1),
+        volume: VOLUME,
         object: ObjectId { index: 1, ..OBJECT },
         kind,
     };

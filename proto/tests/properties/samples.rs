@@ -137,10 +137,17 @@ pub fn map(seed: u64, epoch: u64) -> ClusterMap {
             generation: Generation(n.any()),
             client: ClientId(n.any()),
             session: Session(n.any()),
+            root: VolumeId(n.any()),
+            top: LayerId(n.any() as u32),
+            size_bytes: n.any(),
+            snapshot: n.flag().then(|| SnapshotId(n.any())),
         };
         map.attachments.insert(VolumeId(n.below(20)), attachment);
     }
     map.removed_volumes = (0..n.below(6)).map(|_| VolumeId(n.below(100))).collect();
+    for _ in 0..n.below(6) {
+        map.removed_layers.insert((VolumeId(100 + n.below(9)), LayerId(n.below(9) as u32)));
+    }
     map.removed_pools = (0..n.below(6)).map(|_| PoolId(100 + n.below(100) as u32)).collect();
     map
 }
@@ -202,6 +209,7 @@ pub fn frame(seed: u64) -> Frame {
                 client: ClientId(n.any()),
                 session: Session(n.any()),
                 generation: Generation(n.any()),
+                volume: VolumeId(n.any()),
                 object,
                 kind,
             })

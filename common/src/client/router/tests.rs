@@ -81,7 +81,7 @@ const DONE: OpReply = OpReply::Done { version: Version::ZERO };
 
 fn client(map: &tokio::sync::watch::Sender<Arc<ClusterMap>>, timeout: Option<Duration>) -> ObjectClient {
     let cluster = ClusterClient::new(map.subscribe(), ClientId(4));
-    let attached = Attached::new(ClientId(4), Session(2), Generation(6));
+    let attached = Attached::new(VolumeId(9), ClientId(4), Session(2), Generation(6));
     ObjectClient::new(cluster, Arc::new(attached), timeout)
 }
 

@@ -296,7 +296,7 @@ impl Pg {
         };
         if is_removed(cx.map, &object) {
             // The primary does not know yet.
-            self.purged = 0;
+            self.purged = (0, 0);
         }
         let deleted = matches!(ops[..], [TxnOp::Delete { .. }]);
         let base = self.code.is_some().then_some(prev);

@@ -180,8 +180,8 @@ pub struct Pg {
     since: Millis,
     /// Some object runs out of versions in this interval.
     worn: bool,
-    /// How many removed volumes the map named when nothing of any of them was left here.
-    purged: usize,
+    /// The map's tombstones when nothing of any of them was left here.
+    purged: (usize, usize),
     /// Of an erasure-coded pool.
     code: Option<Arc<dyn Code>>,
 }
@@ -208,7 +208,7 @@ impl Pg {
             recovered_bytes: 0,
             since: 0,
             worn: false,
-            purged: 0,
+            purged: (0, 0),
             code: None,
         }
     }
@@ -269,7 +269,7 @@ impl Pg {
         self.recovered_bytes = 0;
         self.since = cx.now;
         self.worn = false;
-        self.purged = 0;
+        self.purged = (0, 0);
         if current {
             let token = self.token(cx, What::Loaded);
             cx.out.push(Effect::List { token, pg: self.id });
@@ -453,11 +453,10 @@ impl Pg {
         }
     }
 
-    /// Deletes objects of removed volumes, some at a time (invariant 7: the ids in the map are the tombstone).
+    /// Deletes objects of removed volumes and layers, some at a time (invariant 7: the ids in the map are the tombstone).
     fn purge_removed(&mut self, cx: &mut Cx<'_>) {
         const AT_ONCE: usize = 64;
-        // The set only grows.
-        let known = cx.map.removed_volumes.len();
+        let known = cx.map.tombstones();
         if self.purged == known || matches!(self.phase, Phase::Loading | Phase::Broken(_)) {
             return;
         }
@@ -485,7 +484,7 @@ impl Pg {
     }
 }
 
-/// Objects of removed volumes: looked for once a volume, not once an object.
+/// Objects of removed volumes and layers: a volume is looked for once, not once an object.
 fn removed_objects<'a, T>(
     map: &'a ClusterMap,
     objects: &'a BTreeMap<ObjectId, T>,
@@ -497,12 +496,14 @@ fn removed_objects<'a, T>(
         from = volume.0.checked_add(1).map(VolumeId);
         Some(volume)
     });
+    let layers = |v| map.removed_layers.range((v, LayerId(0))..=(v, LayerId(u32::MAX))).next().is_some();
     volumes
-        .filter(|v| map.removed_volumes.contains(v))
+        .filter(move |v| map.removed_volumes.contains(v) || layers(*v))
         .flat_map(move |v| objects.range(first(v)..).map(|(o, _)| *o).take_while(move |o| o.volume == v))
+        .filter(|o| is_removed(map, o))
 }
 
-/// Whether an object belongs to a volume that was removed: peering and recovery ignore it.
+/// Whether an object belongs to a volume or a layer that was removed: peering and recovery ignore it.
 fn is_removed(map: &ClusterMap, object: &ObjectId) -> bool {
-    map.removed_volumes.contains(&object.volume)
+    map.is_removed(object)
 }

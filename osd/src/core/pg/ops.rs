@@ -156,6 +156,7 @@ impl Pg {
         let Some(pool) = cx.map.pools.get(&self.id.pool) else {
             return self.retry(cx, token, RetryWhy::StaleMap);
         };
+        // The root's: of clones, too.
         let here = cx.map.pg_of(op.pg.pool, op.object.volume, op.object.index) == Some(op.pg);
         if !here || range_of(&op, pool.object_bytes / BLOCK_BYTES).is_none() {
             return self.reply(cx, token, OpReply::Failed(OpError::Invalid));
@@ -175,15 +176,20 @@ impl Pg {
 
     /// Whether the volume's fence lets the operation through (rules C1 and C2).
     fn fence(&self, cx: &mut Cx<'_>, op: &ClientOp) -> Result<(), OpReply> {
-        if cx.map.removed_volumes.contains(&op.object.volume) {
+        let below = match &op.kind {
+            OpKind::Read { below, .. } => below.as_slice(),
+            _ => &[],
+        };
+        let mut objects = std::iter::once(op.object.layer).chain(below.iter().copied());
+        if objects.any(|layer| is_removed(cx.map, &ObjectId { layer, ..op.object })) {
             return Err(OpReply::Failed(OpError::Removed));
         }
         if op.generation == Generation(0) {
             let reads = matches!(op.kind, OpKind::Read { .. });
             return if reads { Ok(()) } else { Err(OpReply::Failed(OpError::Invalid)) };
         }
-        match cx.map.attachments.get(&op.object.volume) {
-            Some(a) if is_holder(a, op.client, op.session, op.generation) => Ok(()),
+        match cx.map.attachments.get(&op.volume) {
+            Some(a) if is_holder(a, op.client, op.session, op.generation) => self.frozen(cx, a, op),
             _ if !cx.rules.keep(Rule::Generations) => Ok(()),
             Some(a)
                 if op.client == a.client
@@ -199,6 +205,22 @@ impl Pg {
             }
             _ => Err(OpReply::Failed(OpError::Fenced)),
         }
+    }
+
+    /// Rule C6: a holder writes its top layer and nothing else.
+    fn frozen(&self, cx: &mut Cx<'_>, a: &Attachment, op: &ClientOp) -> Result<(), OpReply> {
+        if a.root != op.object.volume {
+            return Err(OpReply::Failed(OpError::Invalid));
+        }
+        if matches!(op.kind, OpKind::Read { .. }) || op.object.layer == a.top {
+            return Ok(());
+        }
+        if op.object.layer < a.top {
+            return Err(OpReply::Failed(OpError::Frozen));
+        }
+        // The client knows of a layer that this OSD does not.
+        cx.out.push(Effect::WantMap { epoch: cx.map.epoch.next() });
+        Err(OpReply::Retry { epoch: cx.map.epoch, why: RetryWhy::OsdBehind })
     }
 
     /// Starts what can start, in order of arrival per object.
@@ -488,12 +510,13 @@ impl Pg {
         }
     }
 
-    /// Rule C3: a started write of a holder that is fenced by now.
+    /// Rules C3 and C6: a started write of a holder that is fenced by now, or to a layer that is frozen by now.
     pub fn has_fenced_writes(&self, map: &ClusterMap) -> bool {
         let Phase::Active(a) = &self.phase else { return false };
-        a.writes.values().flat_map(|w| &w.requested).any(|r| {
+        a.writes.values().flat_map(|w| w.requested.iter().map(|r| (w.object.layer, r))).any(|(layer, r)| {
             let (volume, client, session, generation) = r.holder;
-            !map.attachments.get(&volume).is_some_and(|h| is_holder(h, client, session, generation))
+            let may = |h: &Attachment| is_holder(h, client, session, generation) && h.top == layer;
+            !map.attachments.get(&volume).is_some_and(may)
         })
     }
 

@@ -62,7 +62,7 @@ pub struct Recovery {
     owing: BTreeMap<OsdId, (Millis, Millis)>,
     asked_strays: Millis,
     /// How many removed volumes the map named when their objects were last taken out.
-    forgotten: usize,
+    forgotten: (usize, usize),
     /// What one object under way may move.
     object_bytes: u64,
     coded: Option<Coded>,
@@ -97,7 +97,7 @@ impl Recovery {
             not_before: BTreeMap::new(),
             owing: BTreeMap::new(),
             asked_strays: 0,
-            forgotten: 0,
+            forgotten: (0, 0),
             object_bytes: 0,
             coded,
             damaged: BTreeSet::new(),
@@ -626,7 +626,7 @@ impl Pg {
 
     /// Objects of removed volumes are nobody's any more.
     fn forget_removed(&mut self, cx: &mut Cx<'_>) {
-        let known = cx.map.removed_volumes.len();
+        let known = cx.map.tombstones();
         let Some(r) = self.recovery() else { return };
         if std::mem::replace(&mut r.forgotten, known) == known {
             return;

@@ -23,7 +23,7 @@ impl Requested {
         let op = work.op();
         Requested {
             token: Some(work.token),
-            holder: (op.object.volume, op.client, op.session, op.generation),
+            holder: (op.volume, op.client, op.session, op.generation),
             first_block,
             block_count,
             bytes: work.data().len() as u64,

@@ -4,6 +4,7 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod credits;
+mod frozen;
 mod full;
 mod maps;
 mod removed;
@@ -95,7 +96,15 @@ impl Rig {
             pg_count: 1,
             object_bytes: 1 << 20,
         };
-        let attachment = Attachment { generation: Generation(1), client: CLIENT, session: Session(1) };
+        let attachment = Attachment {
+            generation: Generation(1),
+            client: CLIENT,
+            session: Session(1),
+            root: VOLUME,
+            top: object(0).layer,
+            size_bytes: 1 << 30,
+            snapshot: None,
+        };
         let state = |v: &Version| ObjectState { version: *v, deleted: false, pending: None };
         Rig {
             // Two groups are there; most maps name only the first.
@@ -239,6 +248,10 @@ impl Rig {
     }
 
     pub fn client(&mut self, index: u32, kind: OpKind, data: Bytes) -> ClientToken {
+        self.client_of(index, object(index).layer, kind, data)
+    }
+
+    pub fn client_of(&mut self, index: u32, layer: LayerId, kind: OpKind, data: Bytes) -> ClientToken {
         let token = ClientToken(self.next_client);
         self.next_client += 1;
         let op = ClientOp {
@@ -247,7 +260,8 @@ impl Rig {
             client: CLIENT,
             session: Session(1),
             generation: Generation(1),
-            object: object(index),
+            volume: VOLUME,
+            object: ObjectId { layer, ..object(index) },
             kind,
         };
         self.step(Event::Client { token, op, data });
