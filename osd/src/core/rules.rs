@@ -39,6 +39,8 @@ pub enum Rule {
     Generations,
     /// A fence is acknowledged when older writes have ended (C3).
     FenceDrains,
+    /// A holder writes its top layer and no other (C6).
+    FrozenLayers,
     /// A copy is deleted only when the group is clean elsewhere (invariant 8).
     StraysStay,
     /// Erasure coding: as many members of each earlier interval as decode must have answered (invariant 3).
@@ -54,7 +56,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 23] = [
+    pub const ALL: [Rule; 24] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -72,6 +74,7 @@ impl Rule {
         Rule::Sessions,
         Rule::Generations,
         Rule::FenceDrains,
+        Rule::FrozenLayers,
         Rule::StraysStay,
         Rule::CoverageDecodes,
         Rule::RollBack,

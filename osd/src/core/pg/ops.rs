@@ -212,7 +212,8 @@ impl Pg {
         if a.root != op.object.volume {
             return Err(OpReply::Failed(OpError::Invalid));
         }
-        if matches!(op.kind, OpKind::Read { .. }) || op.object.layer == a.top {
+        let reads = matches!(op.kind, OpKind::Read { .. });
+        if reads || op.object.layer == a.top || !cx.rules.keep(Rule::FrozenLayers) {
             return Ok(());
         }
         if op.object.layer < a.top {
