@@ -30,7 +30,7 @@ pub const CONN_BYTES_MAX: usize = 64 << 20;
 /// A volume's size.
 pub const VOLUME_BYTES_MIN: u64 = 1 << 20;
 pub const VOLUME_BYTES_MAX: u64 = 256 << 40;
-/// Layers in one volume's chain.
+/// Layers in one volume's chain; each costs a read a lookup.
 pub const LAYERS_MAX: usize = 256;
 
 /// Names of pools, volumes, VMs, hosts: see [`valid_name`].
@@ -40,6 +40,7 @@ pub const POOLS_MAX: usize = 256;
 pub const PGS_PER_POOL_MAX: u32 = 65_536;
 pub const OSDS_MAX: usize = 10_000;
 pub const VOLUMES_MAX: usize = 1_000_000;
+pub const SNAPSHOTS_MAX: usize = 1_000_000;
 pub const REPLICAS_MAX: u32 = 8;
 /// Data and parity shards of an erasure code together.
 pub const ERASURE_WIDTH_MAX: u32 = 32;

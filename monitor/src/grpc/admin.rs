@@ -30,6 +30,10 @@ impl Monitor {
 
     fn volume_info(&self, name: &str) -> Result<pb::VolumeInfo, Status> {
         let state = self.state();
+        if name.contains('@') {
+            let id = state.snapshot_named(name).map_err(refused)?;
+            return view::frozen(&state, id).ok_or_else(|| gone("snapshot"));
+        }
         view::volume(&state, state.volume_named(name).map_err(refused)?).ok_or_else(|| gone("volume"))
     }
 
@@ -198,6 +202,55 @@ impl pb::admin_service_server::AdminService for Monitor {
     async fn get_volume(&self, request: Request<pb::NameRequest>) -> Answer<pb::VolumeInfo> {
         self.confirm().await?;
         Ok(Response::new(self.volume_info(&request.into_inner().name)?))
+    }
+
+    async fn resize_volume(&self, request: Request<pb::ResizeVolumeRequest>) -> Answer<pb::VolumeInfo> {
+        let (id, r) = open(request)?;
+        let command = Command::ResizeVolume { name: r.name.clone(), size_bytes: r.size_bytes };
+        self.propose_for(id, command).await?;
+        Ok(Response::new(self.volume_info(&r.name)?))
+    }
+
+    async fn clone_volume(&self, request: Request<pb::CloneVolumeRequest>) -> Answer<pb::VolumeInfo> {
+        let (id, r) = open(request)?;
+        let command = Command::CloneVolume { snapshot: r.snapshot, name: r.name.clone() };
+        self.propose_for(id, command).await?;
+        Ok(Response::new(self.volume_info(&r.name)?))
+    }
+
+    async fn create_snapshot(&self, request: Request<pb::SnapshotRequest>) -> Answer<pb::SnapshotInfo> {
+        let (id, r) = open(request)?;
+        self.take_snapshot(id, r.snapshot).await.map(Response::new)
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<pb::ListSnapshotsRequest>,
+    ) -> Answer<pb::ListSnapshotsReply> {
+        self.confirm().await?;
+        let state = self.state();
+        let of = match request.into_inner().volume.as_str() {
+            "" => None,
+            name => Some(state.volume_named(name).map_err(refused)?),
+        };
+        let chosen = state.snapshots.iter().filter(|(_, s)| of.is_none_or(|v| s.volume == v));
+        let snapshots = chosen.filter_map(|(id, _)| view::snapshot(&state, *id)).collect();
+        Ok(Response::new(pb::ListSnapshotsReply { snapshots }))
+    }
+
+    async fn remove_snapshot(&self, request: Request<pb::SnapshotRequest>) -> Answer<Empty> {
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::RemoveSnapshot { snapshot: r.snapshot }).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn rollback_volume(&self, request: Request<pb::SnapshotRequest>) -> Answer<pb::VolumeInfo> {
+        let (id, r) = open(request)?;
+        let volume = r.snapshot.split('@').next().unwrap_or_default().to_owned();
+        self.propose_for(id, Command::RollbackVolume { snapshot: r.snapshot }).await?;
+        // A holder from before that is out of touch writes no more.
+        self.in_force(self.state().map.epoch, |_, _| true).await?;
+        Ok(Response::new(self.volume_info(&volume)?))
     }
 
     async fn remove_volume(&self, request: Request<pb::NameRequest>) -> Answer<Empty> {

@@ -102,7 +102,30 @@ impl pb::client_service_server::ClientService for Monitor {
             pool: v.pool.0,
             layers: v.layers.iter().map(|l| l.0).collect(),
             read_only: false,
+            root: v.root.0,
         }))
+    }
+
+    async fn seal_snapshot(
+        &self,
+        request: Request<pb::SealSnapshotRequest>,
+    ) -> Answer<pb::SealSnapshotReply> {
+        let r = request.into_inner();
+        self.confirm().await?;
+        let (client, session, generation) =
+            (ClientId(r.client), Session(r.session), Generation(r.generation));
+        let (volume, snapshot) = (VolumeId(r.volume), SnapshotId(r.snapshot));
+        self.propose(Command::SealSnapshot { volume, client, session, generation, snapshot }).await?;
+        let state = self.state();
+        let held = state.map.attachments.get(&volume);
+        let still = held.is_some_and(|h| h.generation == generation && h.session == session);
+        match state.volumes.get(&volume) {
+            Some(v) if still => Ok(Response::new(pb::SealSnapshotReply {
+                epoch: state.map.epoch.0,
+                layers: v.layers.iter().map(|l| l.0).collect(),
+            })),
+            _ => Err(Status::aborted("the attachment was lost meanwhile")),
+        }
     }
 
     async fn detach_volume(&self, request: Request<pb::DetachVolumeRequest>) -> Answer<Empty> {

@@ -193,6 +193,7 @@ impl Monitor {
             }
             self.detect(Event::Tick).await;
             let state = self.state();
+            self.give_up_snapshots(&state).await;
             let forgot = self.0.volatile.lock().tick(boottime_ms(), &state);
             if forgot {
                 self.0.host_reports.send_modify(|n| *n += 1);

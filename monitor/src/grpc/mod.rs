@@ -14,6 +14,7 @@ mod maps;
 mod monitors;
 mod osds;
 mod rebuild;
+mod snapshots;
 mod status;
 mod view;
 mod volatile;

@@ -178,6 +178,38 @@ pub(super) fn volume(state: &MonitorState, id: VolumeId) -> Option<pb::VolumeInf
         object_bytes: pool.object_bytes,
         attached_host: held.map(|h| state.host_of(h.client).to_owned()).unwrap_or_default(),
         generation: held.map_or(0, |h| h.generation.0),
+        root: v.root.0,
+        origin: v.origin.map(|s| state.snapshot_name(s)).unwrap_or_default(),
+        snapshots: state.snapshots_of(id).count() as u32,
+    })
+}
+
+/// A snapshot as a volume that can be read.
+pub(super) fn frozen(state: &MonitorState, id: SnapshotId) -> Option<pb::VolumeInfo> {
+    let s = state.snapshots.get(&id)?;
+    let of = volume(state, s.volume)?;
+    Some(pb::VolumeInfo {
+        name: state.snapshot_name(id),
+        size_bytes: s.size_bytes,
+        layers: s.layers.iter().map(|l| l.0).collect(),
+        attached_host: String::new(),
+        generation: 0,
+        origin: String::new(),
+        snapshots: 0,
+        ..of
+    })
+}
+
+pub(super) fn snapshot(state: &MonitorState, id: SnapshotId) -> Option<pb::SnapshotInfo> {
+    let s = state.snapshots.get(&id)?;
+    Some(pb::SnapshotInfo {
+        id: id.0,
+        volume: volume_name(state, s.volume),
+        name: s.name.clone(),
+        size_bytes: s.size_bytes,
+        layers: s.layers.iter().map(|l| l.0).collect(),
+        unix_ms: s.unix_ms,
+        clones: state.clones_of(id).into_iter().map(str::to_owned).collect(),
     })
 }
 
@@ -194,7 +226,10 @@ pub(super) fn export(state: &MonitorState, volatile: &Volatile, id: u64, e: &Exp
     let known = |s: i32| s != pb::ExportState::Unspecified as i32 && pb::ExportState::try_from(s).is_ok();
     pb::ExportInfo {
         id,
-        volume: volume_name(state, e.volume),
+        volume: match e.snapshot {
+            Some(snapshot) => state.snapshot_name(snapshot),
+            None => volume_name(state, e.volume),
+        },
         kind: kind as i32,
         read_only: e.read_only,
         host: e.host.clone(),

@@ -32,6 +32,8 @@ pub(super) struct Volatile {
     /// The action number under which a VM was last seen alive.
     pub alive: BTreeMap<String, u64>,
     pub meter: Meter,
+    /// Since when this leader knows that a snapshot waits for its volume's holder.
+    pub taking: BTreeMap<SnapshotId, u64>,
     sampled_ms: u64,
 }
 

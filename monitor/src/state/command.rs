@@ -135,6 +135,36 @@ pub enum Command {
     RemoveVolume {
         name: String,
     },
+    ResizeVolume {
+        name: String,
+        size_bytes: u64,
+    },
+    /// Takes a snapshot, `VOLUME@NAME`, of a volume that nobody holds; asks the holder to pause where there is one.
+    BeginSnapshot {
+        snapshot: String,
+    },
+    /// The holder has nothing in flight: the snapshot is taken.
+    SealSnapshot {
+        volume: VolumeId,
+        client: ClientId,
+        session: Session,
+        generation: Generation,
+        snapshot: SnapshotId,
+    },
+    /// The holder did not pause in time.
+    GiveUpSnapshot {
+        snapshot: SnapshotId,
+    },
+    RemoveSnapshot {
+        snapshot: String,
+    },
+    RollbackVolume {
+        snapshot: String,
+    },
+    CloneVolume {
+        snapshot: String,
+        name: String,
+    },
 
     /// `client` 0 asks for a new identity.
     OpenSession {
@@ -227,12 +257,26 @@ pub struct Stamped {
 pub enum Reply {
     Done,
     Osd(OsdId),
-    Booted { incarnation: Incarnation, epoch: Epoch },
+    Booted {
+        incarnation: Incarnation,
+        epoch: Epoch,
+    },
     Pool(PoolId),
     Volume(VolumeId),
-    Session { client: ClientId, session: Session },
-    Attached { volume: VolumeId, generation: Generation, epoch: Epoch },
-    Fenced { epoch: Epoch },
+    /// Taken, or asked for: it is there once it is taken.
+    Snapshot(SnapshotId),
+    Session {
+        client: ClientId,
+        session: Session,
+    },
+    Attached {
+        volume: VolumeId,
+        generation: Generation,
+        epoch: Epoch,
+    },
+    Fenced {
+        epoch: Epoch,
+    },
     Export(u64),
 }
 

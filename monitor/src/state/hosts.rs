@@ -35,7 +35,8 @@ impl MonitorState {
     }
 
     fn check_exportable(&self, volume: VolumeId, host: &str) -> Result<(), Refusal> {
-        let elsewhere = self.exports.values().find(|e| e.volume == volume && e.host != host);
+        let served = |e: &Export| e.volume == volume && e.snapshot.is_none();
+        let elsewhere = self.exports.values().find(|e| served(e) && e.host != host);
         match elsewhere {
             None => Ok(()),
             Some(e) => Err(Refusal::precondition(format!(
@@ -53,8 +54,22 @@ impl MonitorState {
         read_only: bool,
         host: String,
     ) -> CommandResult {
-        let id = self.volume_named(volume)?;
         check_host(&host)?;
+        if volume.contains('@') {
+            // Frozen: read without being attached, wherever it is wanted.
+            let snapshot = self.snapshot_named(volume)?;
+            let id = self.snapshots[&snapshot].volume;
+            let of = |e: &Export| e.snapshot == Some(snapshot) && e.kind == kind && e.host == host;
+            if let Some((other, _)) = self.exports.iter().find(|(_, e)| of(e)) {
+                return Err(Refusal::exists(format!(
+                    "snapshot {volume} has export {other} of this kind there already"
+                )));
+            }
+            let export =
+                Export { volume: id, snapshot: Some(snapshot), kind, read_only: true, host, vm: None };
+            return self.insert_export(export).map(Reply::Export);
+        }
+        let id = self.volume_named(volume)?;
         if let Some(vm) = self.vm_of(id) {
             let vm_host = &self.vms[vm].host;
             if *vm_host != host {
@@ -64,10 +79,12 @@ impl MonitorState {
             }
         }
         self.check_exportable(id, &host)?;
-        if let Some((other, _)) = self.exports.iter().find(|(_, e)| e.volume == id && e.kind == kind) {
+        let of = |e: &Export| e.volume == id && e.snapshot.is_none() && e.kind == kind;
+        if let Some((other, _)) = self.exports.iter().find(|(_, e)| of(e)) {
             return Err(Refusal::exists(format!("volume {volume} has export {other} of this kind already")));
         }
-        self.insert_export(Export { volume: id, kind, read_only, host, vm: None }).map(Reply::Export)
+        self.insert_export(Export { volume: id, snapshot: None, kind, read_only, host, vm: None })
+            .map(Reply::Export)
     }
 
     fn insert_export(&mut self, export: Export) -> Result<u64, Refusal> {
@@ -211,6 +228,7 @@ impl MonitorState {
         if !there {
             self.insert_export(Export {
                 volume,
+                snapshot: None,
                 kind: ExportKind::VhostUser,
                 read_only: false,
                 host: host.to_owned(),

@@ -11,6 +11,7 @@ mod osds;
 mod pgs;
 mod pools;
 mod requests;
+mod snapshots;
 mod volumes;
 
 pub use command::*;
@@ -33,8 +34,25 @@ pub struct Volume {
     pub name: String,
     pub pool: PoolId,
     pub size_bytes: u64,
+    /// Whose objects the layers are: its own, or those of the volume that it was cloned from.
+    pub root: VolumeId,
     /// Top layer first.
     pub layers: Vec<LayerId>,
+    /// What it was cloned from.
+    pub origin: Option<SnapshotId>,
+    /// A snapshot and its name, while the holder is asked to pause.
+    pub taking: Option<(SnapshotId, String)>,
+}
+
+/// What a volume was at one moment. Its layers are frozen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub volume: VolumeId,
+    pub name: String,
+    pub size_bytes: u64,
+    /// Top layer first.
+    pub layers: Vec<LayerId>,
+    pub unix_ms: u64,
 }
 
 /// A data-path client.
@@ -49,6 +67,8 @@ pub struct Client {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Export {
     pub volume: VolumeId,
+    /// This snapshot of the volume, instead of what it is now.
+    pub snapshot: Option<SnapshotId>,
     pub kind: ExportKind,
     pub read_only: bool,
     pub host: String,
@@ -114,6 +134,7 @@ pub(crate) struct Counters {
     pool: u32,
     incarnation: u64,
     volume: u64,
+    snapshot: u64,
     client: u64,
     generation: u64,
     export: u64,
@@ -129,6 +150,9 @@ pub struct MonitorState {
     pub suspects: BTreeMap<PgId, BTreeSet<(OsdId, Incarnation)>>,
     pub volumes: BTreeMap<VolumeId, Volume>,
     volume_names: BTreeMap<String, VolumeId>,
+    /// The last layer that was opened of each root that anything is made of.
+    roots: BTreeMap<VolumeId, LayerId>,
+    pub snapshots: BTreeMap<SnapshotId, Snapshot>,
     pub clients: BTreeMap<ClientId, Client>,
     pub exports: BTreeMap<u64, Export>,
     pub vms: BTreeMap<String, Vm>,
@@ -140,17 +164,17 @@ pub struct MonitorState {
 }
 
 impl MonitorState {
-    /// Carries out one command. `unix_ms` only stamps events.
+    /// Carries out one command. `unix_ms` only stamps events and snapshots.
     pub fn apply(&mut self, unix_ms: u64, command: Command) -> CommandResult {
         let first_new_event = self.counters.event + 1;
-        let result = self.dispatch(command);
+        let result = self.dispatch(unix_ms, command);
         for event in self.events.iter_mut().rev().take_while(|e| e.number >= first_new_event) {
             event.unix_ms = unix_ms;
         }
         result
     }
 
-    fn dispatch(&mut self, command: Command) -> CommandResult {
+    fn dispatch(&mut self, unix_ms: u64, command: Command) -> CommandResult {
         match command {
             Command::Bootstrap { cluster } => self.bootstrap(cluster),
             Command::AddOsd { disk, host, rack, weight, capacity_bytes } => {
@@ -183,6 +207,15 @@ impl MonitorState {
             }
             Command::CreateVolume { name, pool, size_bytes } => self.create_volume(name, &pool, size_bytes),
             Command::RemoveVolume { name } => self.remove_volume(&name),
+            Command::ResizeVolume { name, size_bytes } => self.resize_volume(&name, size_bytes),
+            Command::BeginSnapshot { snapshot } => self.begin_snapshot(unix_ms, &snapshot),
+            Command::SealSnapshot { volume, client, session, generation, snapshot } => {
+                self.seal_snapshot(unix_ms, volume, (client, session, generation), snapshot)
+            }
+            Command::GiveUpSnapshot { snapshot } => self.give_up_snapshot(snapshot),
+            Command::RemoveSnapshot { snapshot } => self.remove_snapshot(&snapshot),
+            Command::RollbackVolume { snapshot } => self.rollback_volume(&snapshot),
+            Command::CloneVolume { snapshot, name } => self.clone_volume(&snapshot, name),
             Command::OpenSession { client, host } => self.open_session(client, host),
             Command::AttachVolume { volume, client, session, take_over } => {
                 self.attach_volume(&volume, client, session, take_over)

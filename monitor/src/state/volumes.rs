@@ -9,10 +9,38 @@ use gabion_proto::map::Attachment;
 
 impl MonitorState {
     pub(super) fn create_volume(&mut self, name: String, pool: &str, size_bytes: u64) -> CommandResult {
-        if !valid_volume_name(&name) {
+        let pool = self.pool_named(pool)?;
+        self.check_size(pool, size_bytes)?;
+        self.check_new_volume(&name)?;
+        let root = VolumeId(self.counters.volume + 1);
+        let layers = vec![LayerId(0)];
+        self.roots.insert(root, LayerId(0));
+        let volume = Volume { name, pool, size_bytes, root, layers, origin: None, taking: None };
+        Ok(Reply::Volume(self.insert_volume(volume)))
+    }
+
+    pub(super) fn check_new_volume(&self, name: &str) -> Result<(), Refusal> {
+        if !valid_volume_name(name) {
             return Err(Refusal::invalid(format!("{name:?} cannot be the name of a volume")));
         }
-        let pool = self.pool_named(pool)?;
+        if self.volume_names.contains_key(name) {
+            return Err(Refusal::exists(format!("there is a volume {name:?} already")));
+        }
+        if self.volumes.len() >= VOLUMES_MAX {
+            return Err(Refusal::exhausted(format!("a cluster has at most {VOLUMES_MAX} volumes")));
+        }
+        Ok(())
+    }
+
+    pub(super) fn insert_volume(&mut self, volume: Volume) -> VolumeId {
+        self.counters.volume += 1;
+        let id = VolumeId(self.counters.volume);
+        self.volume_names.insert(volume.name.clone(), id);
+        self.volumes.insert(id, volume);
+        id
+    }
+
+    fn check_size(&self, pool: PoolId, size_bytes: u64) -> Result<(), Refusal> {
         if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size_bytes) {
             return Err(Refusal::invalid(format!(
                 "a volume has {VOLUME_BYTES_MIN} to {VOLUME_BYTES_MAX} bytes, not {size_bytes}"
@@ -29,17 +57,33 @@ impl MonitorState {
                 "{size_bytes} bytes are too many objects of {object_bytes} bytes"
             )));
         }
-        if self.volume_names.contains_key(&name) {
-            return Err(Refusal::exists(format!("there is a volume {name:?} already")));
+        Ok(())
+    }
+
+    /// Grows a volume, also while it is in use: its holder hears of it through the map.
+    pub(super) fn resize_volume(&mut self, name: &str, size_bytes: u64) -> CommandResult {
+        let id = self.volume_named(name)?;
+        let v = &self.volumes[&id];
+        let have = v.size_bytes;
+        if size_bytes < have {
+            return Err(Refusal::precondition(format!(
+                "volume {name} has {have} bytes and does not shrink to {size_bytes}: copy it into a smaller one"
+            )));
         }
-        if self.volumes.len() >= VOLUMES_MAX {
-            return Err(Refusal::exhausted(format!("a cluster has at most {VOLUMES_MAX} volumes")));
+        self.check_size(v.pool, size_bytes)?;
+        if size_bytes == have {
+            return Ok(Reply::Done);
         }
-        self.counters.volume += 1;
-        let id = VolumeId(self.counters.volume);
-        self.volume_names.insert(name.clone(), id);
-        self.volumes.insert(id, Volume { name, pool, size_bytes, layers: vec![LayerId(0)] });
-        Ok(Reply::Volume(id))
+        if let Some(v) = self.volumes.get_mut(&id) {
+            v.size_bytes = size_bytes;
+        }
+        if self.map.attachments.contains_key(&id) {
+            self.bump(|map| {
+                map.attachments.entry(id).and_modify(|a| a.size_bytes = size_bytes);
+            });
+        }
+        self.event(EventSeverity::Ok, format!("volume {name} grew to {size_bytes} bytes"));
+        Ok(Reply::Done)
     }
 
     pub(super) fn remove_volume(&mut self, name: &str) -> CommandResult {
@@ -47,20 +91,19 @@ impl MonitorState {
         if let Some(vm) = self.vm_of(id) {
             return Err(Refusal::precondition(format!("volume {name} is a disk of VM {vm}")));
         }
-        if let Some((export, _)) = self.exports.iter().find(|(_, e)| e.volume == id) {
+        self.check_unused(id)?;
+        let snapshots: Vec<&str> = self.snapshots_of(id).map(|(_, s)| s.name.as_str()).collect();
+        if !snapshots.is_empty() {
             return Err(Refusal::precondition(format!(
-                "volume {name} is exported: remove export {export} first"
+                "volume {name} has the snapshots {}: remove them first",
+                snapshots.join(", ")
             )));
         }
-        if let Some(held) = self.map.attachments.get(&id) {
-            let host = self.host_of(held.client);
-            return Err(Refusal::precondition(format!("volume {name} is attached on host {host}")));
-        }
-        self.volumes.remove(&id);
+        let gone = self.volumes.remove(&id);
         self.volume_names.remove(name);
-        self.bump(|map| {
-            map.removed_volumes.insert(id);
-        });
+        if let Some(Volume { root, layers, .. }) = gone {
+            self.bury(root, &layers);
+        }
         self.event(EventSeverity::Ok, format!("volume {name} was removed"));
         Ok(Reply::Done)
     }
@@ -137,14 +180,16 @@ impl MonitorState {
                 Generation(self.counters.generation)
             }
         };
-        let Volume { size_bytes, layers, .. } = &self.volumes[&id];
+        // Whoever was asked to pause for a snapshot is gone.
+        let Some(v) = self.volumes.get_mut(&id) else { return Err(Refusal::not_found("no such volume")) };
+        v.taking = None;
         let attachment = Attachment {
             generation,
             client,
             session,
-            root: id,
-            top: layers.first().copied().unwrap_or_default(),
-            size_bytes: *size_bytes,
+            root: v.root,
+            top: v.layers.first().copied().unwrap_or_default(),
+            size_bytes: v.size_bytes,
             snapshot: None,
         };
         self.bump(|map| {
@@ -166,9 +211,7 @@ impl MonitorState {
                 "volume {name} is not attached as {generation} by {client}"
             )));
         }
-        self.bump(|map| {
-            map.attachments.remove(&id);
-        });
+        self.unattach(id);
         Ok(Reply::Done)
     }
 
@@ -179,17 +222,25 @@ impl MonitorState {
         let Some(held) = self.map.attachments.get(&id).cloned() else {
             return Err(Refusal::precondition(format!("volume {name} is not attached")));
         };
-        if let Some((export, e)) = self.exports.iter().find(|(_, e)| e.volume == id) {
+        let served = |e: &Export| e.volume == id && e.snapshot.is_none();
+        if let Some((export, e)) = self.exports.iter().find(|(_, e)| served(e)) {
             return Err(Refusal::precondition(format!(
                 "volume {name} is exported on host {}: remove export {export} first",
                 e.host
             )));
         }
         let host = self.host_of(held.client).to_owned();
+        self.unattach(id);
+        self.event(EventSeverity::Warn, format!("volume {name} was taken away from host {host}"));
+        Ok(Reply::Fenced { epoch: self.map.epoch })
+    }
+
+    fn unattach(&mut self, id: VolumeId) {
+        if let Some(v) = self.volumes.get_mut(&id) {
+            v.taking = None;
+        }
         self.bump(|map| {
             map.attachments.remove(&id);
         });
-        self.event(EventSeverity::Warn, format!("volume {name} was taken away from host {host}"));
-        Ok(Reply::Fenced { epoch: self.map.epoch })
     }
 }
