@@ -1,17 +1,19 @@
-//! Volumes that this gateway has attached, each once however many exports use it.
+//! Volumes that this gateway has attached, each once however many exports use it; and snapshots, which are only read.
 
+use crate::holder::Holder;
 use crate::session::Granted;
-use crate::volume::{ClusterBackend, Shape, Volume};
+use crate::volume::{Chain, ClusterBackend, Shape, Volume};
 use gabion_common::client::{Attached, ClusterClient, ObjectClient};
 use gabion_common::map_watch;
 use gabion_common::monitor_client::MonitorClient;
-use gabion_proto::ids::{Epoch, Generation, LayerId, PoolId, VolumeId};
-use gabion_proto::limits::{BLOCK_BYTES, LAYERS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
+use gabion_proto::ids::{Epoch, Generation, PoolId, VolumeId};
+use gabion_proto::limits::{BLOCK_BYTES, OBJECT_BYTES_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 use gabion_proto::pb;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 /// How long the map may take to reach the epoch of an attachment.
 const MAP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -28,9 +30,16 @@ pub enum AttachError {
 
 struct Open {
     volume: Arc<Volume>,
-    generation: Generation,
+    /// `None`: of a snapshot, which nobody attaches.
+    held: Option<Held>,
     read_only: bool,
     users: usize,
+}
+
+struct Held {
+    generation: Generation,
+    /// Does what the map asks of the holder.
+    following: JoinHandle<()>,
 }
 
 /// Held while attaching and detaching that one volume.
@@ -67,6 +76,7 @@ impl Volumes {
         let mut slot = slot.lock().await;
         let open = match &mut *slot {
             Some(open) => open,
+            none if name.contains('@') => none.insert(self.open_snapshot(name).await?),
             none => none.insert(self.attach(name).await?),
         };
         open.users += 1;
@@ -82,11 +92,17 @@ impl Volumes {
         if open.users > 0 {
             return;
         }
+        let Some(held) = &open.held else {
+            *slot = None;
+            return;
+        };
+        // No snapshot pauses a volume that is given back: its requests have ended.
+        held.following.abort();
         open.volume.drain().await;
         let request = pb::DetachVolumeRequest {
             volume: name.to_owned(),
             client: self.granted.client.0,
-            generation: open.generation.0,
+            generation: held.generation.0,
         };
         let detached = self
             .monitors
@@ -117,12 +133,7 @@ impl Volumes {
             })
             .await?;
         let size = reply.size_bytes;
-        let (top, below) = reply.layers.split_first().ok_or(AttachError::Shape("no layer"))?;
-        let size_ok =
-            (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size) && size.is_multiple_of(BLOCK_BYTES.into());
-        if !size_ok || reply.layers.len() > LAYERS_MAX {
-            return Err(AttachError::Shape("its size or number of layers is out of range"));
-        }
+        let chain = chain(size, &reply.layers)?;
         let epoch = Epoch(reply.epoch);
         let mut watch = self.cluster.watch();
         let map = tokio::time::timeout(MAP_TIMEOUT, map_watch::reach(&mut watch, epoch))
@@ -139,16 +150,61 @@ impl Volumes {
             object_bytes: pool.object_bytes,
         };
         let generation = Generation(reply.generation);
-        let attached = Attached::new(shape.id, self.granted.client, self.granted.session, generation);
+        let id = shape.id;
+        let attached = Attached::new(id, self.granted.client, self.granted.session, generation);
         let backend = ClusterBackend {
             objects: ObjectClient::new(self.cluster.clone(), Arc::new(attached), self.io_timeout),
             pool: PoolId(reply.pool),
-            volume: shape.id,
-            top: LayerId(*top),
-            below: below.iter().copied().map(LayerId).collect(),
+            root: VolumeId(reply.root),
+            chain: chain.clone(),
         };
         tracing::info!(volume = name, %generation, size_bytes = size, "attached");
         let volume = Volume::new(shape, Box::new(backend));
-        Ok(Open { volume, generation, read_only: reply.read_only, users: 0 })
+        let (monitors, granted) = (self.monitors.clone(), self.granted);
+        let holder = Holder { monitors, granted, id, generation, volume: volume.clone(), chain };
+        let held = Held { generation, following: tokio::spawn(holder.follow(watch)) };
+        Ok(Open { volume, held: Some(held), read_only: reply.read_only, users: 0 })
     }
+
+    /// A snapshot does not change, so it is read without being attached.
+    async fn open_snapshot(&self, name: &str) -> Result<Open, AttachError> {
+        let request = pb::NameRequest { name: name.to_owned() };
+        let info = self
+            .monitors
+            .once(|m| {
+                let request = request.clone();
+                async move { m.admin().get_volume(request).await }
+            })
+            .await?;
+        let chain = chain(info.size_bytes, &info.layers)?;
+        if !info.object_bytes.is_power_of_two()
+            || !(BLOCK_BYTES..=OBJECT_BYTES_MAX).contains(&info.object_bytes)
+        {
+            return Err(AttachError::Shape("its objects have no valid size"));
+        }
+        let shape = Shape {
+            id: VolumeId(info.id),
+            name: name.to_owned(),
+            size_bytes: info.size_bytes,
+            object_bytes: info.object_bytes,
+        };
+        let observer = Arc::new(Attached::observer());
+        let backend = ClusterBackend {
+            objects: ObjectClient::new(self.cluster.clone(), observer, self.io_timeout),
+            pool: PoolId(info.pool_id),
+            root: VolumeId(info.root),
+            chain,
+        };
+        tracing::info!(snapshot = name, size_bytes = info.size_bytes, "opened for reading");
+        Ok(Open { volume: Volume::new(shape, Box::new(backend)), held: None, read_only: true, users: 0 })
+    }
+}
+
+fn chain(size: u64, layers: &[u32]) -> Result<Arc<Chain>, AttachError> {
+    let size_ok =
+        (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size) && size.is_multiple_of(BLOCK_BYTES.into());
+    if !size_ok {
+        return Err(AttachError::Shape("its size is out of range"));
+    }
+    Chain::new(layers).map(Arc::new).ok_or(AttachError::Shape("its number of layers is out of range"))
 }

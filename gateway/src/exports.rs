@@ -15,7 +15,7 @@ use crate::session::Granted;
 use crate::vhost;
 use crate::volume::Volume;
 use gabion_common::monitor_client::{Backoff, MonitorClient};
-use gabion_proto::limits::valid_volume_name;
+use gabion_proto::limits::{valid_name, valid_volume_name};
 use gabion_proto::pb::{self, ExportInfo, ExportKind, ExportState};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -148,7 +148,7 @@ impl Exports {
             }
             let kind_known = matches!(info.kind(), ExportKind::Nbd | ExportKind::VhostUser);
             let problem = match () {
-                () if !valid_volume_name(&info.volume) => "not a valid volume name",
+                () if !valid_source(&info.volume) => "not a valid volume name",
                 () if !kind_known => "a kind of export that this gateway does not know",
                 () if running.len() >= EXPORTS_MAX => "this gateway has too many exports",
                 () => "",
@@ -283,6 +283,14 @@ impl Exports {
                 () = tokio::time::sleep(REPORT_EVERY) => {}
             }
         }
+    }
+}
+
+/// A volume, or a snapshot of one.
+fn valid_source(name: &str) -> bool {
+    match name.split_once('@') {
+        Some((volume, snapshot)) => valid_volume_name(volume) && valid_name(snapshot),
+        None => valid_volume_name(name),
     }
 }
 

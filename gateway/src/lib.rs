@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod daemon;
 pub mod exports;
+pub mod holder;
 pub mod nbd;
 pub mod session;
 pub mod vhost;

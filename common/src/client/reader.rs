@@ -20,14 +20,26 @@ pub enum ReaderError {
     Shape,
     #[error("{len} bytes at {offset} reach beyond the end of the volume at {size_bytes}")]
     OutOfRange { offset: u64, len: usize, size_bytes: u64 },
+    #[error("it is not made of the snapshot that it is compared with")]
+    NotMadeOfIt,
     #[error(transparent)]
     Object(#[from] ObjectError),
+}
+
+/// A range that was written after a snapshot; it may hold what it held before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub offset: u64,
+    pub len: u64,
+    /// Discarded, or written with zeros as such.
+    pub zero: bool,
 }
 
 /// See the module's documentation.
 pub struct VolumeReader {
     objects: ObjectClient,
     pool: PoolId,
+    /// Whose objects the layers are.
     volume: VolumeId,
     top: LayerId,
     below: Vec<LayerId>,
@@ -36,7 +48,7 @@ pub struct VolumeReader {
 }
 
 impl VolumeReader {
-    /// Finds the volume called `name`. A `timeout` bounds every read.
+    /// Finds the volume called `name`, or the snapshot `VOLUME@NAME`. A `timeout` bounds every read.
     pub async fn open(
         monitors: &MonitorClient,
         cluster: Arc<ClusterClient>,
@@ -61,7 +73,7 @@ impl VolumeReader {
         Ok(VolumeReader {
             objects: ObjectClient::new(cluster, Arc::new(Attached::observer()), timeout),
             pool: PoolId(info.pool_id),
-            volume: VolumeId(info.id),
+            volume: VolumeId(info.root),
             top: LayerId(*top),
             below: below.iter().copied().map(LayerId).collect(),
             object_bytes: info.object_bytes.into(),
@@ -101,6 +113,44 @@ impl VolumeReader {
             rest = later;
         }
         Ok(())
+    }
+
+    /// What was written to the layers above those of `base`, a snapshot that this is made of.
+    pub async fn changes_since(&self, base: &VolumeReader) -> Result<Vec<Change>, ReaderError> {
+        let layers = |r: &VolumeReader| -> Vec<LayerId> {
+            std::iter::once(r.top).chain(r.below.iter().copied()).collect()
+        };
+        let (own, old) = (layers(self), layers(base));
+        let above = match own.strip_suffix(&old[..]) {
+            Some(above) if self.volume == base.volume => above,
+            _ => return Err(ReaderError::NotMadeOfIt),
+        };
+        let Some((top, below)) = above.split_first() else { return Ok(Vec::new()) };
+        let mut changes: Vec<Change> = Vec::new();
+        let step = u64::from(OP_DATA_BYTES_MAX).min(self.object_bytes);
+        for offset in (0..self.size_bytes).step_by(step as usize) {
+            let index = u32::try_from(offset / self.object_bytes).map_err(|_| ReaderError::Shape)?;
+            let first_block = (offset % self.object_bytes / u64::from(BLOCK_BYTES)) as u32;
+            let block_count = (step.min(self.size_bytes - offset) / u64::from(BLOCK_BYTES)) as u32;
+            let object = ObjectId { volume: self.volume, index, layer: *top };
+            let kind = OpKind::Read { first_block, block_count, below: below.to_vec() };
+            let content = self.objects.op(self.pool, object, kind, Bytes::new()).await?;
+            for e in &content.extents {
+                let within = u64::from(e.first_block) * u64::from(BLOCK_BYTES);
+                let change = Change {
+                    offset: u64::from(index) * self.object_bytes + within,
+                    len: u64::from(e.block_count) * u64::from(BLOCK_BYTES),
+                    zero: matches!(e.kind, ExtentKind::Zero),
+                };
+                match changes.last_mut() {
+                    Some(last) if last.zero == change.zero && last.offset + last.len == change.offset => {
+                        last.len += change.len;
+                    }
+                    _ => changes.push(change),
+                }
+            }
+        }
+        Ok(changes)
     }
 
     /// Within one object and one operation.

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::future::Future;
 
 use bytes::Bytes;
+use tokio::sync::watch;
 
 /// A volume as a virtio-blk device sees it. Offsets and lengths are bytes, multiples of 512 and inside `size_bytes`.
 ///
@@ -12,6 +13,10 @@ pub trait Disk: Send + Sync + 'static {
     type Error: Display + Send;
 
     fn size_bytes(&self) -> u64;
+    /// Its size whenever that changes; `None` when it never does.
+    fn sizes(&self) -> Option<watch::Receiver<u64>> {
+        None
+    }
     /// What GET_ID answers: at most 20 bytes are used.
     fn serial(&self) -> String;
     fn read(&self, offset: u64, len: u32) -> impl Future<Output = Result<Bytes, Self::Error>> + Send;

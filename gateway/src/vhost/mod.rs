@@ -17,6 +17,7 @@ mod event;
 mod execute;
 mod inflight;
 pub mod limits;
+mod notice;
 mod request;
 mod ring;
 mod session;
@@ -32,12 +33,13 @@ use std::thread;
 use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vhost::vhost_user::{BackendReqHandler, Error as WireError};
 
 pub use disk::Disk;
+use notice::Notice;
 use session::{Device, Session};
 
 #[derive(Debug, Error)]
@@ -145,26 +147,55 @@ async fn converse<D: Disk>(stream: UnixStream, device: Arc<Device<D>>) -> io::Re
     stream.set_nonblocking(false)?;
     let connection = stream.try_clone()?;
     let abort = device.abort.clone();
+    let mut sizes = device.disk.sizes();
+    let notice = Arc::new(Notice::default());
+    let told = notice.clone();
     let (ended, end) = oneshot::channel::<()>();
     thread::Builder::new().name("vhost-control".to_owned()).spawn(move || {
-        control(stream, device);
+        control(stream, device, told);
         let _ = ended.send(());
     })?;
     tokio::pin!(end);
-    tokio::select! {
-        _ = &mut end => return Ok(()),
-        () = abort.cancelled() => {}
+    loop {
+        tokio::select! {
+            _ = &mut end => return Ok(()),
+            () = abort.cancelled() => break,
+            () = changed(&mut sizes) => {}
+        }
+        if notice.configuration_changed() {
+            tracing::info!("the front end was told of its disk's new size");
+        } else if notice.can_come_back() {
+            tracing::info!("the front end is to connect again, for its disk's new size");
+            break;
+        } else {
+            tracing::warn!("the front end cannot be told of its disk's new size before it connects again");
+        }
     }
     let _ = connection.shutdown(Shutdown::Both);
     let _ = end.await;
     Ok(())
 }
 
-fn control<D: Disk>(stream: UnixStream, device: Arc<Device<D>>) {
+/// Ends when the size has changed.
+async fn changed(sizes: &mut Option<watch::Receiver<u64>>) {
+    if let Some(sizes) = sizes
+        && sizes.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+fn control<D: Disk>(stream: UnixStream, device: Arc<Device<D>>, notice: Arc<Notice>) {
     tracing::debug!("vhost-user front end connected");
-    let session = Arc::new(Mutex::new(Session::new(device.clone())));
+    let ahead = match stream.try_clone() {
+        Ok(ahead) => ahead,
+        Err(error) => return tracing::warn!(%error, "a vhost-user connection could not be served"),
+    };
+    let session = Arc::new(Mutex::new(Session::new(device.clone(), notice.clone())));
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
     let end = loop {
+        notice.look_ahead(&ahead);
         if let Err(error) = handler.handle_request() {
             break error;
         }

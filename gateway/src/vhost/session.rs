@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -29,6 +30,7 @@ use super::disk::Disk;
 use super::event::{Call, Kick};
 use super::inflight::{InflightRegion, check_backed};
 use super::limits::{MEMORY_REGIONS_MAX, QUEUE_SIZE_MAX};
+use super::notice::Notice;
 use super::ring::{self, GuestMemory, Ring};
 
 /// What an export fixes for all its connections.
@@ -74,6 +76,7 @@ struct Running {
 
 pub struct Session<D: Disk> {
     device: Arc<Device<D>>,
+    notice: Arc<Notice>,
     rings: Vec<RingSlot>,
     regions: Vec<Region>,
     memory: GuestMemory,
@@ -87,10 +90,11 @@ fn refused(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
 }
 
 impl<D: Disk> Session<D> {
-    pub fn new(device: Arc<Device<D>>) -> Self {
+    pub fn new(device: Arc<Device<D>>, notice: Arc<Notice>) -> Self {
         let rings = (0..device.num_queues).map(|_| RingSlot::default()).collect();
         Session {
             device,
+            notice,
             rings,
             regions: Vec::new(),
             memory: GuestMemory::new(GuestMemoryMmap::new()),
@@ -379,6 +383,8 @@ impl<D: Disk> VhostUserBackendReqHandlerMut for Session<D> {
         if features & !config::protocol_features().bits() != 0 {
             return Err(Error::InvalidParam);
         }
+        let comes_back = features & VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits() != 0;
+        self.notice.comes_back.store(comes_back, Ordering::Relaxed);
         Ok(())
     }
 

@@ -3,12 +3,16 @@
 use super::{Volume, VolumeError};
 use crate::vhost::Disk;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 impl Disk for Volume {
     type Error = VolumeError;
 
     fn size_bytes(&self) -> u64 {
         Volume::size_bytes(self)
+    }
+    fn sizes(&self) -> Option<watch::Receiver<u64>> {
+        Some(Volume::sizes(self))
     }
     fn serial(&self) -> String {
         Volume::serial(self)

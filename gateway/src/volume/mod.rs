@@ -19,7 +19,7 @@ mod pieces;
 mod range_lock;
 
 pub use backend::Backend;
-pub use cluster_backend::ClusterBackend;
+pub use cluster_backend::{Chain, ClusterBackend};
 pub use error::VolumeError;
 pub use memory::MemoryBackend;
 
@@ -29,12 +29,13 @@ use gabion_proto::blocks::{Content, ExtentKind};
 use gabion_proto::ids::VolumeId;
 use gabion_proto::limits::{BLOCK_BYTES, OP_DATA_BYTES_MAX};
 use pieces::{Piece, blocks_inside, blocks_touched, pieces};
+pub use range_lock::Held;
 use range_lock::RangeLock;
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// Pieces of one request that are in flight together.
 const PIECES_IN_FLIGHT: usize = 16;
@@ -48,7 +49,7 @@ const OP_BLOCKS_MAX: u32 = OP_DATA_BYTES_MAX / BLOCK_BYTES;
 pub struct Shape {
     pub id: VolumeId,
     pub name: String,
-    /// A multiple of the block size.
+    /// A multiple of the block size. The volume may grow later.
     pub size_bytes: u64,
     pub object_bytes: u32,
 }
@@ -56,6 +57,7 @@ pub struct Shape {
 /// See the module's documentation.
 pub struct Volume {
     shape: Shape,
+    size_bytes: watch::Sender<u64>,
     inner: Arc<Inner>,
     /// Where writes run to their end.
     runtime: Handle,
@@ -80,7 +82,8 @@ impl Volume {
         let blocks_per_object = shape.object_bytes / BLOCK_BYTES;
         let room = Arc::new(Semaphore::new(WRITE_BYTES_MAX / BLOCK_BYTES as usize));
         let inner = Inner { backend, lock: Arc::default(), blocks_per_object, room };
-        Arc::new(Volume { shape, inner: Arc::new(inner), runtime: Handle::current() })
+        let size_bytes = watch::Sender::new(shape.size_bytes);
+        Arc::new(Volume { shape, size_bytes, inner: Arc::new(inner), runtime: Handle::current() })
     }
 
     /// A volume in memory: for tests of exports. `size_bytes` is rounded up to whole blocks.
@@ -95,7 +98,24 @@ impl Volume {
     }
 
     pub fn size_bytes(&self) -> u64 {
-        self.shape.size_bytes
+        *self.size_bytes.borrow()
+    }
+    /// The size whenever it changes.
+    pub fn sizes(&self) -> watch::Receiver<u64> {
+        self.size_bytes.subscribe()
+    }
+    /// Takes over a greater size; requests beyond the old one are served from then on.
+    pub fn grow(&self, size_bytes: u64) {
+        let grown = self.size_bytes.send_if_modified(|size| {
+            let greater = size_bytes > *size && size_bytes.is_multiple_of(BLOCK);
+            if greater {
+                *size = size_bytes;
+            }
+            greater
+        });
+        if grown {
+            tracing::info!(volume = self.shape.name, size_bytes, "the volume has grown");
+        }
     }
     /// Writes of whole blocks of this size cost no read.
     pub fn block_bytes() -> u32 {
@@ -198,7 +218,13 @@ impl Volume {
 
     /// Waits until no write, zeroing or trim is in flight.
     pub async fn drain(&self) {
-        let _all = self.inner.lock.acquire(0..u64::MAX).await;
+        drop(self.pause().await);
+    }
+
+    /// Waits until no write, zeroing or trim is in flight on any export; those that come later wait until what is answered is
+    /// dropped. Giving up lets them go on.
+    pub async fn pause(&self) -> Held {
+        self.inner.lock.acquire(0..u64::MAX).await
     }
 
     async fn to_the_end<F>(&self, work: F) -> Result<(), VolumeError>
