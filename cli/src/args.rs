@@ -4,6 +4,7 @@ use crate::output::Format;
 use crate::size;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use gabion_proto::limits::{valid_name, valid_volume_name};
 use std::path::PathBuf;
 
 #[derive(Parser, Debug)]
@@ -74,6 +75,11 @@ pub enum Command {
     Volume {
         #[command(subcommand)]
         verb: VolumeVerb,
+    },
+    /// Snapshots of volumes, named VOLUME@NAME
+    Snapshot {
+        #[command(subcommand)]
+        verb: SnapshotVerb,
     },
     /// Volumes served over NBD or vhost-user
     Export {
@@ -340,6 +346,18 @@ pub enum VolumeVerb {
     Rm { name: String },
     /// Takes a volume away from the host that has it attached, dead or alive; remove its exports first
     Detach { name: String },
+    /// Grows a volume, also while it is in use: a running guest sees its new size at once
+    Resize {
+        name: String,
+        #[arg(long, value_parser = size::parse)]
+        size: u64,
+    },
+    /// Makes a volume that begins as the snapshot is, at once and without copying
+    Clone {
+        /// VOLUME@NAME
+        snapshot: SnapshotName,
+        name: String,
+    },
     /// Copies an image into a volume, which is made when it does not exist
     Import {
         /// A file, or - for a raw image on standard input.
@@ -354,15 +372,78 @@ pub enum VolumeVerb {
         /// Default: as the file's header says.
         #[arg(long, value_enum)]
         format: Option<ImageFormat>,
+        /// Host whose gateway is used; default: where the volume is in use, else this one, else any.
+        #[arg(long, visible_alias = "gateway")]
+        host: Option<String>,
     },
-    /// Copies a volume into an image
+    /// Copies a volume or a snapshot into an image
     Export {
+        /// A volume, or VOLUME@NAME.
         name: String,
         /// A file, or - for a raw image on standard output.
         file: String,
         #[arg(long, value_enum, default_value = "raw")]
         format: ImageFormat,
+        /// Host whose gateway is used; default: where the volume is in use, else this one, else any.
+        #[arg(long, visible_alias = "gateway")]
+        host: Option<String>,
     },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum SnapshotVerb {
+    /// Takes a snapshot, also while the volume is in use: exact, and as after a power cut
+    Create {
+        /// VOLUME@NAME
+        snapshot: SnapshotName,
+    },
+    /// Lists snapshots
+    Ls {
+        /// Only of this volume.
+        volume: Option<String>,
+    },
+    /// Removes a snapshot that has no clones
+    Rm {
+        /// VOLUME@NAME
+        snapshot: SnapshotName,
+    },
+    /// Makes a volume that is not in use what the snapshot holds
+    Rollback {
+        /// VOLUME@NAME
+        snapshot: SnapshotName,
+    },
+    /// What was written since the snapshot, as ranges
+    Diff {
+        /// VOLUME@NAME
+        snapshot: SnapshotName,
+        /// A later snapshot of it, VOLUME@NAME, or a clone; default: the volume as it is now.
+        other: Option<String>,
+    },
+}
+
+/// `volume@name`.
+#[derive(Clone, Debug)]
+pub struct SnapshotName {
+    pub volume: String,
+    pub name: String,
+}
+
+impl std::str::FromStr for SnapshotName {
+    type Err = String;
+    fn from_str(text: &str) -> Result<SnapshotName, String> {
+        match text.split_once('@') {
+            Some((volume, name)) if valid_volume_name(volume) && valid_name(name) => {
+                Ok(SnapshotName { volume: volume.to_owned(), name: name.to_owned() })
+            }
+            _ => Err(format!("{text:?} is not VOLUME@NAME, such as v@monday")),
+        }
+    }
+}
+
+impl std::fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}@{}", self.volume, self.name)
+    }
 }
 
 #[derive(Subcommand, Debug)]
@@ -370,6 +451,7 @@ pub enum ExportVerb {
     /// Serves a volume; prints the NBD URI or the socket's path when it is ready
     #[command(group(ArgGroup::new("kind").required(true).args(["nbd", "vhost_user"])))]
     Add {
+        /// A volume, or a snapshot as VOLUME@NAME, which is read-only.
         volume: String,
         #[arg(long)]
         nbd: bool,

@@ -22,6 +22,11 @@ impl Monitors {
         Ok(Monitors { client: MonitorClient::new(&addrs)?, addrs })
     }
 
+    /// For what is read from OSDs.
+    pub fn client(&self) -> &MonitorClient {
+        &self.client
+    }
+
     /// Makes a call about `thing` at the first monitor that answers.
     pub async fn call<T, F, Fut>(&self, thing: &str, call: F) -> Result<T>
     where

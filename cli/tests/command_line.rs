@@ -40,7 +40,7 @@ fn wrong_usage_is_2() {
         &["volume", "create", "v", "--size", "1.5G", "--pool", "p"],
         &["export", "add", "v"],
         &["-o", "xml", "status"],
-        &["snapshot", "ls"],
+        &["snapshot", "create", "v"],
     ] {
         let out = gabion(dir.path()).args(args).output().unwrap();
         assert_eq!(out.status.code(), Some(2), "{args:?}: {}", stderr(&out));

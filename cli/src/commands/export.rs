@@ -47,7 +47,7 @@ pub async fn run(cx: &Context, verb: ExportVerb) -> Result<()> {
     }
 }
 
-async fn list(monitors: &Monitors) -> Result<Vec<ExportInfo>> {
+pub async fn list(monitors: &Monitors) -> Result<Vec<ExportInfo>> {
     Ok(rpc!(monitors, "export list", admin.list_exports, pb::Empty {})?.exports)
 }
 

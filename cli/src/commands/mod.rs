@@ -9,6 +9,7 @@ mod osd;
 mod pg;
 mod pool;
 mod rebuild;
+mod snapshot;
 mod transfer;
 mod vm;
 mod volume;
@@ -60,6 +61,7 @@ pub async fn run(cx: &Context, command: Command) -> Result<()> {
         Command::Pool { verb } => pool::run(cx, verb).await,
         Command::Pg { verb } => pg::run(cx, verb).await,
         Command::Volume { verb } => volume::run(cx, verb).await,
+        Command::Snapshot { verb } => snapshot::run(cx, verb).await,
         Command::Export { verb } => export::run(cx, verb).await,
         Command::Host { verb } => host::run(cx, verb).await,
         Command::Vm { verb } => vm::run(cx, verb).await,

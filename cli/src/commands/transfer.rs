@@ -8,7 +8,9 @@ use crate::rpc;
 use crate::rpc::Monitors;
 use anyhow::{Context as _, Result, bail, ensure};
 use gabion_proto::limits::VOLUME_BYTES_MIN;
-use gabion_proto::pb::{AddExportRequest, CreateVolumeRequest, ExportInfo, ExportKind, NameRequest};
+use gabion_proto::pb::{
+    self, AddExportRequest, CreateVolumeRequest, ExportInfo, ExportKind, ExportState, NameRequest,
+};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 use std::path::Path;
@@ -28,10 +30,11 @@ pub struct Import {
     pub pool: Option<String>,
     pub size: Option<u64>,
     pub format: Option<ImageFormat>,
+    pub host: Option<String>,
 }
 
 pub async fn import(cx: &Context, monitors: &Monitors, import: Import) -> Result<()> {
-    let Import { file, name, pool, size, format } = import;
+    let Import { file, name, pool, size, format, host } = import;
     let piped = file == "-";
     ensure!(
         !(piped && format == Some(ImageFormat::Qcow2)),
@@ -61,21 +64,21 @@ pub async fn import(cx: &Context, monitors: &Monitors, import: Import) -> Result
         if let Some(image) = image_bytes.filter(|image| *image > volume_bytes) {
             bail!("volume {name}: its {volume_bytes} bytes do not hold the image's {image}; make a larger volume");
         }
-        let target = export::add(monitors, request(&name, false), EXPORT_WITHIN).await?;
+        let target = serve(monitors, &name, host, false).await?;
         let mut command;
         if piped {
             command = Command::new("nbdcopy");
-            command.args(["--flush", "-", &uri(&target)]);
+            command.args(["--flush", "-", &uri(&target.export)]);
         } else {
             command = Command::new("qemu-img");
             command.args(["convert", "-n", "-f", &image_format, "-O", "raw"]);
             if is_new {
                 command.arg("--target-is-zero");
             }
-            command.args([&*file, &uri(&target)]);
+            command.args([&*file, &uri(&target.export)]);
         }
         let copied = copy(&mut command, &name, piped).await;
-        let removed = export::remove(monitors, target.id).await;
+        let removed = target.end(monitors).await;
         copied.and(removed)
     }
     .await;
@@ -94,6 +97,7 @@ pub async fn export(
     name: &str,
     file: &str,
     format: ImageFormat,
+    host: Option<String>,
 ) -> Result<()> {
     let piped = file == "-";
     ensure!(
@@ -101,20 +105,20 @@ pub async fn export(
         "volume {name}: a qcow2 image cannot be written to a pipe; write a file"
     );
     ensure!(!(piped && std::io::stdout().is_terminal()), "volume {name}: standard output is a terminal");
-    let source = export::add(monitors, request(name, true), EXPORT_WITHIN).await?;
+    let source = serve(monitors, name, host, true).await?;
     // Half an image never has the name that was asked for.
     let part = format!("{file}.part");
     let mut command;
     if piped {
         command = Command::new("nbdcopy");
-        command.args([&uri(&source), "-"]);
+        command.args([&uri(&source.export), "-"]);
     } else {
         let format = if format == ImageFormat::Qcow2 { "qcow2" } else { "raw" };
         command = Command::new("qemu-img");
-        command.args(["convert", "-f", "raw", "-O", format, &uri(&source), &part]);
+        command.args(["convert", "-f", "raw", "-O", format, &uri(&source.export), &part]);
     }
     let copied = copy(&mut command, name, piped).await;
-    let removed = export::remove(monitors, source.id).await;
+    let removed = source.end(monitors).await;
     if copied.is_err() && !piped {
         let _ = std::fs::remove_file(&part);
     }
@@ -126,13 +130,55 @@ pub async fn export(
     cx.out.done(&format!("volume {name} is in {file}"), json!({ "volume": name, "file": file }))
 }
 
-fn request(volume: &str, read_only: bool) -> AddExportRequest {
-    AddExportRequest {
-        volume: volume.to_owned(),
-        kind: ExportKind::Nbd.into(),
-        read_only,
-        host: String::new(),
+/// What is copied from or to: an export that is made for the copy, or one that was there before.
+struct Served {
+    export: ExportInfo,
+    made: bool,
+}
+
+impl Served {
+    async fn end(&self, monitors: &Monitors) -> Result<()> {
+        if self.made { export::remove(monitors, self.export.id).await } else { Ok(()) }
     }
+}
+
+async fn serve(monitors: &Monitors, volume: &str, host: Option<String>, read_only: bool) -> Result<Served> {
+    let there = export::list(monitors).await?;
+    let of = |e: &&ExportInfo| e.volume == volume && host.as_ref().is_none_or(|h| e.host == *h);
+    let usable = |e: &&ExportInfo| {
+        e.kind() == ExportKind::Nbd && e.state() == ExportState::Ready && (read_only || !e.read_only)
+    };
+    if let Some(export) = there.iter().filter(of).find(usable) {
+        return Ok(Served { export: export.clone(), made: false });
+    }
+    let host = match (host, there.iter().find(|e| e.volume == volume)) {
+        (Some(host), _) => host,
+        (None, Some(export)) => export.host.clone(),
+        (None, None) => default_host(monitors, volume).await?,
+    };
+    let request =
+        AddExportRequest { volume: volume.to_owned(), kind: ExportKind::Nbd.into(), read_only, host };
+    Ok(Served { export: export::add(monitors, request, EXPORT_WITHIN).await?, made: true })
+}
+
+/// Where a volume that is not exported can be served: at the host that has it or whose VM has it, else here, else at any
+/// gateway.
+async fn default_host(monitors: &Monitors, volume: &str) -> Result<String> {
+    let request = NameRequest { name: volume.to_owned() };
+    let info = rpc!(monitors, format!("volume {volume}"), admin.get_volume, request)?;
+    if !info.attached_host.is_empty() {
+        return Ok(info.attached_host);
+    }
+    let vms = rpc!(monitors, "VM list", admin.list_vms, pb::Empty {})?.vms;
+    if let Some(vm) = vms.into_iter().find(|vm| vm.disks.iter().any(|d| d.volume == volume)) {
+        return Ok(vm.host);
+    }
+    let hosts = rpc!(monitors, "host list", admin.list_hosts, pb::Empty {})?.hosts;
+    let mut gateways: Vec<String> = hosts.into_iter().filter(|h| h.gateway_up).map(|h| h.name).collect();
+    let here = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let at = gateways.iter().position(|name| name == here.trim()).unwrap_or(0);
+    // None at all: the monitor's refusal says so.
+    Ok(if gateways.is_empty() { String::new() } else { gateways.swap_remove(at) })
 }
 
 /// The Unix socket where it is on this host, else TCP.

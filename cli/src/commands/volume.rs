@@ -6,7 +6,9 @@ use crate::output::removed;
 use crate::rpc;
 use crate::size::human_exact;
 use anyhow::Result;
-use gabion_proto::pb::{self, CreateVolumeRequest, NameRequest, VolumeInfo};
+use gabion_proto::pb::{
+    self, CloneVolumeRequest, CreateVolumeRequest, NameRequest, ResizeVolumeRequest, VolumeInfo,
+};
 use serde_json::{Value, json};
 
 pub async fn run(cx: &Context, verb: VolumeVerb) -> Result<()> {
@@ -22,7 +24,8 @@ pub async fn run(cx: &Context, verb: VolumeVerb) -> Result<()> {
         VolumeVerb::Ls => {
             let volumes = rpc!(monitors, "volume list", admin.list_volumes, pb::Empty {})?.volumes;
             let rows = volumes.iter().map(volume_json).collect();
-            cx.out.list("volumes", rows, &["id", "name", "pool", "size_bytes", "attached_host"])
+            let columns = ["id", "name", "pool", "size_bytes", "attached_host", "origin", "snapshots"];
+            cx.out.list("volumes", rows, &columns)
         }
         VolumeVerb::Show { name } => {
             let request = NameRequest { name: name.clone() };
@@ -43,11 +46,22 @@ pub async fn run(cx: &Context, verb: VolumeVerb) -> Result<()> {
             let volume = rpc!(monitors, format!("volume {name}"), admin.fence_volume, request)?;
             cx.out.done(&format!("volume {name} is attached nowhere"), volume_json(&volume))
         }
-        VolumeVerb::Import { file, name, pool, size, format } => {
-            transfer::import(cx, &monitors, transfer::Import { file, name, pool, size, format }).await
+        VolumeVerb::Resize { name, size } => {
+            let request = ResizeVolumeRequest { name: name.clone(), size_bytes: size };
+            let volume = rpc!(monitors, format!("volume {name}"), admin.resize_volume, request)?;
+            let size = human_exact(volume.size_bytes);
+            cx.out.done(&format!("volume {name} has {size}"), volume_json(&volume))
         }
-        VolumeVerb::Export { name, file, format } => {
-            transfer::export(cx, &monitors, &name, &file, format).await
+        VolumeVerb::Clone { snapshot, name } => {
+            let request = CloneVolumeRequest { snapshot: snapshot.to_string(), name: name.clone() };
+            let volume = rpc!(monitors, format!("volume {name}"), admin.clone_volume, request)?;
+            cx.out.done(&format!("volume {name} is a clone of {snapshot}"), volume_json(&volume))
+        }
+        VolumeVerb::Import { file, name, pool, size, format, host } => {
+            transfer::import(cx, &monitors, transfer::Import { file, name, pool, size, format, host }).await
+        }
+        VolumeVerb::Export { name, file, format, host } => {
+            transfer::export(cx, &monitors, &name, &file, format, host).await
         }
     }
 }
@@ -63,5 +77,8 @@ pub fn volume_json(v: &VolumeInfo) -> Value {
         "object_bytes": v.object_bytes,
         "attached_host": v.attached_host,
         "generation": v.generation,
+        "root": v.root,
+        "origin": v.origin,
+        "snapshots": v.snapshots,
     })
 }
