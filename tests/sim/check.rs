@@ -14,16 +14,15 @@ impl World {
         self.monitor.state.map.pgs.values().all(|r| r.clean && r.activated && r.members().count() == width)
     }
 
-    /// Objects of removed volumes that a member still holds.
+    /// Objects of removed volumes and layers that a member still holds.
     pub fn leftovers(&mut self) -> usize {
-        let removed = self.removed.clone();
-        let pgs = self.monitor.state.map.pgs.clone();
+        let map = self.monitor.state.map.clone();
         let mut count = 0;
-        for (pg, record) in pgs {
+        for (pg, record) in map.pgs.clone() {
             for node in self.nodes.iter_mut().filter(|n| record.acting.contains(&n.id)) {
                 let Some(store) = node.disk.store() else { continue };
                 let list = store.list(pg, None, usize::MAX).unwrap_or_default();
-                count += list.iter().filter(|(o, _)| removed.contains(&o.volume)).count();
+                count += list.iter().filter(|(o, _)| map.is_removed(o)).count();
             }
         }
         count

@@ -7,6 +7,7 @@
 
 use crate::network::Place;
 use crate::oracle::{BLOCK, Begun, BlockId, bytes_of};
+use crate::snapshots::Pause;
 use crate::world::{Ev, World};
 use bytes::Bytes;
 use gabion_monitor::state::{Command, Reply};
@@ -37,21 +38,45 @@ pub enum ClientEvent {
 }
 
 #[derive(Clone)]
-enum Kind {
+pub enum Kind {
     Read { begun: Vec<Begun> },
     Write { numbers: Vec<u64>, zero: bool },
 }
 
+impl Kind {
+    pub fn is_write(&self) -> bool {
+        matches!(self, Kind::Write { .. })
+    }
+}
+
 #[derive(Clone)]
-struct Op {
-    first: u64,
-    count: u64,
-    kind: Kind,
+pub struct Op {
+    /// The volume or the snapshot, as the oracle numbers them.
+    pub of: u64,
+    /// Top layer first.
+    pub layers: Vec<LayerId>,
+    pub first: u64,
+    pub count: u64,
+    pub kind: Kind,
     attempt: u64,
     sent_to: Option<OsdId>,
     issued: u64,
-    /// Issued when somebody else held the volume already: it must be refused.
+    /// Issued when somebody else held the volume already, or the layer was frozen: it must be refused.
     fenced: bool,
+}
+
+impl Op {
+    pub fn new(of: u64, layers: Vec<LayerId>, (first, count): (u64, u64), kind: Kind) -> Op {
+        Op { of, layers, first, count, kind, attempt: 0, sent_to: None, issued: 0, fenced: false }
+    }
+
+    pub fn fenced(self, fenced: bool) -> Op {
+        Op { fenced, ..self }
+    }
+
+    pub fn overlaps(&self, first: u64, count: u64) -> bool {
+        self.first < first + count && first < self.first + self.count
+    }
 }
 
 /// Who may use a volume.
@@ -64,16 +89,20 @@ pub struct Seat {
 pub struct Client {
     /// Which volume: `v{volume}`.
     pub volume: usize,
-    id: ClientId,
-    session: Session,
-    generation: Generation,
-    volume_id: VolumeId,
-    map: Arc<ClusterMap>,
-    ops: BTreeMap<u64, Op>,
+    pub id: ClientId,
+    pub session: Session,
+    pub generation: Generation,
+    pub volume_id: VolumeId,
+    /// Top layer first.
+    pub layers: Vec<LayerId>,
+    /// It writes nothing, because of a snapshot.
+    pub pause: Option<Pause>,
+    pub map: Arc<ClusterMap>,
+    pub ops: BTreeMap<u64, Op>,
     next_request: u64,
     connections: BTreeMap<OsdId, u64>,
     life: u64,
-    ready: bool,
+    pub ready: bool,
     /// Somebody else's fence is in force.
     fenced: bool,
     /// It knows that it is fenced, or its volume is gone.
@@ -92,6 +121,8 @@ impl Client {
             session: Session(0),
             generation: Generation(0),
             volume_id: VolumeId(0),
+            layers: Vec::new(),
+            pause: None,
             map: Arc::default(),
             ops: BTreeMap::new(),
             next_request: 1,
@@ -108,8 +139,9 @@ impl Client {
     pub fn idle(&self) -> bool {
         self.ended || (self.ready && self.ops.is_empty() && self.final_reads.is_empty())
     }
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         self.ended = true;
+        self.pause = None;
         self.ops.clear();
         self.connections.clear();
         self.final_reads.clear();
@@ -128,6 +160,7 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             c.life += 1;
             c.ops.clear();
             c.connections.clear();
+            c.pause = None;
             c.ready = false;
             attach(w, i, false);
         }
@@ -150,6 +183,7 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
         }
         ClientEvent::Issue { life } if life == w.clients[i].life => {
             if w.clients[i].ready {
+                w.go_on_with_snapshot(i);
                 issue(w, i);
             }
             let wait = w.rng.range(1, 120);
@@ -195,8 +229,10 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
     let attach = Command::AttachVolume { volume: format!("v{volume}"), client, session, take_over };
     match w.command(attach) {
         Some(Reply::Attached { volume: volume_id, generation, epoch }) => {
+            let layers = w.layers(volume_id);
             let c = &mut w.clients[i];
             c.volume_id = volume_id;
+            c.layers = layers;
             // A restart renews only the session.
             if c.generation != Generation(0) && c.generation != generation {
                 w.finding = Some(format!("client {i} came back with another generation"));
@@ -216,11 +252,10 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
 fn issue(w: &mut World, i: usize) {
     let volume = w.clients[i].volume;
     let fenced = w.clients[i].fenced;
-    let issued = w.now;
-    let op = |first, count, kind| Op { first, count, kind, attempt: 0, sent_to: None, issued, fenced };
     if let Some(id) = w.clients[i].final_reads.pop() {
         let begun = vec![w.oracle.begin_read(id)];
-        return start(w, i, op(id.block, 1, Kind::Read { begun }));
+        let layers = w.layers_of(i, id.volume);
+        return start(w, i, Op::new(id.volume, layers, (id.block, 1), Kind::Read { begun }).fenced(fenced));
     }
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
@@ -232,25 +267,30 @@ fn issue(w: &mut World, i: usize) {
         true => w.rng.range(32, 70).min(room),
         false => w.rng.range(1, 5).min(room),
     };
-    let ids: Vec<BlockId> =
-        (first..first + count).map(|block| BlockId { volume: volume as u64, block }).collect();
-    let kind = if w.rng.chance(400) {
+    let reads = w.rng.chance(400);
+    // A snapshot is read now and then.
+    let of = match w.some_snapshot(volume).filter(|_| reads) {
+        Some(snapshot) if w.rng.chance(300) => snapshot,
+        _ => volume as u64,
+    };
+    let ids: Vec<BlockId> = (first..first + count).map(|block| BlockId { volume: of, block }).collect();
+    let kind = if reads {
         Kind::Read { begun: ids.iter().map(|id| w.oracle.begin_read(*id)).collect() }
     } else {
-        let overlaps = |o: &Op| {
-            matches!(o.kind, Kind::Write { .. }) && o.first < first + count && first < o.first + o.count
-        };
-        if w.clients[i].ops.values().any(overlaps) {
+        let c = &w.clients[i];
+        if c.pause.is_some() || c.ops.values().any(|o| o.kind.is_write() && o.overlaps(first, count)) {
             return;
         }
         let zero = w.rng.chance(120);
         Kind::Write { numbers: ids.iter().map(|id| w.oracle.issue(*id, zero, fenced)).collect(), zero }
     };
-    start(w, i, op(first, count, kind));
+    let layers = w.layers_of(i, of);
+    start(w, i, Op::new(of, layers, (first, count), kind).fenced(fenced));
 }
 
-fn start(w: &mut World, i: usize, op: Op) {
+pub fn start(w: &mut World, i: usize, op: Op) {
     w.tally.client_ops += 1;
+    let op = Op { issued: w.now, ..op };
     let c = &mut w.clients[i];
     let request = c.next_request;
     c.next_request += 1;
@@ -280,7 +320,10 @@ fn send(w: &mut World, i: usize, request: u64) {
     let c = &w.clients[i];
     let block_count = op_copy.count as u32;
     let (kind, data) = match &op_copy.kind {
-        Kind::Read { .. } => (OpKind::Read { first_block, block_count, below: Vec::new() }, Bytes::new()),
+        Kind::Read { .. } => {
+            let below = op_copy.layers[1..].to_vec();
+            (OpKind::Read { first_block, block_count, below }, Bytes::new())
+        }
         Kind::Write { zero: true, .. } => {
             (OpKind::Zero { first_block, block_count, discard: attempt % 2 == 0 }, Bytes::new())
         }
@@ -303,7 +346,7 @@ fn send(w: &mut World, i: usize, request: u64) {
         session: c.session,
         generation: c.generation,
         volume: volume_id,
-        object: ObjectId { volume: volume_id, index, layer: LayerId(0) },
+        object: ObjectId { volume: volume_id, index, layer: op_copy.layers[0] },
         kind,
     };
     w.send_op(i, primary, connection, request, message, data);
@@ -341,11 +384,16 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
             .take(200)
             .collect()
     });
+    if w.is_removed_snapshot(op.of) {
+        return;
+    }
     let volume = w.clients[i].volume;
-    let id = |n: usize| BlockId { volume: volume as u64, block: op.first + n as u64 };
+    let id = |n: usize| BlockId { volume: op.of, block: op.first + n as u64 };
     match (reply, &op.kind) {
         (OpReply::Done { .. } | OpReply::Data { .. }, _) if op.fenced => {
-            w.finding = Some(format!("client {i} was served after v{volume} had another holder"));
+            w.finding = Some(format!(
+                "client {i} was served after v{volume} had another holder, or its layer was frozen"
+            ));
         }
         (OpReply::Done { .. }, Kind::Write { numbers, .. }) => {
             for (n, number) in numbers.iter().enumerate() {
@@ -364,6 +412,7 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
                 }
             }
         }
+        (OpReply::Failed(OpError::Frozen), _) if op.fenced => {}
         // Refused before it began.
         (OpReply::Failed(OpError::NoSpace), Kind::Write { .. }) => {}
         (OpReply::Failed(OpError::Fenced), _) if w.seats[volume].holder != i => w.clients[i].end(),
@@ -416,12 +465,12 @@ impl World {
         }
         let name = format!("v{volume}");
         self.command(Command::DetachVolume { volume: name.clone(), client, generation });
+        self.remove_snapshots_of(volume);
         if self.command(Command::RemoveVolume { name }).is_none() {
             self.finding = Some(format!("v{volume} could not be removed"));
             return;
         }
         self.seats[volume].removed = true;
-        self.removed.insert(self.clients[i].volume_id);
         self.clients[i].end();
         self.add_volume();
     }

@@ -7,7 +7,7 @@ use gabion_monitor::state::Command;
 use gabion_proto::map::Redundancy;
 
 /// Kinds of faults and how often each is drawn.
-const KINDS: [(&str, u64); 23] = [
+const KINDS: [(&str, u64); 25] = [
     ("crash", 24),
     ("disk error", 6),
     ("pause", 9),
@@ -28,6 +28,8 @@ const KINDS: [(&str, u64); 23] = [
     ("client restart", 5),
     ("take-over", 4),
     ("volume removed", 1),
+    ("snapshot", 12),
+    ("snapshot removed", 2),
     ("new disk", 1),
     ("two crashes", 3),
     ("crash of a group", 2),
@@ -172,6 +174,8 @@ impl World {
                 self.take_over(client);
             }
             "volume removed" if self.monitor_runs() => self.remove_volume(client),
+            "snapshot" if self.monitor_runs() => return self.ask_for_snapshot(client),
+            "snapshot removed" if self.monitor_runs() => return self.remove_snapshot(),
             "new disk" if self.monitor_runs() && self.nodes.len() < 8 => {
                 self.add_node();
                 let node = self.nodes.len() - 1;

@@ -12,6 +12,7 @@ mod nodes;
 mod oracle;
 mod plan;
 mod rng;
+mod snapshots;
 mod world;
 
 use gabion_proto::map::Redundancy;
@@ -115,7 +116,7 @@ fn finish(mut w: World) -> Result<Tally, String> {
 /// Reads back everything that was ever written.
 fn read_all(w: &mut World) -> Result<(), String> {
     for id in w.oracle.blocks() {
-        let holder = w.seats[id.volume as usize].holder;
+        let holder = w.seats[w.volume_of(id.volume)].holder;
         w.clients[holder].final_reads.push(id);
     }
     let idle = |w: &World| w.clients.iter().all(|c| c.idle());

@@ -31,7 +31,10 @@ struct Write {
     void: bool,
 }
 
+#[derive(Clone)]
 struct Register {
+    /// The block that its bytes name: a snapshot's were written to its volume.
+    of: BlockId,
     /// Write `number`, from 1; index 0 is the initial state: zeros.
     writes: Vec<Write>,
     floor: u64,
@@ -54,7 +57,7 @@ pub struct Oracle {
 
 fn register(map: &mut BTreeMap<BlockId, Register>, id: BlockId) -> &mut Register {
     let initial = Write { value: Value::Zero, void: false };
-    map.entry(id).or_insert_with(|| Register { writes: vec![initial], floor: 0, closed: 0 })
+    map.entry(id).or_insert_with(|| Register { of: id, writes: vec![initial], floor: 0, closed: 0 })
 }
 
 /// The bytes of write `number` of a block: its tag in every 32 bytes, so that a torn block shows.
@@ -98,6 +101,17 @@ impl Oracle {
         }
     }
 
+    /// A snapshot is taken while nothing of the volume is in flight: it may hold what the volume may hold, the first read of each
+    /// decides for itself, and nothing is ever written to it again.
+    pub fn freeze(&mut self, volume: u64, snapshot: u64) {
+        let of_volume = |(id, r): (&BlockId, &Register)| {
+            let frozen = Register { closed: (r.writes.len() - 1) as u64, ..r.clone() };
+            (id.volume == volume).then_some((BlockId { volume: snapshot, ..*id }, frozen))
+        };
+        let frozen: Vec<_> = self.registers.iter().filter_map(of_volume).collect();
+        self.registers.extend(frozen);
+    }
+
     /// Checks what a read returned.
     pub fn check_read(&mut self, id: BlockId, begun: Begun, bytes: &[u8]) -> Result<(), String> {
         self.reads_checked += 1;
@@ -120,7 +134,7 @@ impl Oracle {
         } else {
             let number = u64::from_le_bytes(bytes[16..24].try_into().map_err(|_| "short block".to_string())?);
             if number > newest
-                || bytes != bytes_of(id, number)
+                || bytes != bytes_of(r.of, number)
                 || r.writes[number as usize].value == Value::Zero
             {
                 return Err(format!(
@@ -144,6 +158,11 @@ impl Oracle {
             r.writes[n as usize].void = true;
         }
         Ok(())
+    }
+
+    /// Nobody reads it any more.
+    pub fn forget(&mut self, snapshot: u64) {
+        self.registers.retain(|id, _| id.volume != snapshot);
     }
 
     pub fn blocks(&self) -> Vec<BlockId> {
@@ -174,6 +193,23 @@ mod tests {
         let mut torn = bytes_of(ID, b);
         torn[4000] ^= 1;
         assert!(o.check_read(ID, begun, &torn).is_err(), "torn");
+    }
+
+    #[test]
+    fn finds_snapshots_that_change_and_are_of_another_moment() {
+        let mut o = Oracle::default();
+        let a = o.issue(ID, false, false);
+        o.acknowledged(ID, a).unwrap();
+        o.freeze(ID.volume, 100);
+        let snapshot = BlockId { volume: 100, ..ID };
+        let b = o.issue(ID, false, false);
+        o.acknowledged(ID, b).unwrap();
+        let begun = o.begin_read(snapshot);
+        assert!(o.check_read(snapshot, begun, &[0; BLOCK]).is_err(), "before");
+        assert!(o.check_read(snapshot, begun, &bytes_of(ID, b)).is_err(), "after");
+        o.check_read(snapshot, begun, &bytes_of(ID, a)).unwrap();
+        let c = o.issue(snapshot, false, true);
+        assert!(o.check_read(snapshot, begun, &bytes_of(ID, c)).is_err(), "frozen");
     }
 
     #[test]

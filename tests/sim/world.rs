@@ -7,6 +7,7 @@ use crate::nodes::Node;
 use crate::oracle::Oracle;
 use crate::plan::{Plan, Scenario, Tally};
 use crate::rng::Rng;
+use crate::snapshots::Snapshot;
 use bytes::Bytes;
 use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_osd::core::*;
@@ -14,7 +15,7 @@ use gabion_proto::ids::*;
 use gabion_proto::map::{ClusterMap, FailureDomain};
 use gabion_proto::msg::ClientOp;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
 
 pub const CLUSTER: ClusterId = ClusterId([7; 16]);
@@ -113,7 +114,7 @@ pub struct World {
     pub clients: Vec<Client>,
     /// By volume number.
     pub seats: Vec<Seat>,
-    pub removed: BTreeSet<VolumeId>,
+    pub snapshots: Vec<Snapshot>,
     pub next_connection: u64,
     pub pool: PoolId,
     /// A disk was lost since all groups were clean.
@@ -150,7 +151,7 @@ impl World {
             network: Network::default(),
             clients: Vec::new(),
             seats: Vec::new(),
-            removed: BTreeSet::new(),
+            snapshots: Vec::new(),
             next_connection: 1,
             pool,
             lost_one: false,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const POLL: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Cluster {
     gabion: PathBuf,
@@ -85,6 +86,11 @@ impl Cluster {
                 .with_context(|| format!("export add answered no {name}: {export}"))
         };
         Ok(Exported { uri: field("uri")?, socket: field("socket")?.into() })
+    }
+
+    /// The path of a daemon's binary.
+    pub fn binary(&self, name: &str) -> PathBuf {
+        self.gabion.with_file_name(name)
     }
 
     /// Runs `gabion` and answers what it printed.
@@ -176,6 +182,25 @@ impl Cluster {
             }
             std::thread::sleep(POLL);
         }
+    }
+
+    /// Waits until no host has the volume attached.
+    pub fn detached(&self, volume: &str) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let shown = self.json(&["volume", "show", volume])?;
+            if shown["attached_host"] == "" {
+                return Ok(());
+            }
+            ensure!(started.elapsed() < PATIENCE, "volume {volume} stays attached: {shown}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Removes a volume whose export was just removed.
+    pub fn removed(&self, volume: &str) -> Result<()> {
+        self.detached(volume)?;
+        self.run(&["--yes", "volume", "rm", volume]).map(drop)
     }
 
     fn path(&self) -> &str {

@@ -1,5 +1,6 @@
 //! What the tests of whole clusters share.
 
 pub mod cluster;
+pub mod history;
 pub mod mirror;
 pub mod workload;

@@ -2,7 +2,10 @@
 
 use anyhow::{Context, Result, ensure};
 use gabion_tests::cluster::Cluster;
-use std::process::Command;
+use serde_json::Value;
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn run(tool: &str, args: &[&str]) -> Result<String> {
     let out = Command::new(tool).args(args).output().with_context(|| format!("cannot start {tool}"))?;
@@ -58,5 +61,71 @@ fn tools_agree_on_a_volume() -> Result<()> {
         ["--name=v", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-64k", "--iodepth=16", "--size=16M"];
     let verify = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--verify_state_save=0"];
     run("fio", &[fio.as_slice(), verify.as_slice(), &[&format!("--uri={uri}")]].concat())?;
+
+    // It grows while it is exported; who connects from then on sees it.
+    cluster.run(&["volume", "resize", "v", "--size", "96M"])?;
+    let info = || run("nbdinfo", &["--size", &uri]);
+    until("the export has grown", || Ok(info()?.trim() == "100663296"))?;
+    let said = io(&["write -P 0x77 90M 1M", "read -P 0x77 90M 1M", "read -P 0 80M 1M"])?;
+    ensure!(!said.contains("verification failed"), "{said}");
+    let shrunk = cluster.run(&["volume", "resize", "v", "--size", "64M"]);
+    ensure!(shrunk.is_err_and(|e| e.to_string().contains("does not shrink")), "it shrank");
+    images(&cluster, &path)
+}
+
+fn until(what: &str, condition: impl Fn() -> Result<bool>) -> Result<()> {
+    let started = Instant::now();
+    while !condition()? {
+        ensure!(started.elapsed() < Duration::from_secs(60), "not so after a minute: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// A gateway of another host; killed when dropped.
+struct Gateway(Child);
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Images in and out where there are several gateways, with their holes.
+fn images(cluster: &Cluster, path: &dyn Fn(&str) -> String) -> Result<()> {
+    let status = cluster.json(&["status"])?;
+    let monitor = status["monitors"][0]["addr"].as_str().context("no monitor")?;
+    let gateway = Command::new(cluster.binary("gabion-gateway"))
+        .args(["--monitors", monitor, "--host", "host2", "--run-dir", &path("gateway.host2")])
+        .stderr(Stdio::null())
+        .spawn()?;
+    let _gateway = Gateway(gateway);
+    let up = |host: &Value| host["name"] == "host2" && host["gateway_up"] == true;
+    let reported =
+        || Ok(cluster.json(&["host", "ls"])?["hosts"].as_array().is_some_and(|h| h.iter().any(up)));
+    until("the second gateway reports", reported)?;
+
+    let (qcow, raw, back) = (path("golden.qcow2"), path("golden.raw"), path("golden-back.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &qcow, "64M"])?;
+    let write = ["-f", "qcow2", "-c", "write -P 0x11 1M 512k", "-c", "write -P 0x22 40M 4k", &qcow];
+    run("qemu-io", &write)?;
+    cluster.run(&["volume", "import", &qcow, "golden", "--pool", "p"])?;
+    cluster.run(&["snapshot", "create", "golden@base"])?;
+    cluster.run(&["volume", "clone", "golden@base", "guest"])?;
+    cluster.run(&["volume", "export", "guest", &raw, "--host", "host2"])?;
+    ensure!(run("qemu-img", &["compare", &qcow, &raw])?.contains("identical"), "the raw image differs");
+    ensure!(std::fs::metadata(&raw)?.blocks() * 512 < 4 << 20, "the raw image is not sparse");
+    cluster.run(&["volume", "export", "golden@base", &back, "--format", "qcow2", "--gateway", "host1"])?;
+    ensure!(run("qemu-img", &["compare", &qcow, &back])?.contains("identical"), "the qcow2 image differs");
+    // What an import writes is what the image holds, not its holes.
+    cluster.run(&["volume", "create", "empty", "--size", "64M", "--pool", "p"])?;
+    cluster.run(&["snapshot", "create", "empty@before"])?;
+    cluster.run(&["volume", "import", &qcow, "empty", "--host", "host2"])?;
+    let diff = cluster.json(&["snapshot", "diff", "empty@before"])?;
+    let changes = diff["changes"].as_array().context("no changes")?;
+    let data = changes.iter().filter(|c| c["kind"] == "data");
+    let data: u64 = data.filter_map(|c| c["length_bytes"].as_u64()).sum();
+    ensure!((516 << 10..4 << 20).contains(&data), "{data} bytes were written for 516 KiB: {diff}");
     Ok(())
 }
