@@ -214,7 +214,10 @@ impl World {
 
     /// Three copies, or two parity shards, survive the loss of any one disk at any time; others once everything is clean.
     fn may_lose_one(&mut self) -> bool {
-        let clean = self.all_clean();
+        // The monitor may not have noticed the last loss yet.
+        let lost: Vec<_> = self.nodes.iter().filter(|n| n.lost).map(|n| n.id).collect();
+        let mut members = self.monitor.state.map.pgs.values().flat_map(|r| &r.acting);
+        let clean = self.all_clean() && !members.any(|o| lost.contains(o));
         self.lost_one &= !clean;
         clean || (self.plan.spare() > 0 && self.plan.width() > 2 && !self.lost_one)
     }

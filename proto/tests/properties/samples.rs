@@ -241,13 +241,18 @@ pub fn frame(seed: u64) -> Frame {
         }
         6 => {
             data = content.data;
-            peer(n, PeerBody::ShardData { tid: n.any(), result: Ok(content.extents) })
+            let body = PeerBody::ShardData { tid: n.any(), result: Ok(content.extents) };
+            peer(n, body)
         }
         7 => {
             let (first_row, row_count) = (n.any() as u32, n.any() as u32);
-            peer(n, PeerBody::ShardRead { tid: n.any(), object, version, first_row, row_count })
+            let body = PeerBody::ShardRead { tid: n.any(), object, version, first_row, row_count };
+            peer(n, body)
         }
-        8 => peer(n, PeerBody::Commit { objects: vec![(object, version); n.below(50) as usize] }),
+        8 => {
+            let body = PeerBody::Commit { objects: vec![(object, version); n.below(50) as usize] };
+            peer(n, body)
+        }
         _ => {
             let image = Err(SubResult::VersionMismatch);
             let body = PeerBody::PullReply { tid: n.any(), object, version, image };
