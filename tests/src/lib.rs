@@ -2,5 +2,6 @@
 
 pub mod cluster;
 pub mod history;
+pub mod guest_disk;
 pub mod mirror;
 pub mod workload;
