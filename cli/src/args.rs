@@ -481,6 +481,8 @@ pub enum HostVerb {
     Ls,
     /// One host
     Show { name: String },
+    /// What this machine offers to guests, and the engine that suits it; needs no cluster
+    Check,
 }
 
 #[derive(Subcommand, Debug)]
@@ -500,9 +502,12 @@ pub enum VmVerb {
         /// Appended to the kernel's command line.
         #[arg(long, default_value = "", allow_hyphen_values = true)]
         kernel_args: String,
-        /// What runs it; default: qemu. native needs a host with vmx or svm.
+        /// What runs it; default: native on hosts with /dev/kvm and vmx or svm, qemu elsewhere.
         #[arg(long, value_enum)]
         engine: Option<Engine>,
+        /// What its guest is told of the processor.
+        #[arg(long, value_enum, default_value_t = CpuModel::Host)]
+        cpu: CpuModel,
     },
     /// Lists VMs
     Ls,
@@ -560,6 +565,16 @@ pub enum VmVerb {
 pub enum Engine {
     Native,
     Qemu,
+}
+
+#[derive(clap::ValueEnum, Debug, Clone, Copy)]
+pub enum CpuModel {
+    /// Everything that the host's has.
+    Host,
+    /// The x86-64-v2 level and AES: the same on all hosts of the last fifteen years.
+    Generic,
+    /// The least that 64-bit systems need.
+    Kvm64,
 }
 
 #[derive(Args, Debug, Clone, Copy)]

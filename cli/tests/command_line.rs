@@ -41,10 +41,31 @@ fn wrong_usage_is_2() {
         &["export", "add", "v"],
         &["-o", "xml", "status"],
         &["snapshot", "create", "v"],
+        &["vm", "create", "v", "--cpus", "1", "--memory", "1G", "--disk", "d", "--cpu", "pentium"],
     ] {
         let out = gabion(dir.path()).args(args).output().unwrap();
         assert_eq!(out.status.code(), Some(2), "{args:?}: {}", stderr(&out));
     }
+}
+
+#[test]
+fn a_host_is_checked_without_a_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = gabion(dir.path()).args(["-o", "json", "host", "check"]).output().unwrap();
+    let answer: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let memory = |field: &str| answer[field].as_u64().unwrap();
+    assert!(memory("cpus") > 0 && memory("memory_bytes") > memory("guest_memory_bytes"));
+    assert!(!answer["engine_reason"].as_str().unwrap().is_empty());
+    match answer["engine"].as_str().unwrap() {
+        "native" => assert!(answer["kvm"] == "opens" && answer["virtualization"].is_string()),
+        "qemu" => assert!(answer["qemu"].is_string()),
+        "none" => {
+            assert_eq!(out.status.code(), Some(1));
+            return;
+        }
+        other => panic!("engine {other}"),
+    }
+    assert!(out.status.success());
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! machine that has both); says that it skips otherwise.
 
 use gabion_vmm_shim::console::{Hub, View};
-use gabion_vmm_shim::engine::choice::Offer;
+use gabion_vmm_shim::engine::choice::HostOffer;
 use gabion_vmm_shim::engine::native::NativeEngine;
 use gabion_vmm_shim::engine::{Disk, Engine, Exit, Guest, Machine};
 use gabion_vmm_shim::vmm::cpuid::CpuModel;
@@ -36,7 +36,7 @@ fn images() -> Option<Images> {
     let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
     let all = (path("GABION_VM_IMAGES"), path("GABION_VMM"), path("GABION_VHOST_FILE"));
     if let (Some(dir), Some(vmm), Some(vhost_file)) = all
-        && Offer::of_this_host().hardware_virtualization()
+        && HostOffer::of_this_host().hardware_virtualization()
     {
         return Some(Images { dir, vmm, vhost_file });
     }

@@ -1,7 +1,7 @@
 //! `gabion vm`; the console is in `console`.
 
 use super::{Context, console};
-use crate::args::{Engine, VmVerb, Wait};
+use crate::args::{CpuModel, Engine, VmVerb, Wait};
 use crate::output::removed;
 use crate::rpc;
 use crate::rpc::Monitors;
@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
     let monitors = cx.monitors()?;
     match verb {
-        VmVerb::Create { name, cpus, memory, disk, host, kernel_args, engine } => {
+        VmVerb::Create { name, cpus, memory, disk, host, kernel_args, engine, cpu } => {
             let disks = disk.into_iter().map(|volume| VmDisk { volume, ..Default::default() }).collect();
             let request = CreateVmRequest {
                 name: name.clone(),
@@ -31,6 +31,11 @@ pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
                     None => String::new(),
                     Some(Engine::Native) => "native".into(),
                     Some(Engine::Qemu) => "qemu".into(),
+                },
+                cpu_model: match cpu {
+                    CpuModel::Host => "host".into(),
+                    CpuModel::Generic => "generic".into(),
+                    CpuModel::Kvm64 => "kvm64".into(),
                 },
             };
             let vm = rpc!(monitors, format!("vm {name}"), admin.create_vm, request)?;
@@ -153,6 +158,7 @@ fn vm_json(vm: &VmInfo) -> Value {
         "wanted": state(vm.wanted()),
         "host": vm.host,
         "cpus": vm.cpus,
+        "cpu_model": vm.cpu_model,
         "memory_bytes": vm.memory_bytes,
         "disks": disks,
         "kernel_args": vm.kernel_args,

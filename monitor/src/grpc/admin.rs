@@ -349,6 +349,7 @@ impl pb::admin_service_server::AdminService for Monitor {
                 host,
                 kernel_args: r.kernel_args,
                 engine: r.engine,
+                cpu_model: r.cpu_model,
             },
         )
         .await?;

@@ -267,6 +267,7 @@ pub(super) fn vm(state: &MonitorState, volatile: &Volatile, name: &str, vm: &Vm)
         engine: report.map(|r| r.engine.clone()).unwrap_or_default(),
         agent_addr: agent.map(|a| a.agent_addr.clone()).unwrap_or_default(),
         engine_wanted: vm.engine.clone(),
+        cpu_model: vm.cpu_model.clone(),
     }
 }
 

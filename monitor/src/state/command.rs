@@ -205,6 +205,7 @@ pub enum Command {
         host: String,
         kernel_args: String,
         engine: String,
+        cpu_model: String,
     },
     SetVmState {
         name: String,

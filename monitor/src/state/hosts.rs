@@ -6,9 +6,11 @@
 use super::*;
 use gabion_proto::limits::*;
 
-/// Longest serial that virtio-blk can show.
 /// What runs guests; none named: what suits the host.
 const ENGINES: [&str; 3] = ["", "native", "qemu"];
+/// The first is the default.
+const CPU_MODELS: [&str; 3] = ["host", "generic", "kvm64"];
+/// Longest serial that virtio-blk can show.
 const SERIAL_BYTES_MAX: usize = 20;
 const KERNEL_ARGS_BYTES_MAX: usize = 2048;
 
@@ -141,6 +143,7 @@ impl MonitorState {
         host: String,
         kernel_args: String,
         engine: String,
+        cpu_model: String,
     ) -> CommandResult {
         if !valid_name(&name) {
             return Err(Refusal::invalid(format!("{name:?} cannot be the name of a VM")));
@@ -168,6 +171,13 @@ impl MonitorState {
         if !ENGINES.contains(&engine.as_str()) {
             return Err(Refusal::invalid(format!("an engine is native or qemu, not {engine:?}")));
         }
+        let cpu_model = if cpu_model.is_empty() { CPU_MODELS[0].to_owned() } else { cpu_model };
+        if !CPU_MODELS.contains(&cpu_model.as_str()) {
+            return Err(Refusal::invalid(format!(
+                "a CPU model is {}, not {cpu_model:?}",
+                CPU_MODELS.join(", ")
+            )));
+        }
         if self.vms.len() >= VMS_MAX {
             return Err(Refusal::exhausted(format!("a cluster has at most {VMS_MAX} VMs")));
         }
@@ -190,6 +200,7 @@ impl MonitorState {
             host,
             kernel_args,
             engine,
+            cpu_model,
             wanted_running: false,
             action: VmAction::Stop,
             action_number: 0,

@@ -95,6 +95,8 @@ pub struct Vm {
     pub kernel_args: String,
     /// native or qemu; empty: what suits the host.
     pub engine: String,
+    /// host, generic or kvm64.
+    pub cpu_model: String,
     pub wanted_running: bool,
     pub action: VmAction,
     /// Grows with every action.
@@ -228,8 +230,8 @@ impl MonitorState {
                 self.add_export(&volume, kind, read_only, host)
             }
             Command::RemoveExport { id } => self.remove_export(id),
-            Command::CreateVm { name, cpus, memory_bytes, disks, host, kernel_args, engine } => {
-                self.create_vm(name, cpus, memory_bytes, disks, host, kernel_args, engine)
+            Command::CreateVm { name, cpus, memory_bytes, disks, host, kernel_args, engine, cpu_model } => {
+                self.create_vm(name, cpus, memory_bytes, disks, host, kernel_args, engine, cpu_model)
             }
             Command::SetVmState { name, action } => self.set_vm_state(&name, action),
             Command::AttachDisk { vm, disk } => self.attach_disk(&vm, disk),

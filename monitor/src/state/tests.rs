@@ -359,16 +359,21 @@ fn exports_of_a_vm_live_from_start_to_stop() {
             .unwrap();
     }
     let disk = |v: &str| DiskRequest { volume: v.into(), serial: String::new() };
-    let vm = Command::CreateVm {
+    let vm = |engine: &str, cpu_model: &str| Command::CreateVm {
         name: "vm".into(),
         cpus: 1,
         memory_bytes: 1 << 30,
         disks: vec![disk("boot")],
         host: "h0".into(),
         kernel_args: String::new(),
-        engine: String::new(),
+        engine: engine.into(),
+        cpu_model: cpu_model.into(),
     };
-    state.apply(0, vm).unwrap();
+    let refused = |state: &mut MonitorState, command| state.apply(0, command).unwrap_err().to_string();
+    assert!(refused(&mut state, vm("bochs", "")).contains("native or qemu"));
+    assert!(refused(&mut state, vm("", "pentium")).contains("host, generic, kvm64"));
+    state.apply(0, vm("", "")).unwrap();
+    assert_eq!(state.vms["vm"].cpu_model, "host");
     let set = |action| Command::SetVmState { name: "vm".into(), action };
     state.apply(0, set(VmAction::Start)).unwrap();
     assert_eq!(state.exports.len(), 1);

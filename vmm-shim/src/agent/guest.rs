@@ -12,6 +12,7 @@ use crate::boot::{self, disk::VolumeDisk};
 use crate::console::Hub;
 use crate::engine::choice::EngineKind;
 use crate::engine::{Disk, Exit, Guest, Machine};
+use crate::vmm::cpuid::CpuModel;
 use gabion_common::client::reader::VolumeReader;
 use gabion_proto::admission::Resources;
 use gabion_proto::pb::{self, VmAction, VmState};
@@ -99,7 +100,7 @@ impl Vm {
             Err(error) => {
                 vm.state = VmState::Failed;
                 vm.record.run = false;
-                vm.error = format!("its QEMU runs but cannot be reached: {}", chain(&error));
+                vm.error = format!("it runs but its engine cannot be reached: {}", chain(&error));
             }
         }
         vm
@@ -219,11 +220,15 @@ impl Vm {
             "" => None,
             name => Some(name.parse::<EngineKind>()?),
         };
+        let cpu_model = match info.cpu_model.as_str() {
+            "" => CpuModel::default(),
+            name => name.parse()?,
+        };
         let machine = Machine {
             name: self.name.clone(),
             vcpus: info.cpus,
             memory_bytes: info.memory_bytes,
-            cpu_model: Default::default(),
+            cpu_model,
             engine,
             kernel,
             initrd: has_initrd.then_some(initrd),

@@ -15,6 +15,7 @@ mod record;
 
 use crate::console::Consoles;
 use crate::engine::Engine;
+use gabion_common::host_offer;
 use gabion_common::monitor_client::{Backoff, MonitorClient};
 use gabion_proto::pb;
 use std::collections::{BTreeMap, HashMap};
@@ -176,7 +177,7 @@ async fn watch_specs(host: &Host, specs: watch::Sender<Option<pb::HostSpec>>) {
 
 async fn report(host: &Host) {
     loop {
-        let (cpus, memory_bytes) = (admission::host_cpus(), admission::host_memory_bytes());
+        let (cpus, memory_bytes) = (host_offer::cpus(), host_offer::memory_bytes("MemTotal"));
         let agent = pb::AgentReport {
             agent_addr: host.agent_addr.to_string(),
             cpus,

@@ -38,7 +38,6 @@ pub struct Machine {
     pub name: String,
     pub vcpus: u32,
     pub memory_bytes: u64,
-    /// For the native engine; QEMU gives its guests the host's processor.
     pub cpu_model: CpuModel,
     /// None: what suits the host.
     pub engine: Option<choice::EngineKind>,

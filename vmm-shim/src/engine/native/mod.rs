@@ -13,6 +13,7 @@ use crate::vmm::config::{Config, DiskConfig};
 use crate::vmm::control::{Command, Event, Status};
 use async_trait::async_trait;
 use control::{Control, ControlError};
+use gabion_common::host_offer::{self, VMM_PROGRAM as PROGRAM};
 use serde::{Deserialize, Serialize};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,6 @@ use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
 pub const NAME: &str = "native";
-const PROGRAM: &str = "gabion-vmm";
 const START_TIMEOUT: Duration = Duration::from_secs(40);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(30);
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,8 +54,7 @@ impl NativeEngine {
 
     /// With the `gabion-vmm` beside this program, else the one in the path.
     pub fn new() -> NativeEngine {
-        let beside = std::env::current_exe().ok().map(|exe| exe.with_file_name(PROGRAM));
-        NativeEngine { program: beside.filter(|path| path.exists()).unwrap_or_else(|| PROGRAM.into()) }
+        NativeEngine { program: host_offer::program(PROGRAM).unwrap_or_else(|| PROGRAM.into()) }
     }
 
     pub fn with_program(program: PathBuf) -> NativeEngine {

@@ -2,6 +2,7 @@
 //! writes it directly; each disk has a PCIe root port of its own, so that it can be unplugged.
 
 use crate::engine::Machine;
+use crate::vmm::cpuid::CpuModel;
 use std::ffi::OsString;
 use std::path::Path;
 
@@ -40,13 +41,12 @@ pub fn arguments(machine: &Machine, accelerator: Accelerator) -> Vec<OsString> {
     match accelerator {
         Accelerator::Kvm => {
             add("-accel", "kvm".into());
-            add("-cpu", "host".into());
         }
         Accelerator::Tcg => {
             add("-accel", "tcg,thread=multi".into());
-            add("-cpu", "qemu64".into());
         }
     }
+    add("-cpu", processor(machine.cpu_model, accelerator).into());
     add("-smp", machine.vcpus.to_string());
     add("-m", format!("{}B", machine.memory_bytes));
     add("-object", format!("memory-backend-memfd,id=mem,size={},share=on", machine.memory_bytes));
@@ -96,6 +96,17 @@ pub fn arguments(machine: &Machine, accelerator: Accelerator) -> Vec<OsString> {
     args
 }
 
+/// QEMU's name for a model: Westmere is the x86-64-v2 level and AES.
+fn processor(model: CpuModel, accelerator: Accelerator) -> &'static str {
+    match (model, accelerator) {
+        (CpuModel::Host, Accelerator::Kvm) => "host",
+        // The emulator's own, and its cheapest.
+        (CpuModel::Host, Accelerator::Tcg) => "qemu64",
+        (CpuModel::Generic, _) => "Westmere",
+        (CpuModel::Kvm64, _) => "kvm64",
+    }
+}
+
 /// QEMU's option lists are split at commas; a doubled one is literal.
 fn escape(value: &str) -> String {
     value.replace(',', ",,")
@@ -107,12 +118,16 @@ mod tests {
     use crate::engine::Disk;
 
     fn command_line(accelerator: Accelerator) -> String {
+        line_of(accelerator, CpuModel::Host)
+    }
+
+    fn line_of(accelerator: Accelerator, cpu_model: CpuModel) -> String {
         let disk = |n: u32| Disk { volume: format!("v{n}"), socket: format!("/run/a,b/{n}.sock").into() };
         let machine = Machine {
             name: "guest".into(),
             vcpus: 2,
             memory_bytes: 512 << 20,
-            cpu_model: Default::default(),
+            cpu_model,
             engine: None,
             kernel: "/k".into(),
             initrd: Some("/i".into()),
@@ -148,5 +163,9 @@ mod tests {
     fn the_accelerator_is_what_was_asked_for() {
         assert!(command_line(Accelerator::Tcg).contains("-accel tcg,thread=multi"));
         assert!(command_line(Accelerator::Kvm).contains("-accel kvm -cpu host"));
+        for accelerator in [Accelerator::Kvm, Accelerator::Tcg] {
+            assert!(line_of(accelerator, CpuModel::Generic).contains("-cpu Westmere"));
+            assert!(line_of(accelerator, CpuModel::Kvm64).contains("-cpu kvm64"));
+        }
     }
 }

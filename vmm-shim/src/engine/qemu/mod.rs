@@ -11,6 +11,7 @@ use super::process::Process;
 use super::{Disk, Engine, EngineError, Exit, Guest, Machine};
 use args::Accelerator;
 use async_trait::async_trait;
+use gabion_common::host_offer::{HostOffer, QEMU_PROGRAM as PROGRAM};
 use qmp::{Event, Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -23,7 +24,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
-const PROGRAM: &str = "qemu-system-x86_64";
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(30);
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,14 +34,14 @@ pub struct QemuEngine {
 }
 
 impl QemuEngine {
-    /// KVM when the device opens and the CPU has hardware virtualization (a `/dev/kvm` without it
-    /// does not boot stock kernels), else emulation.
-    pub fn detect() -> QemuEngine {
-        let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let flag = cpuinfo.split_whitespace().any(|word| word == "vmx" || word == "svm");
-        let accelerator = if device && flag { Accelerator::Kvm } else { Accelerator::Tcg };
+    /// With KVM where it is real, else emulated.
+    pub fn on(host: &HostOffer) -> QemuEngine {
+        let accelerator = if host.hardware_virtualization() { Accelerator::Kvm } else { Accelerator::Tcg };
         QemuEngine { accelerator }
+    }
+
+    pub fn detect() -> QemuEngine {
+        QemuEngine::on(&HostOffer::of_this_host())
     }
 
     pub fn accelerator(&self) -> Accelerator {
