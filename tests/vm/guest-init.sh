@@ -10,25 +10,37 @@ insmod /modules/evdev.ko
 stty -echo
 # The power button is the only input device; any of its events is a press.
 (dd if=/dev/input/event0 of=/dev/null bs=24 count=1 2>/dev/null && echo "GUEST: power button" && sync && poweroff -f) &
+# 4 MiB of a round: different at every place, and from round to round.
+content() { # ROUND
+    tail -c +$(($1 * 65536 + 1)) /tmp/base
+    head -c $(($1 * 65536)) /tmp/base
+}
 # A load on a disk that comes while we run: rounds of writes, each read back before the next. Then the
-# disk is to go.
-load() {
+# disk is to go, and to come again as it went.
+load() { # ROUNDS
+    seq 1000000 1524287 >/tmp/base
+    echo "GUEST: load waits for its disk"
     while ! [ -b /dev/vdb ]; do sleep 1; done
     for round in $(seq 1 $1); do
-        yes "round $round" | head -c 4194304 >/tmp/written
+        content $round >/tmp/written
         if ! dd if=/tmp/written of=/dev/vdb bs=64k oflag=direct 2>/tmp/error; then
             echo "GUEST: FAILED to write round $round: $(cat /tmp/error)"
             return
         fi
-        if ! dd if=/dev/vdb bs=64k count=64 iflag=direct 2>/tmp/error | cmp - /tmp/written; then
-            echo "GUEST: FAILED to read round $round back: $(cat /tmp/error)"
-            return
-        fi
+        same "round $round" || return
         echo "GUEST: round $round done"
     done
     echo "GUEST: load done"
     while [ -b /dev/vdb ]; do sleep 1; done
     echo "GUEST: detached"
+    while ! [ -b /dev/vdb ]; do sleep 1; done
+    same "the disk that came again" && echo "GUEST: attached again with its data"
+}
+same() { # WHAT
+    if ! dd if=/dev/vdb bs=64k count=64 iflag=direct 2>/tmp/error | cmp - /tmp/written; then
+        echo "GUEST: FAILED to read back $1: $(cat /tmp/error)"
+        return 1
+    fi
 }
 for word in $(cat /proc/cmdline); do
     case $word in

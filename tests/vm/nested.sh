@@ -4,8 +4,9 @@
 #
 #   nested.sh BIN_DIR TEST...
 #
-# BIN_DIR holds Gabion's programs and `examples/vhost_file`. A test is a program or a script; the shell's
-# exit status tells whether all of them passed.
+# BIN_DIR holds Gabion's programs and `examples/vhost_file`. A test is a program or a script. The last line
+# counts those that passed, failed, did not finish, and what said that it skips; only if all of them passed
+# and nothing was skipped is the exit status 0.
 # The kernel package is kept in ${XDG_CACHE_HOME:-~/.cache}/gabion.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -89,4 +90,25 @@ timeout --kill-after=5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -mach
     -smp "${GABION_VM_CPUS:-2}" -m 3072 -drive "file=$work/data.raw,format=raw,if=virtio,cache=unsafe" -nographic -no-reboot -nodefaults -net none -serial stdio \
     -kernel "$kernel" -initrd "$work/host.cpio" -append "console=ttyS0 panic=-1 no_timer_check quiet" </dev/null |
     tee "$work/console" || echo "nested: QEMU did not end within $limit s"
-grep -q "^HOST: all tests passed" "$work/console"
+
+passed=0 failed=0 unfinished=0
+echo
+for test in "$@"; do
+    name=$(basename "$test")
+    if grep -aqF "HOST: passed: $name." "$work/console"; then
+        passed=$((passed + 1)) outcome=passed
+    elif grep -aqF "HOST: FAILED: $name." "$work/console"; then
+        failed=$((failed + 1)) outcome=FAILED
+    else
+        unfinished=$((unfinished + 1)) outcome="DID NOT FINISH"
+    fi
+    echo "  ${name%-????????????????}: $outcome"
+done
+skipped=$(grep -ac "SKIPPED" "$work/console" || true)
+# Programs count their own tests: one that ran none has not passed.
+cases=$(grep -ao "test result: ok. [0-9]* passed" "$work/console" | awk '{ all += $4 } END { print all + 0 }')
+if grep -aq "test result: ok. 0 passed" "$work/console"; then
+    echo "nested: a test program ran no test" && failed=$((failed + 1))
+fi
+echo "test-vm: $passed passed ($cases cases in programs), $failed failed, $unfinished unfinished, $skipped skipped, in $SECONDS s"
+[ "$passed" = $# ] && [ "$failed" = 0 ] && [ "$skipped" = 0 ]

@@ -7,8 +7,8 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Test programs of `gabion-vmm-shim` that need hardware virtualization.
-const TESTS: &[&str] = &["native_guest"];
+/// Test programs of `gabion-vmm-shim` that need KVM, better real one.
+const TESTS: &[&str] = &["micro_guest", "native_guest"];
 
 /// Scenarios of a whole cluster, scripts of the outer machine.
 const SCRIPTS: &[&str] = &["tests/vm/cluster.sh"];
