@@ -5,6 +5,7 @@ use crate::size;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use gabion_proto::limits::{valid_name, valid_volume_name};
+use gabion_proto::nic::NicSpec;
 use std::path::PathBuf;
 
 #[derive(Parser, Debug)]
@@ -508,6 +509,9 @@ pub enum VmVerb {
         /// What its guest is told of the processor.
         #[arg(long, value_enum, default_value_t = CpuModel::Host)]
         cpu: CpuModel,
+        /// A network card on a tap device of the host; may be repeated.
+        #[arg(long, value_name = "tap=NAME[,mac=ADDRESS]")]
+        nic: Vec<NicSpec>,
     },
     /// Lists VMs
     Ls,

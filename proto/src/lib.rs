@@ -12,6 +12,7 @@ pub mod ids;
 pub mod limits;
 pub mod map;
 pub mod msg;
+pub mod nic;
 pub mod placement;
 
 /// Generated gRPC and protobuf types (package `gabion.v1`).

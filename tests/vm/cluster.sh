@@ -24,7 +24,7 @@ console() {
     done
     echo "cluster: guest: $1"
 }
-gabion dev up --dir $dir --osds 3 --hosts 3 --osd-size 1G || fail "no cluster"
+gabion dev up --dir $dir --osds 3 --hosts 3 --osd-size 512M --timeout-secs 600 || fail "no cluster"
 export GABION_CONFIG=$dir/client.toml
 gabion pool create p --replicas 3 --failure-domain host
 gabion volume import /images/boot.ext4 root --pool p --format raw
@@ -48,33 +48,35 @@ refused "the host has $cores cores" --cpus $((cores + 1)) --memory 256M
 refused "it keeps 2048" --cpus 1 --memory 3G
 
 echo "== a guest on a replicated volume, with the engine that suits the host"
-gabion vm create g --cpus 2 --cpu kvm64 --memory 256M --disk root --host "$host" --kernel-args "quiet gabion.load=$rounds"
-gabion vm start g --timeout-secs 300 || fail "it does not start: $(gabion vm show g)"
+gabion vm create g --cpus 2 --cpu kvm64 --memory 256M --disk root --host "$host" --nic tap=tap1 \
+    --kernel-args "quiet gabion.load=$rounds gabion.ip=10.9.1.2"
+gabion vm start g --timeout-secs 600 || fail "it does not start: $(gabion vm show g)"
 log=$(find $dir -path "*/vms/g/console.log")
 [ "$(gabion -o json vm show g | jq -r .engine)" = "native (kvm)" ] || fail "the engine is not the native one"
-console ready 300
+console ready 600
+ping -c 1 -W 100 10.9.1.2 || fail "the guest does not answer on its network card"
 gabion vm create second --cpus 1 --memory 256M --disk data --host "$host"
 if gabion vm start second 2>/tmp/refused; then fail "cores were given twice"; fi
 cat /tmp/refused
 grep -q "running guests have 2 of the $cores" /tmp/refused || fail "not refused for its CPUs"
 gabion vm rm second
 
-gabion vm attach g data --timeout-secs 200
-console "round 2 " 300
+gabion vm attach g data --timeout-secs 600
+console "round 2 " 600
 echo "== kill -9 of the gateway"
 gabion dev kill "gateway.$(gabion -o json dev status --dir $dir | jq -r '[.daemons[] | select(.kind == "gateway")][0].id')" --dir $dir
-console "round 4 " 300
+console "round 4 " 600
 echo "== kill -9 of an OSD"
 gabion dev kill "osd.$(gabion -o json dev status --dir $dir | jq -r '[.daemons[] | select(.kind == "osd")][1].id')" --dir $dir
-console "load done" 300
-gabion vm detach g data --timeout-secs 300
-console detached 100
-gabion vm attach g data --timeout-secs 200
-console "attached again with its data" 300
+console "load done" 600
+gabion vm detach g data --timeout-secs 600
+console detached 600
+gabion vm attach g data --timeout-secs 600
+console "attached again with its data" 600
 
 echo "== power button"
-gabion vm stop g --timeout-secs 200
-console "power button" 10
+gabion vm stop g --timeout-secs 600
+console "power button" 100
 [ "$(gabion -o json vm show g | jq -r .state)" = stopped ] || fail "it is not stopped: $(gabion vm show g)"
 
 echo "== reading back round $rounds"

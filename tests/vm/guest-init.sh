@@ -7,6 +7,7 @@ mount -t sysfs sys /sys
 mount -t tmpfs tmp /tmp
 insmod /modules/button.ko
 insmod /modules/evdev.ko
+for module in failover net_failover virtio_net; do insmod /modules/$module.ko; done
 stty -echo
 # The power button is the only input device; any of its events is a press.
 (dd if=/dev/input/event0 of=/dev/null bs=24 count=1 2>/dev/null && echo "GUEST: power button" && sync && poweroff -f) &
@@ -44,6 +45,7 @@ same() { # WHAT
 }
 for word in $(cat /proc/cmdline); do
     case $word in
+        gabion.ip=*) ifconfig eth0 "${word#*=}" netmask 255.255.255.0 up || echo "GUEST: FAILED: no network card" ;;
         gabion.load=*) load "${word#*=}" & ;;
     esac
 done

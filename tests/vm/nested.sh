@@ -13,7 +13,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 bin_dir=$1
 shift
 
-for tool in qemu-system-x86_64 qemu-img busybox cpio dpkg-deb ldd jq nbdcopy; do
+for tool in qemu-system-x86_64 qemu-img busybox cpio dpkg-deb ldd jq nbdcopy ip; do
     command -v "$tool" >/dev/null || { echo "nested: $tool is not installed" >&2; exit 1; }
 done
 mke2fs=$(PATH=$PATH:/usr/sbin:/sbin command -v mke2fs) || { echo "nested: mke2fs is not installed" >&2; exit 1; }
@@ -52,11 +52,12 @@ cp "$busybox" "$work/initrd/bin/busybox"
 cp "$busybox" "$work/root/bin/busybox"
 cp "$here/guest-initrd.sh" "$work/initrd/init"
 cp "$here/guest-init.sh" "$work/root/init"
-for name in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+for name in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_mmio virtio_blk; do
     module $name "$work/initrd/modules"
 done
-module button "$work/root/modules"
-module evdev "$work/root/modules"
+for name in button evdev failover net_failover virtio_net; do
+    module $name "$work/root/modules"
+done
 
 # The host.
 host=$work/host
@@ -72,13 +73,21 @@ cp "$host/images/initrd" "$work/root/boot/initrd.img-${kernel##*/vmlinuz-}"
 "$mke2fs" -q -F -t ext4 "$work/data.raw" 6G >/dev/null
 cp "$busybox" "$host/bin/busybox"
 cp "$here/host-init.sh" "$host/init"
-for name in irqbypass kvm kvm-amd virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+for name in irqbypass kvm kvm-amd tun virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
     module $name "$host/modules"
 done
 for program in "$bin_dir"/gabion{,-monitor,-osd,-gateway,-host,-vmm} "$bin_dir/examples/vhost_file" \
-    "$(command -v jq)" "$(command -v nbdcopy)" "$(command -v qemu-img)"; do
+    "$(command -v jq)" "$(command -v nbdcopy)" "$(command -v qemu-img)" "$(command -v ip)"; do
     with_libraries "$program" "/bin/$(basename "$program")" "$host"
 done
+# Only to compare with.
+if [ -n "${GABION_VM_QEMU:-}" ]; then
+    with_libraries "$(command -v qemu-system-x86_64)" /bin/qemu-system-x86_64 "$host"
+    mkdir -p "$host/qemu"
+    for rom in bios-256k.bin bios-microvm.bin linuxboot_dma.bin pvh.bin kvmvapic.bin; do
+        cp -L "/usr/share/qemu/$rom" "$host/qemu/" 2>/dev/null || cp -L "/usr/share/seabios/$rom" "$host/qemu/"
+    done
+fi
 for test in "$@"; do
     with_libraries "$test" "/tests/$(basename "$test")" "$host"
 done

@@ -7,7 +7,7 @@
 use gabion_vmm_shim::console::{Hub, View};
 use gabion_vmm_shim::engine::choice::HostOffer;
 use gabion_vmm_shim::engine::native::NativeEngine;
-use gabion_vmm_shim::engine::{Disk, Engine, Exit, Guest, Machine};
+use gabion_vmm_shim::engine::{Disk, Engine, Exit, Guest, Machine, Nic};
 use gabion_vmm_shim::vmm::cpuid::CpuModel;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 
 /// Emulated processors on a busy machine are slow.
@@ -29,16 +31,27 @@ struct Images {
     dir: PathBuf,
     vmm: PathBuf,
     vhost_file: PathBuf,
+    tap: String,
+    /// The first three numbers of its network; .1 is this machine.
+    network: String,
 }
 
 /// None, loudly, where guests cannot run.
 fn images() -> Option<Images> {
-    let path = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let all = (path("GABION_VM_IMAGES"), path("GABION_VMM"), path("GABION_VHOST_FILE"));
-    if let (Some(dir), Some(vmm), Some(vhost_file)) = all
-        && HostOffer::of_this_host().hardware_virtualization()
+    let all = || {
+        let text = |name: &str| std::env::var(name).ok();
+        Some(Images {
+            dir: text("GABION_VM_IMAGES")?.into(),
+            vmm: text("GABION_VMM")?.into(),
+            vhost_file: text("GABION_VHOST_FILE")?.into(),
+            tap: text("GABION_VM_TAP")?,
+            network: text("GABION_VM_NETWORK")?,
+        })
+    };
+    if HostOffer::of_this_host().hardware_virtualization()
+        && let Some(images) = all()
     {
-        return Some(Images { dir, vmm, vhost_file });
+        return Some(images);
     }
     println!("SKIPPED: no hardware virtualization or no guest images here; `make test-vm` has both");
     None
@@ -142,6 +155,7 @@ fn machine(images: &Images, dir: &Path, disks: Vec<Disk>) -> Machine {
         initrd: Some(images.dir.join("initrd")),
         kernel_args: "console=ttyS0 panic=-1 quiet".into(),
         disks,
+        nics: vec![Nic { tap: images.tap.clone(), mac: "02:00:5e:10:00:01".into() }],
         dir: dir.to_owned(),
     }
 }
@@ -153,6 +167,38 @@ fn blank(path: &Path, bytes: u64) {
 /// Bytes as the guest's `yes TEXT` writes them.
 fn yes(text: &str, bytes: usize) -> Vec<u8> {
     format!("{text}\n").into_bytes().into_iter().cycle().take(bytes).collect()
+}
+
+/// The guest's network card: a ping, then a few MB each way over TCP, in segments that the host and the guest
+/// leave uncut for each other.
+async fn talk(console: &mut Console, network: &str) {
+    const LINES: u32 = 300_000;
+    let host = format!("{network}.1");
+    let lines: Vec<u8> = (1..=LINES).flat_map(|n| format!("{n}\n").into_bytes()).collect();
+    assert_eq!(console.run("cat /sys/class/net/eth0/address").await, "02:00:5e:10:00:01");
+    console
+        .run(&format!("ifconfig eth0 {network}.2 netmask 255.255.255.0 up; ping -c 2 -W 100 {host}"))
+        .await;
+
+    let listener = TcpListener::bind((host.as_str(), 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let from_guest = tokio::spawn(async move {
+        let (mut first, _) = listener.accept().await.unwrap();
+        let mut received = Vec::new();
+        first.read_to_end(&mut received).await.unwrap();
+        (listener, received)
+    });
+    console.run(&format!("seq 1 {LINES} > /tmp/lines; nc {host} {port} < /tmp/lines")).await;
+    let (listener, received) = tokio::time::timeout(LIMIT, from_guest).await.expect("it sends").unwrap();
+    assert!(received == lines, "what the guest sent arrives: {} bytes of {}", received.len(), lines.len());
+
+    let to_guest = tokio::spawn(async move {
+        let (mut second, _) = listener.accept().await.unwrap();
+        second.write_all(&lines).await.unwrap();
+        second.shutdown().await.unwrap();
+    });
+    console.run(&format!("nc {host} {port} < /dev/null | cmp - /tmp/lines")).await;
+    tokio::time::timeout(LIMIT, to_guest).await.expect("it is sent").unwrap();
 }
 
 async fn ended(guest: &dyn Guest) -> Exit {
@@ -184,6 +230,9 @@ async fn a_guest_lives_on_its_disks_and_through_their_gateways() {
     // Each queue of the disk interrupts by a message of its own.
     let lines = console.run("grep -c 'PCI-MSI.*virtio0-req' /proc/interrupts").await;
     assert_eq!(lines, "2");
+
+    println!("== network");
+    talk(&mut console, &images.network).await;
 
     println!("== attach while it runs");
     assert_eq!(console.run("ls /sys/block").await, "vda");

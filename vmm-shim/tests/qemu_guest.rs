@@ -38,6 +38,7 @@ fn machine(dir: &Path) -> Machine {
         initrd: None,
         kernel_args: "console=ttyS0".into(),
         disks: Vec::new(),
+        nics: Vec::new(),
         dir: dir.to_owned(),
     }
 }

@@ -8,7 +8,7 @@ use crate::rpc::Monitors;
 use anyhow::{Result, bail};
 use gabion_proto::pb::{
     self, AttachDiskRequest, CreateVmRequest, DetachDiskRequest, NameRequest, SetVmStateRequest, VmAction,
-    VmDisk, VmInfo, VmState,
+    VmDisk, VmInfo, VmNic, VmState,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -18,7 +18,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
     let monitors = cx.monitors()?;
     match verb {
-        VmVerb::Create { name, cpus, memory, disk, host, kernel_args, engine, cpu } => {
+        VmVerb::Create { name, cpus, memory, disk, host, kernel_args, engine, cpu, nic } => {
             let disks = disk.into_iter().map(|volume| VmDisk { volume, ..Default::default() }).collect();
             let request = CreateVmRequest {
                 name: name.clone(),
@@ -37,6 +37,10 @@ pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
                     CpuModel::Generic => "generic".into(),
                     CpuModel::Kvm64 => "kvm64".into(),
                 },
+                nics: nic
+                    .into_iter()
+                    .map(|n| VmNic { tap: n.tap, mac: n.mac.map(|m| m.to_string()).unwrap_or_default() })
+                    .collect(),
             };
             let vm = rpc!(monitors, format!("vm {name}"), admin.create_vm, request)?;
             cx.out.done(
@@ -152,6 +156,7 @@ fn vm_json(vm: &VmInfo) -> Value {
         .iter()
         .map(|d| json!({ "volume": d.volume, "serial": d.serial, "attached": d.attached }))
         .collect();
+    let nics: Vec<_> = vm.nics.iter().map(|n| json!({ "tap": n.tap, "mac": n.mac })).collect();
     json!({
         "name": vm.name,
         "state": state(vm.state()),
@@ -161,6 +166,7 @@ fn vm_json(vm: &VmInfo) -> Value {
         "cpu_model": vm.cpu_model,
         "memory_bytes": vm.memory_bytes,
         "disks": disks,
+        "nics": nics,
         "kernel_args": vm.kernel_args,
         "engine": vm.engine,
         "error": vm.error,

@@ -3,7 +3,7 @@
 use super::leadership::open;
 use super::monitors::member;
 use super::{Monitor, invalid, refused, view};
-use crate::state::{Command, DiskRequest, ExportKind, Reply, Vm, VmAction};
+use crate::state::{Command, DiskRequest, ExportKind, Nic, Reply, Vm, VmAction};
 use gabion_proto::admission::{self, Resources};
 use gabion_proto::convert;
 use gabion_proto::ids::*;
@@ -16,6 +16,10 @@ type Answer<T> = Result<Response<T>, Status>;
 
 fn gone(what: &str) -> Status {
     Status::aborted(format!("the {what} was removed meanwhile"))
+}
+
+fn nic(n: pb::VmNic) -> Nic {
+    Nic { tap: n.tap, mac: n.mac }
 }
 
 fn disk(d: pb::VmDisk) -> DiskRequest {
@@ -350,6 +354,7 @@ impl pb::admin_service_server::AdminService for Monitor {
                 kernel_args: r.kernel_args,
                 engine: r.engine,
                 cpu_model: r.cpu_model,
+                nics: r.nics.into_iter().map(nic).collect(),
             },
         )
         .await?;

@@ -268,6 +268,7 @@ pub(super) fn vm(state: &MonitorState, volatile: &Volatile, name: &str, vm: &Vm)
         agent_addr: agent.map(|a| a.agent_addr.clone()).unwrap_or_default(),
         engine_wanted: vm.engine.clone(),
         cpu_model: vm.cpu_model.clone(),
+        nics: vm.nics.iter().map(|n| pb::VmNic { tap: n.tap.clone(), mac: n.mac.clone() }).collect(),
     }
 }
 

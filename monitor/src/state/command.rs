@@ -3,6 +3,7 @@
 //! Commands are what the monitors agree on, so they carry everything that their effect depends on:
 //! applying one reads no clock, no random number and nothing outside the state.
 
+use super::Nic;
 use gabion_proto::ids::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
 use serde::{Deserialize, Serialize};
@@ -206,6 +207,7 @@ pub enum Command {
         kernel_args: String,
         engine: String,
         cpu_model: String,
+        nics: Vec<Nic>,
     },
     SetVmState {
         name: String,

@@ -5,6 +5,7 @@
 
 use super::*;
 use gabion_proto::limits::*;
+use gabion_proto::nic::{MacAddress, NICS_MAX, check_tap_name};
 
 /// What runs guests; none named: what suits the host.
 const ENGINES: [&str; 3] = ["", "native", "qemu"];
@@ -132,6 +133,42 @@ impl MonitorState {
         Ok(Disk { volume, serial, leaving: false })
     }
 
+    /// Cards with their addresses; no tap device of a host and no address is given twice.
+    fn check_nics(&self, vm: &str, host: &str, nics: Vec<Nic>) -> Result<Vec<Nic>, Refusal> {
+        if nics.len() > NICS_MAX {
+            return Err(Refusal::invalid(format!(
+                "a VM has at most {NICS_MAX} network cards, not {}",
+                nics.len()
+            )));
+        }
+        let mut checked: Vec<Nic> = Vec::new();
+        for (index, Nic { tap, mac }) in nics.into_iter().enumerate() {
+            check_tap_name(&tap).map_err(Refusal::invalid)?;
+            let mac = match mac.as_str() {
+                "" => MacAddress::derived(vm, index),
+                text => text.parse().map_err(Refusal::invalid)?,
+            }
+            .to_string();
+            let own = checked.iter().map(|other| (vm, host, other));
+            let others = self
+                .vms
+                .iter()
+                .flat_map(|(name, v)| v.nics.iter().map(move |nic| (name.as_str(), v.host.as_str(), nic)));
+            for (name, its_host, other) in own.chain(others) {
+                if other.tap == tap && its_host == host {
+                    return Err(Refusal::invalid(format!(
+                        "VM {name} has the tap device {tap} of host {host}"
+                    )));
+                }
+                if other.mac == mac {
+                    return Err(Refusal::invalid(format!("VM {name} has a card with the address {mac}")));
+                }
+            }
+            checked.push(Nic { tap, mac });
+        }
+        Ok(checked)
+    }
+
     // One argument per field of the command.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn create_vm(
@@ -144,6 +181,7 @@ impl MonitorState {
         kernel_args: String,
         engine: String,
         cpu_model: String,
+        nics: Vec<Nic>,
     ) -> CommandResult {
         if !valid_name(&name) {
             return Err(Refusal::invalid(format!("{name:?} cannot be the name of a VM")));
@@ -178,6 +216,7 @@ impl MonitorState {
                 CPU_MODELS.join(", ")
             )));
         }
+        let nics = self.check_nics(&name, &host, nics)?;
         if self.vms.len() >= VMS_MAX {
             return Err(Refusal::exhausted(format!("a cluster has at most {VMS_MAX} VMs")));
         }
@@ -201,6 +240,7 @@ impl MonitorState {
             kernel_args,
             engine,
             cpu_model,
+            nics,
             wanted_running: false,
             action: VmAction::Stop,
             action_number: 0,

@@ -85,6 +85,15 @@ pub struct Disk {
     pub leaving: bool,
 }
 
+/// A network card of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// A tap device of the VM's host.
+    pub tap: String,
+    /// In a command, empty: derived from the VM's name.
+    pub mac: String,
+}
+
 /// A virtual machine as wanted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
@@ -97,6 +106,7 @@ pub struct Vm {
     pub engine: String,
     /// host, generic or kvm64.
     pub cpu_model: String,
+    pub nics: Vec<Nic>,
     pub wanted_running: bool,
     pub action: VmAction,
     /// Grows with every action.
@@ -230,9 +240,17 @@ impl MonitorState {
                 self.add_export(&volume, kind, read_only, host)
             }
             Command::RemoveExport { id } => self.remove_export(id),
-            Command::CreateVm { name, cpus, memory_bytes, disks, host, kernel_args, engine, cpu_model } => {
-                self.create_vm(name, cpus, memory_bytes, disks, host, kernel_args, engine, cpu_model)
-            }
+            Command::CreateVm {
+                name,
+                cpus,
+                memory_bytes,
+                disks,
+                host,
+                kernel_args,
+                engine,
+                cpu_model,
+                nics,
+            } => self.create_vm(name, cpus, memory_bytes, disks, host, kernel_args, engine, cpu_model, nics),
             Command::SetVmState { name, action } => self.set_vm_state(&name, action),
             Command::AttachDisk { vm, disk } => self.attach_disk(&vm, disk),
             Command::DetachDisk { vm, volume } => self.detach_disk(&vm, &volume),

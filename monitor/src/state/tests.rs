@@ -368,6 +368,7 @@ fn exports_of_a_vm_live_from_start_to_stop() {
         kernel_args: String::new(),
         engine: engine.into(),
         cpu_model: cpu_model.into(),
+        nics: Vec::new(),
     };
     let refused = |state: &mut MonitorState, command| state.apply(0, command).unwrap_err().to_string();
     assert!(refused(&mut state, vm("bochs", "")).contains("native or qemu"));
@@ -391,6 +392,46 @@ fn exports_of_a_vm_live_from_start_to_stop() {
     state.apply(0, Command::VmStopped { name: "vm".into(), action_number: 2 }).unwrap();
     assert_eq!(state.exports.len(), 0);
     state.apply(0, Command::RemoveVm { name: "vm".into() }).unwrap();
+}
+
+#[test]
+fn network_cards_are_checked_and_given_once() {
+    let mut state = cluster(3, 1);
+    for name in ["a", "b"] {
+        let volume = Command::CreateVolume { name: name.into(), pool: "p".into(), size_bytes: 1 << 20 };
+        state.apply(0, volume).unwrap();
+    }
+    let mut create = |name: &str, host: &str, nics: &[(&str, &str)]| {
+        let command = Command::CreateVm {
+            name: name.into(),
+            cpus: 1,
+            memory_bytes: 1 << 30,
+            disks: vec![DiskRequest { volume: name.into(), serial: String::new() }],
+            host: host.into(),
+            kernel_args: String::new(),
+            engine: String::new(),
+            cpu_model: String::new(),
+            nics: nics.iter().map(|(tap, mac)| Nic { tap: (*tap).into(), mac: (*mac).into() }).collect(),
+        };
+        state.apply(0, command).map(|_| state.vms[name].nics.clone()).map_err(|e| e.to_string())
+    };
+    let mac = "02:00:5e:10:00:0A";
+    for (nics, why) in [
+        (&[("t/0", "")][..], "tap device"),
+        (&[("t0", "01:00:00:00:00:00")], "not the address of one card"),
+        (&[("t0", ""), ("t0", "")], "VM a has the tap device t0"),
+        (&[("t0", mac), ("t1", mac)], "02:00:5e:10:00:0a"),
+        (&[("t0", ""), ("t1", ""), ("t2", ""), ("t3", ""), ("t4", "")], "at most 4"),
+    ] {
+        let error = create("a", "h0", nics).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+    let nics = create("a", "h0", &[("t0", mac), ("t1", "")]).unwrap();
+    assert_eq!(nics[0].mac, "02:00:5e:10:00:0a", "in one spelling");
+    assert!(nics[1].mac.starts_with("02:"));
+    assert!(create("b", "h0", &[("t1", "")]).unwrap_err().contains("VM a has the tap device t1 of host h0"));
+    assert!(create("b", "h1", &[("t1", mac)]).unwrap_err().contains("VM a"));
+    create("b", "h1", &[("t1", "")]).unwrap();
 }
 
 #[derive(Clone, Debug)]

@@ -11,7 +11,7 @@ use super::{Host, Wanted};
 use crate::boot::{self, disk::VolumeDisk};
 use crate::console::Hub;
 use crate::engine::choice::EngineKind;
-use crate::engine::{Disk, Exit, Guest, Machine};
+use crate::engine::{Disk, Exit, Guest, Machine, Nic};
 use crate::vmm::cpuid::CpuModel;
 use gabion_common::client::reader::VolumeReader;
 use gabion_proto::admission::Resources;
@@ -234,6 +234,7 @@ impl Vm {
             initrd: has_initrd.then_some(initrd),
             kernel_args: format!("root={root} ro console=ttyS0 panic=-1 {}", info.kernel_args).trim().into(),
             disks,
+            nics: info.nics.iter().map(|nic| Nic { tap: nic.tap.clone(), mac: nic.mac.clone() }).collect(),
             dir: self.dir.clone(),
         };
         self.host.engine.start(machine).await.map_err(|e| chain(&e))

@@ -32,6 +32,14 @@ pub struct Disk {
     pub socket: PathBuf,
 }
 
+/// One network card of a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// A tap device of the host.
+    pub tap: String,
+    pub mac: String,
+}
+
 /// A machine to start.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -46,6 +54,7 @@ pub struct Machine {
     pub kernel_args: String,
     /// The first is the boot disk.
     pub disks: Vec<Disk>,
+    pub nics: Vec<Nic>,
     /// The guest's own directory: sockets, log, record.
     pub dir: PathBuf,
 }

@@ -2,6 +2,7 @@
 
 use super::cpuid::CpuModel;
 use super::limits;
+use gabion_proto::nic::{MacAddress, NICS_MAX, check_tap_name};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,6 +21,8 @@ pub struct Config {
     /// The first is the boot disk.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    #[serde(default)]
+    pub nics: Vec<NicConfig>,
     /// For `control.sock`, `serial.sock`, `console.log` and `ended.json`.
     pub dir: PathBuf,
 }
@@ -30,6 +33,14 @@ pub struct DiskConfig {
     pub volume: String,
     /// Where its gateway listens.
     pub socket: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// A tap device of the host.
+    pub tap: String,
+    pub mac: String,
 }
 
 impl Config {
@@ -54,6 +65,16 @@ impl Config {
                 return Err(format!("disks names {} twice", disk.volume));
             }
         }
+        if self.nics.len() > NICS_MAX {
+            return Err(format!("nics has {}; {NICS_MAX} are possible", self.nics.len()));
+        }
+        for (i, nic) in self.nics.iter().enumerate() {
+            check_tap_name(&nic.tap)?;
+            nic.mac.parse::<MacAddress>()?;
+            if self.nics[..i].iter().any(|other| other.tap == nic.tap || other.mac == nic.mac) {
+                return Err(format!("nics has {} or {} twice", nic.tap, nic.mac));
+            }
+        }
         Ok(())
     }
 }
@@ -70,6 +91,7 @@ mod tests {
     #[test]
     fn a_wrong_value_names_itself() {
         let disk = |volume: &str| DiskConfig { volume: volume.into(), socket: "/s".into() };
+        let nic = |tap: &str, mac: &str| NicConfig { tap: tap.into(), mac: mac.into() };
         let good = Config {
             name: "g".into(),
             vcpus: 2,
@@ -79,6 +101,7 @@ mod tests {
             initrd: None,
             kernel_args: String::new(),
             disks: vec![disk("a"), disk("b")],
+            nics: vec![nic("t0", "02:00:00:00:00:01"), nic("t1", "02:00:00:00:00:02")],
             dir: "/d".into(),
         };
         assert_eq!(good.check(), Ok(()));
@@ -93,6 +116,9 @@ mod tests {
         assert!(wrong(&|c| c.disks.push(disk("a"))).contains("twice"));
         assert!(wrong(&|c| c.disks = (0..30).map(|n| disk(&n.to_string())).collect()).starts_with("disks"));
         assert!(wrong(&|c| c.disks[0].volume.clear()).contains("no name"));
+        assert!(wrong(&|c| c.nics.push(nic("t0", "02:00:00:00:00:03"))).contains("twice"));
+        assert!(wrong(&|c| c.nics[0].tap = "../x".into()).contains("tap device"));
+        assert!(wrong(&|c| c.nics[0].mac = "ff:ff:ff:ff:ff:ff".into()).contains("ff:ff"));
         let unknown = serde_json::to_string(&good).unwrap().replacen("\"vcpus\"", "\"cpus\"", 1);
         assert!(serde_json::from_str::<Config>(&unknown).unwrap_err().to_string().contains("cpus"));
     }

@@ -6,10 +6,13 @@ use super::config::{Config, check_volume};
 use super::control::{Client, Command, DiskStatus, Event, Request, Status, answer};
 use super::interrupts::{KvmInterrupts, borrow};
 use super::limits::CONTROL_CLIENTS_MAX;
+use super::net::tap::{Tap, TapError};
+use super::net::{self, VirtioNet};
 use super::seccomp::{self, SeccompError};
 use super::serial::Port;
 use super::vcpu::{self, VcpuError};
 use super::vhost::{self, Events, VhostBlk};
+use super::virtio::Device;
 use super::virtio::transport::{BAR_BYTES, VirtioCard};
 use super::{acpi, boot, layout, memory};
 use kvm_bindings::{
@@ -56,6 +59,8 @@ pub enum MachineError {
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
     #[error("{0}")]
     Disk(String),
 }
@@ -163,6 +168,7 @@ impl Machine {
             config,
         };
         machine.open_disks()?;
+        machine.plug_nics()?;
         machine.create_vcpus(&kvm, &vm)?;
         Ok(machine)
     }
@@ -196,6 +202,16 @@ impl Machine {
         Ok(())
     }
 
+    /// After the disks, in the order of the configuration.
+    fn plug_nics(&mut self) -> Result<(), MachineError> {
+        for nic in self.config.nics.clone() {
+            let mac = nic.mac.parse().map_err(MachineError::Config)?;
+            let device = VirtioNet::new(Tap::open(&nic.tap)?, mac, self.memory.clone())?;
+            self.plug_card(net::VIRTIO_NET, net::PCI_CLASS, Box::new(device)).map_err(MachineError::Disk)?;
+        }
+        Ok(())
+    }
+
     fn create_vcpus(&mut self, kvm: &Kvm, vm: &VmFd) -> Result<(), MachineError> {
         let config = &self.config;
         let rsdp = acpi::write(&self.memory, config.vcpus)?;
@@ -218,21 +234,19 @@ impl Machine {
     }
 
     fn plug(&mut self, volume: String, socket: PathBuf, device: VhostBlk) -> Result<(), String> {
-        let slot = self.board.bus().free_slot().ok_or("no free slot for another disk")?;
-        let at = layout::PCI_WINDOW.start as u32 + u32::from(slot) * BAR_STEP;
         let monitor = device.monitor();
-        let card = VirtioCard::new(
-            vhost::VIRTIO_BLOCK,
-            vhost::PCI_CLASS,
-            at,
-            Box::new(device),
-            self.memory.clone(),
-            self.interrupts.clone(),
-        )
-        .map_err(|e| e.to_string())?;
-        self.board.plug(slot, Box::new(card), self.running);
+        let slot = self.plug_card(vhost::VIRTIO_BLOCK, vhost::PCI_CLASS, Box::new(device))?;
         self.disks.push(Disk { volume, socket, slot, monitor, asked_to_go: false });
         Ok(())
+    }
+
+    fn plug_card(&mut self, kind: u16, class: u32, device: Box<dyn Device>) -> Result<u8, String> {
+        let slot = self.board.bus().free_slot().ok_or("no free slot for another card")?;
+        let at = layout::PCI_WINDOW.start as u32 + u32::from(slot) * BAR_STEP;
+        let (memory, interrupts) = (self.memory.clone(), self.interrupts.clone());
+        let card = VirtioCard::new(kind, class, at, device, memory, interrupts).map_err(|e| e.to_string())?;
+        self.board.plug(slot, Box::new(card), self.running);
+        Ok(slot)
     }
 
     /// Runs the guest to its end.

@@ -32,6 +32,7 @@ pub mod layout;
 pub mod limits;
 pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod pci;
 pub mod power;
 pub mod seccomp;

@@ -2,6 +2,7 @@
 //! line that names the call. Threads inherit the filters of the thread that starts them, so the main
 //! thread's list holds those of the disks' threads, which it starts when a disk is attached.
 
+use super::net::tap::TUNSETOFFLOAD;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
@@ -14,6 +15,7 @@ pub enum Thread {
     Main,
     Vcpu,
     Disk,
+    Net,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +81,9 @@ const DISK: &[libc::c_long] = &[
     libc::SYS_sched_getaffinity,
 ];
 
+/// Frames are read and written; offloads are set by `ioctl`.
+const NET: &[libc::c_long] = &[libc::SYS_poll, libc::SYS_ppoll];
+
 /// Control and console sockets, the record of the end, and starting disks' threads.
 const MAIN: &[libc::c_long] = &[
     libc::SYS_accept4,
@@ -101,6 +106,8 @@ fn list(thread: Thread) -> Vec<libc::c_long> {
     let own: &[&[libc::c_long]] = match thread {
         Thread::Vcpu => &[VCPU],
         Thread::Disk => &[DISK],
+        // These start before the main thread is under its filter.
+        Thread::Net => &[NET],
         Thread::Main => &[DISK, MAIN],
     };
     own.iter().copied().chain([COMMON]).flatten().copied().collect()
@@ -113,8 +120,12 @@ fn vcpu_ioctls() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
     const KVM_IRQFD: u64 = 0x4020_ae76;
     const KVM_IOEVENTFD: u64 = 0x4040_ae79;
-    let all = [KVM_RUN, KVM_IRQ_LINE, KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO];
-    all.iter()
+    ioctls(&[KVM_RUN, KVM_IRQ_LINE, KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD, libc::FIONBIO])
+}
+
+fn ioctls(requests: &[u64]) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    requests
+        .iter()
         .map(|request| {
             SeccompRule::new(vec![SeccompCondition::new(
                 1,
@@ -129,8 +140,10 @@ fn vcpu_ioctls() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
 fn program(thread: Thread) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         list(thread).into_iter().map(|call| (call, Vec::new())).collect();
-    if thread == Thread::Vcpu {
-        rules.insert(libc::SYS_ioctl, vcpu_ioctls()?);
+    match thread {
+        Thread::Vcpu => drop(rules.insert(libc::SYS_ioctl, vcpu_ioctls()?)),
+        Thread::Net => drop(rules.insert(libc::SYS_ioctl, ioctls(&[TUNSETOFFLOAD])?)),
+        Thread::Main | Thread::Disk => {}
     }
     SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
 }
@@ -180,7 +193,7 @@ mod tests {
 
     #[test]
     fn every_filter_compiles_and_the_main_threads_holds_the_disks() {
-        for thread in [Thread::Main, Thread::Vcpu, Thread::Disk] {
+        for thread in [Thread::Main, Thread::Vcpu, Thread::Disk, Thread::Net] {
             assert!(!program(thread).unwrap().is_empty());
         }
         let main = list(Thread::Main);

@@ -9,7 +9,7 @@ pub mod control;
 use super::process::Process;
 use super::{Disk, Engine, EngineError, Exit, Guest, Machine};
 use crate::vmm::board::End;
-use crate::vmm::config::{Config, DiskConfig};
+use crate::vmm::config::{Config, DiskConfig, NicConfig};
 use crate::vmm::control::{Command, Event, Status};
 use async_trait::async_trait;
 use control::{Control, ControlError};
@@ -157,6 +157,7 @@ fn config(machine: Machine) -> Config {
             .into_iter()
             .map(|disk| DiskConfig { volume: disk.volume, socket: disk.socket })
             .collect(),
+        nics: machine.nics.into_iter().map(|nic| NicConfig { tap: nic.tap, mac: nic.mac }).collect(),
         dir: machine.dir,
     }
 }

@@ -12,6 +12,8 @@ const FUNCTIONS_PER_SLOT: usize = 8;
 /// First PCI slot of the root ports; q35 itself uses 0 and 31.
 const FIRST_SLOT: usize = 4;
 const QUEUES_MAX: u32 = 4;
+/// First PCI slot of the network cards, beyond all root ports.
+const NIC_SLOT: usize = 0x18;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accelerator {
@@ -84,6 +86,11 @@ pub fn arguments(machine: &Machine, accelerator: Accelerator) -> Vec<OsString> {
             ),
         );
     }
+    for (n, nic) in machine.nics.iter().enumerate() {
+        // Names and addresses were checked: no comma is in them.
+        add("-netdev", format!("tap,id=net{n},ifname={},script=no,downscript=no", nic.tap));
+        add("-device", format!("virtio-net-pci,netdev=net{n},mac={},addr={:#x}", nic.mac, NIC_SLOT + n));
+    }
     // These three are taken as they are, commas and all.
     add("-append", machine.kernel_args.clone());
     args.push("-kernel".into());
@@ -115,7 +122,7 @@ fn escape(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::Disk;
+    use crate::engine::{Disk, Nic};
 
     fn command_line(accelerator: Accelerator) -> String {
         line_of(accelerator, CpuModel::Host)
@@ -133,6 +140,7 @@ mod tests {
             initrd: Some("/i".into()),
             kernel_args: "root=/dev/vda console=ttyS0".into(),
             disks: vec![disk(0), disk(1)],
+            nics: vec![Nic { tap: "tap0".into(), mac: "02:00:00:00:00:01".into() }],
             dir: "/run/vm".into(),
         };
         let args = arguments(&machine, accelerator);
@@ -154,6 +162,8 @@ mod tests {
                 "{line}"
             );
         }
+        assert!(line.contains("-netdev tap,id=net0,ifname=tap0,script=no,downscript=no"), "{line}");
+        assert!(line.contains("virtio-net-pci,netdev=net0,mac=02:00:00:00:00:01,addr=0x18"), "{line}");
         assert!(line.contains("memory-backend-memfd,id=mem,size=536870912,share=on"), "{line}");
         assert_eq!(line.matches("pcie-root-port").count(), 2 + SPARE_PORTS);
         assert!(line.contains("-append root=/dev/vda console=ttyS0 -kernel /k -initrd /i"), "{line}");
