@@ -11,7 +11,7 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: cargo xtask verify
        cargo xtask licences
        cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M]
-       cargo xtask test-vm";
+       cargo xtask test-vm [--compare]";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         ["verify"] => verify::run(),
         ["licences"] => licences::run().map(|summary| println!("{summary}")),
         ["test-vm"] => test_vm::run(),
+        ["test-vm", "--compare"] => test_vm::compare(),
         ["sim", ref rest @ ..] => sim::Seeds::parse(rest).and_then(|seeds| sim::run(&seeds)),
         _ => Err(anyhow::anyhow!("{USAGE}")),
     };

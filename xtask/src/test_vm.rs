@@ -13,21 +13,41 @@ const TESTS: &[&str] = &["micro_guest", "native_guest"];
 /// Scenarios of a whole cluster, scripts of the outer machine.
 const SCRIPTS: &[&str] = &["tests/vm/cluster.sh"];
 
+/// Boot time and memory of `gabion-vmm` beside QEMU's.
+const COMPARISON: &str = "tests/vm/compare-engines.sh";
+
 /// Builds what the nested machine needs and runs it.
 pub fn run() -> Result<()> {
-    // With the features of the whole workspace, as everything else is built.
-    let mut args = vec!["build", "--quiet", "--locked", "--workspace", "--bins", "--example", "vhost_file"];
-    args.extend(TESTS.iter().flat_map(|test| ["--test", test]));
-    args.push("--message-format=json-render-diagnostics");
-    let messages = step::output(step::cargo(&args))?;
-    let vmm = executable(&messages, "gabion-vmm")?;
-    let bin_dir = vmm.parent().context("a program is in a directory")?;
-    let mut command = Command::new(step::top().join("tests/vm/nested.sh"));
-    command.arg(bin_dir).args(SCRIPTS.iter().map(|script| step::top().join(script)));
+    let messages = build()?;
+    let mut command = nested(&messages)?;
+    command.args(SCRIPTS.iter().map(|script| step::top().join(script)));
     for test in TESTS {
         command.arg(executable(&messages, test)?);
     }
     step::show(command)
+}
+
+/// Measures in the same machine, instead of testing.
+pub fn compare() -> Result<()> {
+    let mut command = nested(&build()?)?;
+    command.env("GABION_VM_QEMU", "1").arg(step::top().join(COMPARISON));
+    step::show(command)
+}
+
+fn build() -> Result<Vec<u8>> {
+    // With the features of the whole workspace, as everything else is built.
+    let mut args = vec!["build", "--quiet", "--locked", "--workspace", "--bins", "--example", "vhost_file"];
+    args.extend(TESTS.iter().flat_map(|test| ["--test", test]));
+    args.push("--message-format=json-render-diagnostics");
+    step::output(step::cargo(&args))
+}
+
+fn nested(messages: &[u8]) -> Result<Command> {
+    let vmm = executable(messages, "gabion-vmm")?;
+    let bin_dir = vmm.parent().context("a program is in a directory")?;
+    let mut command = Command::new(step::top().join("tests/vm/nested.sh"));
+    command.arg(bin_dir);
+    Ok(command)
 }
 
 /// Where cargo put the program of a target.
