@@ -54,7 +54,8 @@ fn finish(mut w: World) -> Result<Tally, String> {
     let end = w.now + w.plan.fault_phase_ms;
     w.run_until(end);
     let little = |w: &World| w.tally.client_ops < OPERATIONS_MIN || w.tally.faults < FAULTS_MIN;
-    while w.plan.scenario == Scenario::Faults && w.finding.is_none() && little(&w) && w.now < end + LONGER_MS {
+    while w.plan.scenario == Scenario::Faults && w.finding.is_none() && little(&w) && w.now < end + LONGER_MS
+    {
         let next = w.now + 5_000;
         w.run_until(next);
     }
@@ -215,7 +216,9 @@ mod tests {
         for (pool, seeds) in [("2+1", 1..=10), ("4+2", 1..=10)] {
             for seed in seeds {
                 if let Err(finding) = super::run(seed, super::redundancy(pool), false) {
-                    panic!("seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed} --pool {pool}");
+                    panic!(
+                        "seed {seed}: {finding}\nreplay: cargo xtask sim --seeds 1 --from {seed} --pool {pool}"
+                    );
                 }
             }
         }

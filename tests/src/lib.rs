@@ -1,8 +1,8 @@
 //! What the tests of whole clusters and of the VMM's devices share.
 
 pub mod cluster;
-pub mod history;
 pub mod guest_disk;
 pub mod guest_driver;
+pub mod history;
 pub mod mirror;
 pub mod workload;

@@ -129,7 +129,8 @@ fn acting(
             // Meanwhile whoever has that shard keeps it.
             for p in 0..acting.len() {
                 let held_back = acting[p] == OsdId::NONE && serves(&record.up[p]);
-                let earlier = holders(record).filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
+                let earlier =
+                    holders(record).filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
                 if let Some(osd) = earlier.filter(|_| held_back) {
                     acting[p] = *osd;
                 }

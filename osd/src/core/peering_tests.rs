@@ -115,7 +115,10 @@ impl Driver {
     }
 
     fn info(&mut self, from: u32, activated: u64) {
-        self.hear(from, PeerBody::Info { activated: Epoch(activated), object_count: 1, missing_count: 0, shard: None });
+        self.hear(
+            from,
+            PeerBody::Info { activated: Epoch(activated), object_count: 1, missing_count: 0, shard: None },
+        );
     }
 
     fn list(&mut self, from: u32) -> Vec<Effect> {

@@ -102,11 +102,7 @@ impl Code for ReedSolomon {
 }
 
 impl ReedSolomon {
-    fn fill(
-        &self,
-        shards: &mut [Option<Vec<u8>>],
-        wanted: &[u8],
-    ) -> Result<(), reed_solomon_erasure::Error> {
+    fn fill(&self, shards: &mut [Option<Vec<u8>>], wanted: &[u8]) -> Result<(), reed_solomon_erasure::Error> {
         let k = usize::from(self.geometry.k);
         let parity_wanted = wanted.iter().any(|n| *n >= self.geometry.k);
         if shards[..k].iter().all(Option::is_some) {

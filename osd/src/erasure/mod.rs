@@ -127,9 +127,7 @@ pub fn content_of(blocks: impl IntoIterator<Item = (u32, Option<Block>)>) -> Con
         let last = extents.last_mut().filter(|e| e.first_block + e.block_count == number);
         match (block, last) {
             (None, Some(e)) if e.kind == ExtentKind::Zero => e.block_count += 1,
-            (None, _) => {
-                extents.push(Extent { first_block: number, block_count: 1, kind: ExtentKind::Zero })
-            }
+            (None, _) => extents.push(Extent { first_block: number, block_count: 1, kind: ExtentKind::Zero }),
             (Some(b), last) => {
                 data.extend_from_slice(&b.bytes);
                 match last {

@@ -65,9 +65,8 @@ fn parity_is_what_the_written_down_matrix_says() {
             for row in 0..2 {
                 let at = |rows: &Rows, i: usize| rows[row].as_ref().map_or(0, |b| b.bytes[i]);
                 for i in [0, 1, 255, 4095] {
-                    let sum = (0..k).fold(0, |s, c| {
-                        s ^ times(matrix[usize::from(*n)][usize::from(c)], at(&data[&c], i))
-                    });
+                    let sum = (0..k)
+                        .fold(0, |s, c| s ^ times(matrix[usize::from(*n)][usize::from(c)], at(&data[&c], i)));
                     assert_eq!(at(&parity[n], i), sum, "{k}+{m}, shard {n}, row {row}, byte {i}");
                 }
             }

@@ -303,12 +303,8 @@ impl Generator {
             34 => TxnOp::Purge { object },
             35 => {
                 let shard = wrong.then_some(ShardId { number: 1, k: 2, m: 1, matrix: 1 });
-                TxnOp::SetMeta(PgMeta {
-                    promised: Epoch(version.raw()),
-                    activated: Epoch(prev.raw()),
-                    shard,
-                })
-            },
+                TxnOp::SetMeta(PgMeta { promised: Epoch(version.raw()), activated: Epoch(prev.raw()), shard })
+            }
             36 => TxnOp::AddMissing { object, needed: Needed::certain(version, wrong) },
             37 => TxnOp::DropMissing { object },
             38 => TxnOp::ClearMissing,

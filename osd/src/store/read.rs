@@ -78,9 +78,14 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
 
     fn begin_read(&mut self, tag: u64, work: Work, attempts: u32) {
         let result = match &work {
-            Work::Read { pg, object, below, first_block, block_count, pending } => {
-                self.plan(tag, *pg, *object, below, *first_block..first_block.saturating_add(*block_count), *pending)
-            }
+            Work::Read { pg, object, below, first_block, block_count, pending } => self.plan(
+                tag,
+                *pg,
+                *object,
+                below,
+                *first_block..first_block.saturating_add(*block_count),
+                *pending,
+            ),
             Work::ReadObject { pg, object } => self.plan_object(tag, *pg, *object),
             _ => unreachable!("only reads are started here"),
         };

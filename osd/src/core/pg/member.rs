@@ -110,9 +110,10 @@ impl Pg {
 
     /// What this member has or should have, in order.
     pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
-        let held = self.index.objects.iter().map(|(o, h)| {
-            (*o, ObjectEntry { base: h.base, ..ObjectEntry::here(*o, h.version, h.deleted) })
-        });
+        let held =
+            self.index.objects.iter().map(|(o, h)| {
+                (*o, ObjectEntry { base: h.base, ..ObjectEntry::here(*o, h.version, h.deleted) })
+            });
         let missing = self.index.missing.iter().map(|(o, n)| {
             let held = self.index.objects.get(o).map(|h| (h.version, h.deleted));
             let uncertain = n.uncertain;
@@ -195,8 +196,11 @@ impl Pg {
             }
         }
         // `self.meta` follows when it is durable: a refused activation must not be claimed by the next promise.
-        let meta =
-            PgMeta { promised: self.record.interval, activated: self.record.interval, shard: self.meta.shard };
+        let meta = PgMeta {
+            promised: self.record.interval,
+            activated: self.record.interval,
+            shard: self.meta.shard,
+        };
         let durable = if cx.rules.keep(Rule::MissingMap) { usize::MAX } else { 0 };
         let entries = self
             .index

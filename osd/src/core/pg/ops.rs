@@ -1,8 +1,8 @@
 //! Client operations at an active primary: admission, ordering, fan-out, acknowledgement.
 
 use super::member::{FULL_FOR_MS, sub_result};
-use super::*;
 use super::writes::{Requested, Write};
+use super::*;
 use gabion_proto::blocks::{Content, ContentError};
 use gabion_proto::limits::*;
 use gabion_proto::map::Attachment;

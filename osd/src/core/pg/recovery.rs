@@ -27,12 +27,16 @@ const FORGIVEN_MS: Millis = 15_000;
 
 #[derive(Debug)]
 enum Stage {
-    Pulling { from: OsdId },
+    Pulling {
+        from: OsdId,
+    },
     /// Erasure coding: enough shards are being read.
     Gathering,
     Replacing,
     Reading,
-    Pushing { waiting: BTreeSet<OsdId> },
+    Pushing {
+        waiting: BTreeSet<OsdId>,
+    },
 }
 
 #[derive(Debug)]
@@ -683,9 +687,7 @@ impl Pg {
         let held = |o: &ObjectId| self.index.objects.get(o).copied();
         let same: Vec<ObjectId> = entries
             .iter()
-            .filter(|e| {
-                !e.missing && held(&e.object) == Some(Held::committed(e.version, e.deleted))
-            })
+            .filter(|e| !e.missing && held(&e.object) == Some(Held::committed(e.version, e.deleted)))
             .map(|e| e.object)
             .collect();
         let Phase::Active(a) = &mut self.phase else { return };

@@ -164,7 +164,9 @@ impl Rig {
             }
             Effect::Send { msg, .. } => self.sent.push((msg.to, msg.body)),
             Effect::Reply { token, reply, .. } => self.replies.push((token, reply)),
-            Effect::Read { token, object, .. } | Effect::ReadPending { token, object, .. } => self.reads.push_back((token, object)),
+            Effect::Read { token, object, .. } | Effect::ReadPending { token, object, .. } => {
+                self.reads.push_back((token, object))
+            }
             Effect::ReadObject { token, object, .. } => self.object_reads.push_back((token, object)),
             Effect::WantMap { .. } => {}
         }
@@ -215,7 +217,10 @@ impl Rig {
 
     /// A member's answers to peering.
     pub fn tells(&mut self, from: u32, activated: u64, entries: &[ObjectEntry]) {
-        self.hear(from, PeerBody::Info { activated: Epoch(activated), object_count: 0, missing_count: 0, shard: None });
+        self.hear(
+            from,
+            PeerBody::Info { activated: Epoch(activated), object_count: 0, missing_count: 0, shard: None },
+        );
         self.hear(from, PeerBody::List { after: None, entries: entries.to_vec(), last: true });
     }
 

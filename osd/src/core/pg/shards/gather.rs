@@ -135,7 +135,9 @@ impl Pg {
         }
         let up = |o: &OsdId| *o == cx.id || cx.map.up_osd(*o).is_some();
         let mut free = a.recovery.holders(&g.object, g.purpose != For::Recovery);
-        free.retain(|n, o| up(o) && !g.parts.contains_key(n) && !g.asked.contains_key(n) && !g.bad.contains(n));
+        free.retain(|n, o| {
+            up(o) && !g.parts.contains_key(n) && !g.asked.contains_key(n) && !g.bad.contains(n)
+        });
         let is_late = |a: &Asked| cx.now >= a.first + LATE_MS;
         let awaited = g.asked.values().filter(|a| !is_late(a)).count();
         let reachable = |n: &u8| {
@@ -227,13 +229,7 @@ impl Pg {
         self.rows_here(cx, from, tid, content);
     }
 
-    fn rows_here(
-        &mut self,
-        cx: &mut Cx<'_>,
-        from: OsdId,
-        tid: u64,
-        result: Result<Content, SubResult>,
-    ) {
+    fn rows_here(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: Result<Content, SubResult>) {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
         let Some(n) = g.asked.iter().find(|(_, a)| a.member == from).map(|(n, _)| *n) else { return };
@@ -379,7 +375,8 @@ impl Pg {
             let later = acting && h.version > version && h.base.is_none_or(|b| b >= version);
             h.version == version || h.base == Some(version) || later || !cx.rules.keep(Rule::OneVersion)
         });
-        let within = row_count > 0 && first_row.checked_add(row_count).is_some_and(|end| end <= OBJECT_BLOCKS);
+        let within =
+            row_count > 0 && first_row.checked_add(row_count).is_some_and(|end| end <= OBJECT_BLOCKS);
         if !here || !within || self.index.missing.contains_key(&object) {
             let body = PeerBody::ShardData { tid, result: Err(SubResult::Missing) };
             return self.send(cx, from, body, Bytes::new());

@@ -1,7 +1,7 @@
 //! Writes in two phases: gather old rows, compute parity, prepare everywhere; commit later.
 
-use super::*;
 use super::writes::{Requested, Write};
+use super::*;
 use crate::erasure::{Block, Rows, content_of};
 use gabion_proto::blocks::Content;
 
@@ -206,9 +206,7 @@ impl Pg {
         // What somebody still lacks may have to go back (invariant 4).
         let recovery = &a.recovery;
         let due = a.shards.uncommitted.iter_mut();
-        for (o, u) in
-            due.filter(|(o, u)| now >= u.due && !recovery.is_missing(o)).take(COMMITS_AT_ONCE)
-        {
+        for (o, u) in due.filter(|(o, u)| now >= u.due && !recovery.is_missing(o)).take(COMMITS_AT_ONCE) {
             u.due = now + TELL_AGAIN_MS;
             for m in &u.members {
                 told.entry(*m).or_default().push((*o, u.version));
