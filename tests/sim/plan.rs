@@ -57,7 +57,7 @@ impl Plan {
             duplicate: [0, 10, 50][rng.below(3) as usize],
             fault_every_ms: rng.range(1_500, 6_000),
             rot: rng.chance(300),
-            chunks: 120,
+            chunks: 300,
             rules: Rules::default(),
             scenario: Scenario::Faults,
         }
