@@ -1,4 +1,4 @@
-//! A development cluster to measure: started by `gabion dev up`, two volumes of three copies, one export of each kind.
+//! A development cluster to measure: started by `gabion dev up`, two volumes, one export of each kind.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,9 @@ pub struct ClusterOptions {
     pub dir: PathBuf,
     #[arg(long, default_value_t = 3)]
     pub osds: u32,
+    /// Volumes in an erasure-coded pool instead of three copies.
+    #[arg(long, value_name = "K+M")]
+    pub ec: Option<String>,
     /// Leave the cluster running at the end.
     #[arg(long)]
     pub keep: bool,
@@ -67,7 +70,11 @@ impl Cluster {
         let size = (plan.size * 4 + (4 << 30)).to_string();
         let dir = self.dir_text()?;
         self.gabion(&["dev", "up", "--dir", &dir, "--osds", &osds, "--hosts", &osds, "--osd-size", &size])?;
-        self.gabion(&["pool", "create", "bench", "--replicas", "3"])?;
+        let redundancy = match &options.ec {
+            Some(code) => ["--ec", code],
+            None => ["--replicas", "3"],
+        };
+        self.gabion(&[&["pool", "create", "bench"], &redundancy[..]].concat())?;
         for volume in ["bench-nbd", "bench-vhost"] {
             self.gabion(&["volume", "create", volume, "--size", &plan.size.to_string(), "--pool", "bench"])?;
         }
