@@ -39,7 +39,8 @@ impl Pg {
             Phase::Broken(why) => (pb::PgState::Down, why.clone()),
             Phase::Active(a) => {
                 status.degraded_objects = a.recovery.degraded();
-                status.degraded_bytes = status.degraded_objects * u64::from(pool.object_bytes);
+                let k = self.code.as_ref().map_or(1, |c| u64::from(c.geometry().k));
+                status.degraded_bytes = status.degraded_objects * u64::from(pool.object_bytes) / k;
                 status.unfound_objects = a.recovery.unfound(own);
                 let state = if !a.recovery.is_done() {
                     pb::PgState::ActiveRecovering

@@ -134,6 +134,8 @@ impl Pg {
             return self.gathered(cx, tid);
         }
         let up = |o: &OsdId| *o == cx.id || cx.map.up_osd(*o).is_some();
+        // Members of earlier intervals come and go without a new one.
+        g.asked.retain(|_, a| up(&a.member));
         let mut free = a.recovery.holders(&g.object, g.purpose != For::Recovery);
         free.retain(|n, o| {
             up(o) && !g.parts.contains_key(n) && !g.asked.contains_key(n) && !g.bad.contains(n)
