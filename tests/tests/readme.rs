@@ -34,7 +34,8 @@ fn the_commands_of_the_readme_work() -> Result<()> {
     let test = std::env::current_exe()?;
     let binaries = test.ancestors().nth(2).context("the test is not in a target directory")?;
     let directory = tempfile::Builder::new().prefix("gab").tempdir()?;
-    let image = ["qemu-img create -q -f qcow2 debian.qcow2 64M", "qemu-io -c 'write -P 7 1M 1M' debian.qcow2"];
+    let image =
+        ["qemu-img create -q -f qcow2 debian.qcow2 64M", "qemu-io -c 'write -P 7 1M 1M' debian.qcow2"];
     for line in image {
         shell(line, directory.path(), binaries)?;
     }

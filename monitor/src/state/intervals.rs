@@ -128,7 +128,8 @@ fn acting(
                 up.map(|(p, osd)| if can(osd, p) { *osd } else { OsdId::NONE }).collect();
             // Meanwhile whoever has that shard keeps it.
             for p in 0..acting.len() {
-                let held_back = acting[p] == OsdId::NONE && serves(&record.up[p]);
+                // Not for one that is only down: it will be back in its own place.
+                let held_back = acting[p] == OsdId::NONE && place_of(record, record.up[p]) != Some(p);
                 let earlier =
                     holders(record).filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
                 if let Some(osd) = earlier.filter(|_| held_back) {

@@ -2,7 +2,7 @@
 
 use super::*;
 use gabion_proto::limits::{OSDS_MAX, valid_name};
-use gabion_proto::map::OsdInfo;
+use gabion_proto::map::{OsdInfo, Redundancy};
 use std::net::SocketAddr;
 
 /// Weight of one TiB.
@@ -205,12 +205,22 @@ impl MonitorState {
         self.osd_flags.remove(&osd);
         self.change_groups(true, |map| {
             map.osds.remove(&osd);
-            for record in map.pgs.values_mut() {
+            for (id, record) in &mut map.pgs {
+                let redundancy = map.pools.get(&id.pool).map(|p| p.redundancy);
+                // What cannot be read any more is lost, and nobody waits for it.
+                let enough = match redundancy {
+                    Some(Redundancy::Erasure { k, .. }) => k as usize,
+                    _ => 1,
+                };
                 for past in &mut record.past {
-                    past.acting.retain(|o| *o != osd);
+                    // A position is a shard's number: the others keep theirs.
+                    past.acting.iter_mut().filter(|o| **o == osd).for_each(|o| *o = OsdId::NONE);
+                    if enough == 1 {
+                        past.acting.retain(|o| *o != OsdId::NONE);
+                    }
                     past.primary = past.primary.filter(|p| *p != osd);
                 }
-                record.past.retain(|p| p.acting.iter().any(|o| *o != OsdId::NONE));
+                record.past.retain(|p| p.acting.iter().filter(|o| **o != OsdId::NONE).count() >= enough);
             }
         });
         let (severity, how) = match lossy {

@@ -373,11 +373,13 @@ impl Pg {
             return;
         }
         m.applying.insert(object);
-        let ops = match cx.rules.keep(Rule::MissingUntilStored) {
-            true => replace_ops(object, version, image.deleted, content),
-            false => vec![TxnOp::DropMissing { object }],
+        let beside = self.kept_beside(&object);
+        let ops = match (cx.rules.keep(Rule::MissingUntilStored), beside) {
+            (false, _) => vec![TxnOp::DropMissing { object }],
+            (true, Some(base)) => self.beside_ops(cx, object, base, version, content),
+            (true, None) => replace_ops(object, version, image.deleted, content),
         };
-        self.submit(cx, What::PushApplied { tid, object, version }, ops);
+        self.submit(cx, What::PushApplied { tid, object, version, beside }, ops);
     }
 
     pub(super) fn push_applied(
@@ -385,7 +387,7 @@ impl Pg {
         cx: &mut Cx<'_>,
         tid: u64,
         object: ObjectId,
-        version: Version,
+        (version, beside): (Version, Option<Version>),
         result: Result<(), StoreError>,
     ) {
         let Some(primary) = self.record.primary else { return };
@@ -396,8 +398,9 @@ impl Pg {
             Ok(()) => {
                 if let Some(needed) = self.index.missing.remove(&object) {
                     self.index.hold(object, needed);
-                } else if let Some(h) = self.index.objects.get_mut(&object).filter(|h| h.version == version) {
-                    h.base = None;
+                }
+                if let Some(h) = self.index.objects.get_mut(&object).filter(|h| h.version == version) {
+                    h.base = beside;
                 }
                 SubResult::Ok
             }

@@ -87,9 +87,12 @@ pub enum What {
         tid: u64,
         object: ObjectId,
         version: Version,
+        beside: Option<Version>,
     },
     Recovered {
         object: ObjectId,
+        /// Erasure coding: it was stored beside this version.
+        beside: Option<Version>,
     },
     PushRead {
         object: ObjectId,
@@ -341,6 +344,8 @@ impl Pg {
     fn drop_stray(&mut self, cx: &mut Cx<'_>) {
         let needed = self.record.acting.contains(&cx.id) || self.record.up.contains(&cx.id);
         let loaded = matches!(self.phase, Phase::Member(_));
+        // An empty position may be this OSD's again: its shard is better than none.
+        let needed = needed || (self.code.is_some() && self.record.acting.contains(&OsdId::NONE));
         let clean = (self.record.clean && self.record.activated) || !cx.rules.keep(Rule::StraysStay);
         if self.stored && loaded && !needed && clean {
             tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy deleted");
@@ -357,10 +362,10 @@ impl Pg {
             What::Activated if result.is_ok() => self.activation_durable(cx),
             What::Write { tid } => self.own_write_done(cx, tid, result),
             What::SubWrite { tid, object, version } => self.sub_write_done(cx, tid, object, version, result),
-            What::PushApplied { tid, object, version } => {
-                self.push_applied(cx, tid, object, version, result);
+            What::PushApplied { tid, object, version, beside } => {
+                self.push_applied(cx, tid, object, (version, beside), result);
             }
-            What::Recovered { object } => self.own_recovered(cx, object, result),
+            What::Recovered { object, beside } => self.own_recovered(cx, object, beside, result),
             What::Housekeeping if result.is_ok() => {}
             _ => {
                 if let Err(e) = result {

@@ -128,6 +128,17 @@ impl Recovery {
         self.missing.values().any(|m| m.contains_key(object))
     }
 
+    /// Erasure coding: some row of some shard of the object could not be read.
+    pub fn is_damaged(&self, object: &ObjectId) -> bool {
+        self.damaged.iter().any(|(o, _)| o == object)
+    }
+
+    /// Erasure coding: a member of an earlier interval does not answer for this object.
+    pub fn give_up(&mut self, object: ObjectId, member: OsdId) -> bool {
+        let stray = self.coded.as_ref().is_some_and(|c| !c.acting.contains_key(&member));
+        stray && self.bad.insert((object, member))
+    }
+
     /// Erasure coding: the object may have to go back to the version before, as long as somebody lacks it.
     pub fn is_uncertain(&self, object: &ObjectId) -> bool {
         self.uncertain.contains(object) && self.is_missing(object)
@@ -217,7 +228,7 @@ impl Recovery {
     fn is_unfound(&self, own: OsdId, object: &ObjectId) -> bool {
         if let Some(coded) = &self.coded {
             let needed = self.missing.values().find_map(|m| m.get(object));
-            return needed.is_some_and(|n| !n.deleted) && self.holders(object, false).len() < coded.k;
+            return needed.is_some_and(|n| !n.deleted) && self.holders(object, true).len() < coded.k;
         }
         let needed = self.missing.get(&own).and_then(|m| m.get(object));
         needed.is_some_and(|n| !n.deleted)
@@ -395,7 +406,7 @@ impl Pg {
             self.send(cx, from, PeerBody::Pull { tid, object, version }, Bytes::new());
         } else if let (true, Some(n)) = (replacing, own) {
             let ops = replace_ops(object, n.version, true, Content::default());
-            self.submit(cx, What::Recovered { object }, ops);
+            self.submit(cx, What::Recovered { object, beside: None }, ops);
         } else if reading {
             let token = self.token(cx, What::PushRead { object });
             cx.out.push(Effect::ReadObject { token, pg: self.id, object });
@@ -435,7 +446,7 @@ impl Pg {
                 self.recovered_bytes += content.data.len() as u64;
                 self.counters.recovered_bytes += content.data.len() as u64;
                 let ops = replace_ops(object, version, needed.deleted, content);
-                self.submit(cx, What::Recovered { object }, ops);
+                self.submit(cx, What::Recovered { object, beside: None }, ops);
             }
             None => {
                 r.bad.insert((object, from));
@@ -450,6 +461,7 @@ impl Pg {
         &mut self,
         cx: &mut Cx<'_>,
         object: ObjectId,
+        beside: Option<Version>,
         result: Result<(), StoreError>,
     ) {
         let Some(r) = self.recovery() else { return };
@@ -470,7 +482,11 @@ impl Pg {
                 self.index.missing.remove(&object);
                 if let Some(n) = needed {
                     self.index.hold(object, n);
+                    if let Some(h) = self.index.objects.get_mut(&object) {
+                        h.base = beside;
+                    }
                 }
+                self.commit_recovered(cx, object);
                 self.count_recovered();
                 self.resume(cx);
                 self.recover(cx);
@@ -570,6 +586,7 @@ impl Pg {
         }
         if result == SubResult::Ok {
             r.settle(from, &object);
+            self.commit_recovered(cx, object);
             self.count_recovered();
         } else {
             r.not_before.insert(object, cx.now + AGAIN_MS);

@@ -103,11 +103,14 @@ impl Write {
         matches!(self.parts, Parts::Same(..) | Parts::Each(_))
     }
 
-    /// Takes another operation in, if this one is open, does not overlap it and is not too large with it.
-    pub fn join(&mut self, requested: Requested, new: &NewBlocks, blocks_max: usize) -> bool {
+    /// Takes another operation in, if this one is open, does not overlap it and spans not too much with it: what is between
+    /// may have to be read.
+    pub fn join(&mut self, requested: Requested, new: &NewBlocks, span_max: u32) -> bool {
         let overlaps = self.overlaps(requested.first_block, requested.block_count);
         let Parts::Open(all) = &mut self.parts else { return false };
-        if overlaps || all.len() + new.len() > blocks_max {
+        let ends = |blocks: &NewBlocks| Some((*blocks.keys().next()?, *blocks.keys().next_back()?));
+        let (Some(a), Some(b)) = (ends(all), ends(new)) else { return false };
+        if overlaps || a.1.max(b.1) - a.0.min(b.0) >= span_max {
             return false;
         }
         all.extend(new.iter().map(|(b, block)| (*b, block.clone())));

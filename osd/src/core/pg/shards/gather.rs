@@ -9,6 +9,8 @@ use gabion_proto::blocks::Content;
 const LATE_MS: Millis = 1_000;
 /// Unanswered questions are asked again after this long.
 const ASK_AGAIN_MS: Millis = 500;
+/// A member of an earlier interval that does not answer for this long is not asked for the object any more.
+const GIVE_UP_MS: Millis = 4_000;
 /// What could not be gathered for recovery is tried again after this long.
 const AGAIN_MS: Millis = 2_000;
 
@@ -32,9 +34,15 @@ pub struct Gather {
     pub purpose: For,
     pub object: ObjectId,
     version: Version,
-    first_row: u32,
-    row_count: u32,
+    /// First row and number of rows that are wanted.
+    rows: (u32, u32),
+    /// Those that are being read. All of them, until some cannot be read: then half by half, down to single rows.
+    piece: (u32, u32),
+    todo: Vec<(u32, u32)>,
+    piecewise: bool,
     wanted: BTreeSet<u8>,
+    /// What came of the wanted shards of earlier pieces.
+    done: BTreeMap<u8, Rows>,
     parts: BTreeMap<u8, Rows>,
     asked: BTreeMap<u8, Asked>,
     bad: BTreeSet<u8>,
@@ -94,7 +102,7 @@ impl Pg {
         cx: &mut Cx<'_>,
         purpose: For,
         object: ObjectId,
-        (first_row, row_count): (u32, u32),
+        rows: (u32, u32),
         wanted: BTreeSet<u8>,
     ) {
         let version = match purpose {
@@ -107,8 +115,11 @@ impl Pg {
             purpose,
             object,
             version,
-            first_row,
-            row_count,
+            rows,
+            piece: rows,
+            todo: Vec::new(),
+            piecewise: false,
+            done: wanted.iter().map(|n| (*n, vec![None; rows.1 as usize])).collect(),
             wanted,
             parts: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -136,7 +147,7 @@ impl Pg {
         let up = |o: &OsdId| *o == cx.id || cx.map.up_osd(*o).is_some();
         // Members of earlier intervals come and go without a new one.
         g.asked.retain(|_, a| up(&a.member));
-        let mut free = a.recovery.holders(&g.object, g.purpose != For::Recovery);
+        let mut free = a.recovery.holders(&g.object, g.piecewise || g.purpose != For::Recovery);
         free.retain(|n, o| {
             up(o) && !g.parts.contains_key(n) && !g.asked.contains_key(n) && !g.bad.contains(n)
         });
@@ -166,7 +177,7 @@ impl Pg {
 
     fn ask_rows(&mut self, cx: &mut Cx<'_>, tid: u64, member: OsdId) {
         let Some(g) = self.shards().and_then(|s| s.gathers.get(&tid)) else { return };
-        let (object, version, first_row, row_count) = (g.object, g.version, g.first_row, g.row_count);
+        let (object, version, (first_row, row_count)) = (g.object, g.version, g.piece);
         if member != cx.id {
             let body = PeerBody::ShardRead { tid, object, version, first_row, row_count };
             return self.send(cx, member, body, Bytes::new());
@@ -194,9 +205,16 @@ impl Pg {
 
     pub(in super::super) fn gather_again(&mut self, cx: &mut Cx<'_>) {
         let (own, now) = (cx.id, cx.now);
-        let Some(shards) = self.shards() else { return };
+        let Phase::Active(active) = &mut self.phase else { return };
+        let shards = &mut active.shards;
         let mut again = Vec::new();
         for (tid, g) in &mut shards.gathers {
+            // A member of the past that does not answer is nobody's to report: others have their turn.
+            let silent = |a: &&mut Asked| now >= a.first + GIVE_UP_MS;
+            let silent: Vec<OsdId> = g.asked.values_mut().filter(silent).map(|a| a.member).collect();
+            for member in silent.into_iter().filter(|m| active.recovery.give_up(g.object, *m)) {
+                g.asked.retain(|_, a| a.member != member);
+            }
             for a in g.asked.values_mut().filter(|a| a.member != own && now >= a.last + ASK_AGAIN_MS) {
                 a.last = now;
                 again.push((*tid, a.member));
@@ -213,7 +231,7 @@ impl Pg {
         tid: u64,
         result: Result<Content, StoreError>,
     ) {
-        self.rows_here(cx, cx.id, tid, result.map_err(|e| sub_result(&e)));
+        self.rows_here(cx, cx.id, tid, result.map_err(rows_refused));
     }
 
     pub(in super::super) fn rows_came(
@@ -238,7 +256,7 @@ impl Pg {
         match result {
             Ok(content) => {
                 g.asked.remove(&n);
-                g.parts.insert(n, rows_of(&content, g.first_row, g.row_count));
+                g.parts.insert(n, rows_of(&content, g.piece.0, g.piece.1));
             }
             // Asked again by the timer.
             Err(SubResult::BadChecksum) => return,
@@ -246,7 +264,7 @@ impl Pg {
                 g.asked.remove(&n);
                 g.bad.insert(n);
                 let object = g.object;
-                if why == SubResult::Io {
+                if why == SubResult::Io && !is_removed(cx.map, &object) {
                     g.unreadable = true;
                     tracing::warn!(pg = %self.id, member = %from, %object, shard = n, "unreadable shard, computing it from others");
                     let version = self.acked(&object);
@@ -260,29 +278,53 @@ impl Pg {
     }
 
     fn gathering_failed(&mut self, cx: &mut Cx<'_>, tid: u64) {
+        let (away, known) = (self.record.acting.contains(&OsdId::NONE), self.record.all_known());
+        let away = away || known.iter().any(|o| !self.record.acting.contains(o));
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.remove(&tid) else { return };
+        let damaged = g.unreadable || a.recovery.is_damaged(&g.object);
+        if damaged && (!g.piecewise || g.piece.1 > 1) {
+            return self.gather_halves(cx, g);
+        }
         match g.purpose {
             For::Read { token, .. } => {
                 if a.reads.remove(&token).is_none() {
                     return;
                 }
-                // All that is there was tried; what is away may come back.
-                if g.unreadable {
+                // What is away may come back with what cannot be read here.
+                if g.unreadable && !away {
                     self.reply(cx, token, OpReply::Failed(OpError::Io));
                 } else {
                     self.retry(cx, token, RetryWhy::NotActive);
                 }
             }
-            For::Write { tid } => {
-                // Nothing of it was sent to anybody.
-                let mut write = a.writes.remove(&tid);
-                for token in write.iter_mut().flat_map(|w| w.take_tokens()) {
-                    self.retry(cx, token, RetryWhy::NotActive);
-                }
-            }
+            For::Write { tid } => self.withdraw_write(cx, tid),
             For::Recovery => a.recovery.gathering_failed(g.object, cx.now + AGAIN_MS),
         }
+    }
+
+    /// Other rows of a shard of which one cannot be read may be good.
+    fn gather_halves(&mut self, cx: &mut Cx<'_>, mut g: Gather) {
+        let (first, count) = g.piece;
+        let half = count / 2;
+        if half > 0 {
+            g.todo.push((first + half, count - half));
+        }
+        g.piece = (first, half.max(1));
+        g.piecewise = true;
+        self.gather_piece(cx, g);
+    }
+
+    fn gather_piece(&mut self, cx: &mut Cx<'_>, mut g: Gather) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        g.parts.clear();
+        g.asked.clear();
+        g.bad.clear();
+        g.unreadable = false;
+        // A number of its own: late answers are of another piece.
+        let tid = a.next_tid();
+        a.shards.gathers.insert(tid, g);
+        self.gather_on(cx, tid);
     }
 
     fn gathered(&mut self, cx: &mut Cx<'_>, tid: u64) {
@@ -294,23 +336,31 @@ impl Pg {
                 Ok(computed) => g.parts.extend(computed),
                 Err(error) => {
                     tracing::error!(pg = %self.id, object = %g.object, %error, "cannot decode");
-                    g.unreadable = true;
                     a.shards.gathers.insert(tid, g);
                     return self.gathering_failed(cx, tid);
                 }
             }
         }
+        let at = (g.piece.0 - g.rows.0) as usize;
+        for (n, rows) in &mut g.done {
+            let came = g.parts.remove(n).unwrap_or_default();
+            came.into_iter().zip(&mut rows[at..]).for_each(|(block, row)| *row = block);
+        }
+        if let Some(piece) = g.todo.pop() {
+            g.piece = piece;
+            return self.gather_piece(cx, g);
+        }
         match g.purpose {
             For::Read { token, first_block, block_count } => {
                 let blocks = (first_block..first_block + block_count).map(|b| {
                     let (shard, row) = code.geometry().place(b);
-                    let rows = g.parts.get(&shard);
-                    (b, rows.and_then(|r| r.get((row - g.first_row) as usize)?.clone()))
+                    let rows = g.done.get(&shard);
+                    (b, rows.and_then(|r| r.get((row - g.rows.0) as usize)?.clone()))
                 });
                 self.read_gathered(cx, token, content_of(blocks.filter(|(_, b)| b.is_some())));
             }
-            For::Write { tid } => self.encode_write(cx, tid, g.first_row, &g.parts),
-            For::Recovery => self.shards_computed(cx, g.object, g.version, g.parts),
+            For::Write { tid } => self.encode_write(cx, tid, g.rows.0, &g.done),
+            For::Recovery => self.shards_computed(cx, g.object, g.version, g.done),
         }
     }
 
@@ -348,8 +398,12 @@ impl Pg {
             self.recovered_bytes += bytes;
             self.counters.recovered_bytes += bytes;
             if member == cx.id {
-                let op = TxnOp::Replace { object, version, deleted: false, content };
-                self.submit(cx, What::Recovered { object }, vec![op]);
+                let beside = self.kept_beside(&object);
+                let ops = match beside {
+                    Some(base) => self.beside_ops(cx, object, base, version, content),
+                    None => vec![TxnOp::Replace { object, version, deleted: false, content }],
+                };
+                self.submit(cx, What::Recovered { object, beside }, ops);
             } else {
                 let image = ObjectImage { deleted: false, extents: content.extents };
                 self.send(cx, member, PeerBody::Push { tid, object, version, image }, content.data);
@@ -379,7 +433,9 @@ impl Pg {
         });
         let within =
             row_count > 0 && first_row.checked_add(row_count).is_some_and(|end| end <= OBJECT_BLOCKS);
-        if !here || !within || self.index.missing.contains_key(&object) {
+        // What this member holds of an object that it misses is older; from outside the acting set that may be what is asked for.
+        let missing = self.index.missing.get(&object).is_some_and(|n| acting || n.version == version);
+        if !here || !within || missing {
             let body = PeerBody::ShardData { tid, result: Err(SubResult::Missing) };
             return self.send(cx, from, body, Bytes::new());
         }
@@ -395,8 +451,16 @@ impl Pg {
     ) {
         let (result, data) = match result {
             Ok(content) => (Ok(content.extents), content.data),
-            Err(e) => (Err(sub_result(&e)), Bytes::new()),
+            Err(e) => (Err(rows_refused(e)), Bytes::new()),
         };
         self.send(cx, to, PeerBody::ShardData { tid, result }, data);
+    }
+}
+
+/// Rows that cannot be read are to be computed; a disk that is about to stop its OSD says nothing of them.
+fn rows_refused(e: StoreError) -> SubResult {
+    match e {
+        StoreError::Fatal(_) => SubResult::Missing,
+        e => sub_result(&e),
     }
 }

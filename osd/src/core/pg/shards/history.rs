@@ -45,24 +45,24 @@ fn needed(
     if committed || sure {
         return Some(Needed::certain(version, newest.deleted));
     }
+    // Who holds a later version held this one before. Who was made active later without it: that interval had the proof, or
+    // heard from enough members of this one that none had it.
+    let lacks = |t: &Told| {
+        let entry = t.entries.get(object);
+        entry.is_none_or(|e| e.version < version || (e.missing && e.version == version))
+    };
     let lacked = |interval: &PastInterval| {
-        told.iter().filter(|(o, t)| interval.acting.contains(o) && t.activated >= interval.interval).any(
-            |(_, t)| match t.entries.get(object) {
-                Some(e) if e.missing && e.version == version => true,
-                // Who holds a later version held this one before.
-                Some(e) => e.version < version && t.activated == written,
-                None => t.activated == written,
-            },
-        )
+        let mut members = told.iter().filter(|(o, _)| interval.acting.contains(o));
+        members.any(|(_, t)| t.activated >= interval.interval && lacks(t))
     };
     let mut since = past.iter().filter(|p| p.interval >= written).peekable();
     if since.peek().is_some() && since.all(lacked) {
-        // Without anybody who holds it, nobody knows what was before: whoever holds it may come back.
-        if let Some(before) = before {
+        // Who misses it remembers what was before, even when nobody who holds it is left.
+        if let Some(before) = before.max(doubt) {
             return Some(Needed::certain(before, false));
         }
     }
-    Some(Needed { version, deleted: newest.deleted, uncertain: before.or(doubt) })
+    Some(Needed { version, deleted: newest.deleted, uncertain: before.max(doubt) })
 }
 
 /// Pending versions that acting members drop, and the committed ones that they then hold.

@@ -15,6 +15,8 @@
 //! - *A member keeps its shard number.* The monitors give an OSD that may be needed for one shard no other one. What is left of another
 //!   number when it takes its place is older than the last time the group was clean.
 
+#[cfg(test)]
+mod exhaustive;
 mod gather;
 mod history;
 mod write;

@@ -9,8 +9,8 @@ use gabion_proto::blocks::Content;
 const COMMIT_AFTER_MS: Millis = 1_000;
 /// And told again after this long.
 const TELL_AGAIN_MS: Millis = 2_000;
-/// Blocks that one write of several operations may have.
-const JOINED_BLOCKS_MAX: usize = 512;
+/// Blocks between the ends of one write of several operations.
+const JOINED_SPAN_MAX: u32 = 256;
 /// Objects in one such message.
 const COMMITS_AT_ONCE: usize = 256;
 
@@ -58,7 +58,7 @@ impl Pg {
         let object = work.op().object;
         let (requested, new) = (Requested::of(work, range), new_blocks(work.op(), work.data()));
         if let Some(w) = a.writes.values_mut().find(|w| w.object == object) {
-            return w.join(requested, &new, JOINED_BLOCKS_MAX);
+            return w.join(requested, &new, JOINED_SPAN_MAX);
         }
         let tid = a.next_tid();
         a.writes.insert(tid, Write::open(requested, object, new, cx.now));
@@ -110,6 +110,10 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(w) = a.writes.get_mut(&tid) else { return };
         let object = w.object;
+        if is_removed(cx.map, &object) {
+            // Its objects are being deleted everywhere: nobody must make a new one.
+            return self.withdraw_write(cx, tid);
+        }
         let Some(new) = w.close().cloned() else { return };
         let rows: Vec<u32> =
             new.keys().map(|b| geometry.place(*b).1).collect::<BTreeSet<u32>>().into_iter().collect();
@@ -166,6 +170,54 @@ impl Pg {
         self.submit(cx, What::Write { tid }, ops);
         for (o, (write, data)) in parts {
             self.send(cx, o, PeerBody::SubWrite { tid, object, version, prev, write }, data);
+        }
+    }
+
+    /// Nothing of it was sent to anybody.
+    pub(super) fn withdraw_write(&mut self, cx: &mut Cx<'_>, tid: u64) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        let mut write = a.writes.remove(&tid);
+        for token in write.iter_mut().flat_map(|w| w.take_tokens()) {
+            self.retry(cx, token, RetryWhy::NotActive);
+        }
+    }
+
+    /// The committed version that a recovered shard must not replace: the recovered one may have to go back, or is itself
+    /// not committed yet.
+    pub(in super::super) fn kept_beside(&self, object: &ObjectId) -> Option<Version> {
+        let held = self.index.objects.get(object);
+        match self.index.missing.get(object) {
+            _ if self.code.is_none() => None,
+            Some(needed) if needed.uncertain.is_some() => {
+                Some(held.map_or(Version::ZERO, |h| h.base.unwrap_or(h.version)))
+            }
+            Some(_) => None,
+            None => held.and_then(|h| h.base),
+        }
+    }
+
+    /// A whole shard beside `base`: every row is spelled out, or those of `base` would show through.
+    pub(in super::super) fn beside_ops(
+        &self,
+        cx: &Cx<'_>,
+        object: ObjectId,
+        base: Version,
+        version: Version,
+        content: Content,
+    ) -> Vec<TxnOp> {
+        let blocks = cx.map.pools.get(&self.id.pool).map_or(OBJECT_BLOCKS, |p| p.object_bytes / BLOCK_BYTES);
+        let rows = self.geometry().map_or(blocks, |g| g.all_rows(blocks));
+        let content = content_of((0..).zip(crate::erasure::rows_of(&content, 0, rows)));
+        vec![TxnOp::Prepare { object, base, version, content }, TxnOp::DropMissing { object }]
+    }
+
+    /// A shard was recovered. When nobody lacks the object any more, what is pending of it may be committed.
+    pub(in super::super) fn commit_recovered(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let held = self.index.objects.get(&object).map(|h| h.version);
+        let Phase::Active(a) = &self.phase else { return };
+        let idle = !a.recovery.is_missing(&object) && !a.has_writes(&object);
+        if let (Some(version), true, true) = (held, idle, self.code.is_some()) {
+            self.commit_later(cx, object, version);
         }
     }
 
