@@ -230,9 +230,12 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
     match w.command(attach) {
         Some(Reply::Attached { volume: volume_id, generation, epoch }) => {
             let layers = w.layers(volume_id);
+            // Asked of its last life.
+            let asked = w.monitor.state.map.attachments.get(&volume_id).and_then(|a| a.snapshot);
             let c = &mut w.clients[i];
             c.volume_id = volume_id;
             c.layers = layers;
+            c.pause = asked.map(Pause::Draining);
             // A restart renews only the session.
             if c.generation != Generation(0) && c.generation != generation {
                 w.finding = Some(format!("client {i} came back with another generation"));

@@ -235,6 +235,13 @@ mod tests {
         }
     }
 
+    /// Without the rule, what a snapshot holds changes under its readers: the shortest of the mutation check.
+    #[test]
+    fn a_zombie_that_writes_a_frozen_layer_is_noticed() {
+        let noticed = crate::mutants::noticed(gabion_osd::core::Rule::FrozenLayers, 30);
+        println!("{:?}", noticed.expect("nobody noticed"));
+    }
+
     #[test]
     #[ignore = "takes minutes: cargo nextest run -p gabion-tests --run-ignored all every_rule"]
     fn every_rule_is_missed_when_it_is_off() {

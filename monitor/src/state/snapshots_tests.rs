@@ -120,21 +120,35 @@ fn a_volume_in_use_changes_layers_at_its_holders_word_only() {
 }
 
 #[test]
-fn a_new_session_of_the_holder_is_not_asked_to_pause_for_the_old_ones_snapshot() {
+fn a_restarted_holder_is_asked_again_and_another_one_is_not() {
     let mut state = cluster();
     let before = attach(&mut state, "v");
     let id = snapshot(&mut state, "v@a");
     let after = attach(&mut state, "v");
     assert_eq!(before.3, after.3);
-    assert!(held(&state, after.0).snapshot.is_none());
+    assert_eq!(held(&state, after.0).snapshot, Some(id));
     assert!(refusal(&mut state, seal(before, id)).contains("not attached"));
     run(&mut state, seal(after, id)).unwrap();
-    assert_eq!(layers(&state, "v"), [0]);
+    assert_eq!(layers(&state, "v@a"), [0]);
+    run(&mut state, remove_snapshot("v@a")).unwrap();
+    let id = snapshot(&mut state, "v@a");
+    let Ok(Reply::Session { client, session }) =
+        run(&mut state, Command::OpenSession { client: ClientId(2), host: "i".into() })
+    else {
+        panic!("no session")
+    };
+    let take_over = Command::AttachVolume { volume: "v".into(), client, session, take_over: true };
+    run(&mut state, take_over).unwrap();
+    assert!(held(&state, after.0).snapshot.is_none());
+    assert!(refusal(&mut state, seal(after, id)).contains("not attached"));
+    assert!(state.snapshots.is_empty());
+    run(&mut state, Command::FenceVolume { volume: "v".into() }).unwrap();
+    let after = attach(&mut state, "v");
     snapshot(&mut state, "v@a");
     run(&mut state, Command::DetachVolume { volume: "v".into(), client: after.1, generation: after.3 })
         .unwrap();
     snapshot(&mut state, "v@a");
-    assert_eq!(layers(&state, "v@a"), [0]);
+    assert_eq!(layers(&state, "v@a"), [1, 0]);
 }
 
 #[test]

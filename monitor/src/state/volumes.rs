@@ -153,6 +153,9 @@ impl MonitorState {
             return Err(Refusal::aborted(format!("{session} of {client} has ended: open a new session")));
         }
         let held = self.map.attachments.get(&id).cloned();
+        // A holder that was restarted takes the snapshot that its last run was asked for: nothing of that run is in flight any more
+        // when this attachment is in force.
+        let renewed = held.as_ref().is_some_and(|h| h.client == client);
         let generation = match held {
             Some(held) if held.client == client => {
                 if held.session == session {
@@ -180,9 +183,10 @@ impl MonitorState {
                 Generation(self.counters.generation)
             }
         };
-        // Whoever was asked to pause for a snapshot is gone.
         let Some(v) = self.volumes.get_mut(&id) else { return Err(Refusal::not_found("no such volume")) };
-        v.taking = None;
+        if !renewed {
+            v.taking = None;
+        }
         let attachment = Attachment {
             generation,
             client,
@@ -190,7 +194,7 @@ impl MonitorState {
             root: v.root,
             top: v.layers.first().copied().unwrap_or_default(),
             size_bytes: v.size_bytes,
-            snapshot: None,
+            snapshot: v.taking.as_ref().map(|(id, _)| *id),
         };
         self.bump(|map| {
             map.attachments.insert(id, attachment);
