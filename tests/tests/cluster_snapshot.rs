@@ -6,6 +6,7 @@ use gabion_tests::cluster::Cluster;
 use gabion_tests::history::{Cut, History, Writers};
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::time::Duration;
 
 const WRITTEN: u64 = 2 << 20;
 
@@ -71,6 +72,7 @@ fn snapshots_under_load_are_consistent_cuts() -> Result<()> {
             killer.join().expect("does not panic")
         })?;
     }
+    cluster.wait_for("the monitor answers again", Duration::from_secs(60), |_| Some(true))?;
     writers.wait_for_writes(100)?;
     take(&cluster, &writers, "v@last", &mut asked)?;
     writers.wait_for_writes(50)?;
