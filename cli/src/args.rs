@@ -4,6 +4,7 @@ use crate::output::Format;
 use crate::size;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use gabion_common::tls::Role;
 use gabion_proto::limits::{valid_name, valid_volume_name};
 use gabion_proto::nic::NicSpec;
 use std::path::PathBuf;
@@ -19,6 +20,15 @@ pub struct Cli {
     /// Monitors, as `ip:port` or `ip:port,ip:port`; else the config file names them.
     #[arg(long, global = true, env = "GABION_MONITORS", value_delimiter = ',', value_name = "ADDR")]
     pub monitors: Vec<String>,
+    /// The cluster's CA (PEM), for a cluster with TLS; else the config file names it.
+    #[arg(long, global = true, env = "GABION_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// The certificate to show (PEM).
+    #[arg(long, global = true, env = "GABION_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, global = true, env = "GABION_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// How answers are printed.
     #[arg(short, long, global = true, value_enum, default_value = "table")]
     pub output: Format,
@@ -102,6 +112,11 @@ pub enum Command {
         #[command(subcommand)]
         verb: RebuildVerb,
     },
+    /// The cluster's certificate authority: files, used offline
+    Ca {
+        #[command(subcommand)]
+        verb: CaVerb,
+    },
     /// Prints a completion script
     Completions { shell: Shell },
     /// Writes the manual pages into a directory
@@ -136,6 +151,9 @@ pub enum DevVerb {
         /// After how long a down OSD is out.
         #[arg(long)]
         down_out_secs: Option<u64>,
+        /// TLS between all daemons and the command, by a CA that is made in the directory.
+        #[arg(long)]
+        tls: bool,
         /// How long to wait for the cluster.
         #[arg(long, default_value_t = 90)]
         timeout_secs: u64,
@@ -178,6 +196,46 @@ pub enum DevVerb {
     Supervise {
         #[command(flatten)]
         dir: DevDir,
+    },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum CaVerb {
+    /// Makes a CA: DIR/ca.crt and DIR/ca.key
+    Create {
+        #[arg(default_value = "ca")]
+        dir: PathBuf,
+        /// The cluster's name, in every certificate.
+        #[arg(long, default_value = "gabion")]
+        cluster: String,
+        /// How long the CA is valid.
+        #[arg(long, default_value_t = 7300, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        days: u32,
+    },
+    /// Makes a key and a certificate: OUT/ROLE.crt and OUT/ROLE.key, with ca.crt beside them
+    Issue {
+        /// monitor, osd, gateway or host: a daemon; admin: an operator; viewer: a program that only watches.
+        role: Role,
+        /// For people: the node, or who operates.
+        name: String,
+        /// Directory of the CA.
+        #[arg(long, default_value = "ca")]
+        ca: PathBuf,
+        /// Address of the daemon, for clients that are not Gabion's; may be repeated.
+        #[arg(long = "address", value_name = "IP")]
+        addresses: Vec<std::net::IpAddr>,
+        /// Where the files go.
+        #[arg(long, default_value = ".")]
+        out: PathBuf,
+        /// Another stem for the files than the role.
+        #[arg(long)]
+        file: Option<String>,
+        /// How long the certificate is valid.
+        #[arg(long, default_value_t = 1825, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+        days: u32,
+        /// Replace the certificate and the key that are there.
+        #[arg(long)]
+        renew: bool,
     },
 }
 

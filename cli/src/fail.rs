@@ -27,6 +27,12 @@ pub fn from_status(thing: &str, monitors: &[String], status: &Status) -> Error {
             return anyhow!("{thing}: {cause}; start the monitors that are down, see gabion status");
         }
         Code::Unavailable if headers::is_answer(status) => "; try again".to_owned(),
+        Code::Unavailable if cause.starts_with("TLS:") => {
+            return anyhow!(
+                "{thing}: the monitor at {} cannot be used: {cause}; see [tls] in client.toml or --tls-ca, --tls-cert and --tls-key",
+                monitors.join(", ")
+            );
+        }
         Code::Unavailable | Code::DeadlineExceeded | Code::Unknown | Code::Cancelled => {
             return anyhow!(
                 "{thing}: no monitor at {} answers ({cause}); start the cluster (gabion dev up) or name its monitors with --monitors",

@@ -22,7 +22,13 @@ use clap::CommandFactory;
 pub fn run(cli: Cli) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let out = output::Out::new(cli.output, cli.no_color);
-    let context = commands::Context { out, yes: cli.yes, monitors: cli.monitors };
+    let flags = config::Flags {
+        monitors: cli.monitors,
+        tls_ca: cli.tls_ca,
+        tls_cert: cli.tls_cert,
+        tls_key: cli.tls_key,
+    };
+    let context = commands::Context { out, yes: cli.yes, flags };
     let result = runtime.block_on(async {
         match cli.command {
             Command::Dev { verb } => dev::run(&context, verb).await,

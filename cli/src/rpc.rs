@@ -1,8 +1,10 @@
 //! Calls to the monitors with errors for people.
 
+use crate::config::Target;
 use crate::fail;
 use anyhow::{Error, Result};
 use gabion_common::monitor_client::{MonitorClient, headers};
+use gabion_common::tls::Security;
 use std::future::Future;
 use std::time::Duration;
 use tonic::{Response, Status, Streaming};
@@ -18,8 +20,14 @@ pub struct Monitors {
 }
 
 impl Monitors {
-    pub fn new(addrs: Vec<String>) -> Result<Monitors> {
-        Ok(Monitors { client: MonitorClient::new(&addrs)?, addrs })
+    pub fn new(target: Target) -> Result<Monitors> {
+        let client = MonitorClient::secured(&target.monitors, target.security)?;
+        Ok(Monitors { client, addrs: target.monitors })
+    }
+
+    /// How this command connects.
+    pub fn security(&self) -> Security {
+        self.client.security()
     }
 
     /// For what is read from OSDs.

@@ -2,6 +2,7 @@
 //! every newer map. It starts with the empty map of epoch 0, never publishes an older map or one of
 //! another cluster, and reconnects for ever.
 
+use crate::grpc;
 use crate::monitor_client::{Backoff, MonitorClient};
 use gabion_proto::convert::ConvertError;
 use gabion_proto::ids::Epoch;
@@ -90,7 +91,7 @@ async fn stream(monitors: &MonitorClient, tx: &watch::Sender<Arc<ClusterMap>>, f
             monitors.heard(reply.metadata());
             reply.into_inner()
         }
-        Err(status) => return status.into(),
+        Err(status) => return grpc::explained(status).into(),
     };
     loop {
         match updates.message().await {

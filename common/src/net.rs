@@ -1,18 +1,21 @@
-//! Framed data-path connections over TCP: hello exchange, reading and writing of frames.
+//! Framed data-path connections over TCP, plain or with TLS: hello exchange, reading and writing of frames.
 //!
 //! Every length is checked by `proto::frame` before a byte is allocated for it. A reader holds at
 //! most one frame; a writer sends what it is given, many frames to one system call, bulk data
 //! uncopied. Both are cancel-safe only where said.
 
+mod halves;
+
+use crate::tls::{Identity, Protocol, Refusal, Role as TlsRole, Security};
 use bytes::{Buf, Bytes, BytesMut};
 use gabion_proto::frame::{Frame, FrameError};
-use gabion_proto::msg::{Hello, Message};
+use gabion_proto::msg::{Hello, Message, Role};
+pub use halves::{ReadHalf, WriteHalf};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 
 /// Read at once while frames are small.
@@ -21,6 +24,8 @@ const READ_BYTES: usize = 64 << 10;
 const BATCH_FRAMES: usize = 64;
 /// Parts of one vectored write.
 const SLICES_MAX: usize = 128;
+/// A TLS record with an alert begins so.
+const ALERT: [u8; 2] = [0x15, 0x03];
 /// Both sides must have said hello by then.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -41,6 +46,25 @@ pub enum NetError {
     Unexpected(&'static str),
     #[error("refused: {0}")]
     Refused(String),
+    #[error(transparent)]
+    Tls(Refusal),
+}
+
+impl NetError {
+    /// The same, with what is the matter with TLS in place of what that looks like.
+    fn explained(self, security: &Security) -> NetError {
+        match self {
+            // A frame never begins like this, and an alert of TLS always does.
+            NetError::Frame(FrameError::Magic(magic)) if !security.is_tls() && magic.starts_with(&ALERT) => {
+                NetError::Tls(Refusal::WantsTls)
+            }
+            NetError::Io(error) => match Refusal::of(&error) {
+                Some(refusal) => NetError::Tls(refusal),
+                None => NetError::Io(error),
+            },
+            other => other,
+        }
+    }
 }
 
 /// Takes frames off a byte stream.
@@ -64,7 +88,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 self.buf.reserve(READ_BYTES);
             }
             if self.stream.read_buf(&mut self.buf).await? == 0 {
-                return if self.buf.is_empty() { Ok(None) } else { Err(NetError::Truncated) };
+                return match self.buf.first_chunk() {
+                    _ if self.buf.is_empty() => Ok(None),
+                    // Too short to be looked at as a frame.
+                    Some(start) if start.starts_with(&ALERT) => Err(FrameError::Magic(*start).into()),
+                    _ => Err(NetError::Truncated),
+                };
             }
         }
     }
@@ -134,17 +163,22 @@ pub async fn write_parts<W: AsyncWrite + Unpin>(
 
 /// A connection after the hellos.
 pub struct Framed {
-    pub reader: FrameReader<OwnedReadHalf>,
-    pub writer: FrameWriter<OwnedWriteHalf>,
+    pub reader: FrameReader<ReadHalf>,
+    pub writer: FrameWriter<WriteHalf>,
     /// What the other side said.
     pub peer: Hello,
 }
 
-/// Connects to `addr` (`ip:port`), says `hello` and checks the answer.
-pub async fn connect(addr: &str, hello: &Hello) -> Result<Framed, NetError> {
+/// Connects to the OSD at `addr` (`ip:port`), says `hello` and checks the answer.
+pub async fn connect(addr: &str, hello: &Hello, security: &Security) -> Result<Framed, NetError> {
     let exchange = async {
-        let stream = TcpStream::connect(addr).await?;
-        let (mut reader, mut writer) = split(stream)?;
+        let stream = prepared(TcpStream::connect(addr).await?)?;
+        let (mut reader, mut writer) = if security.is_tls() {
+            let tls = security.connect(stream, Protocol::Data, TlsRole::Osd).await.expect("TLS is on");
+            framed(halves::of_tls(tls.map_err(no_tls)?))
+        } else {
+            framed(halves::of_tcp(stream))
+        };
         writer.write(&[Frame::new(0, Message::Hello(hello.clone()))]).await?;
         let peer = read_hello(&mut reader).await?;
         if let Some(why) = peer.refusal {
@@ -155,16 +189,27 @@ pub async fn connect(addr: &str, hello: &Hello) -> Result<Framed, NetError> {
         }
         Ok(Framed { reader, writer, peer })
     };
-    tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?
+    let result = tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?;
+    result.map_err(|e| e.explained(security))
 }
 
 /// The accepting side: reads the other's hello and answers with `hello`, or refuses a foreign
-/// cluster. The refusal is sent before the error is returned.
-pub async fn accept(stream: TcpStream, hello: &Hello) -> Result<Framed, NetError> {
+/// cluster, or one that is not what it says. The refusal is sent before the error is returned.
+pub async fn accept(stream: TcpStream, hello: &Hello, security: &Security) -> Result<Framed, NetError> {
     let exchange = async {
-        let (mut reader, mut writer) = split(stream)?;
+        let stream = prepared(stream)?;
+        let mut identity = None;
+        let (mut reader, mut writer) = if security.is_tls() {
+            let tls = security.accept(stream, Protocol::Data).await.expect("TLS is on");
+            let (tls, who) = tls.map_err(no_tls)?;
+            identity = Some(who);
+            framed(halves::of_tls(tls))
+        } else {
+            framed(halves::of_tcp(stream))
+        };
         let peer = read_hello(&mut reader).await?;
-        let refusal = (peer.cluster != hello.cluster).then(|| foreign(hello, &peer));
+        let pretends = identity.and_then(|identity| pretender(&peer.role, &identity));
+        let refusal = pretends.or_else(|| (peer.cluster != hello.cluster).then(|| foreign(hello, &peer)));
         let answer = Hello { refusal: refusal.clone(), ..hello.clone() };
         writer.write(&[Frame::new(0, Message::Hello(answer))]).await?;
         match refusal {
@@ -172,7 +217,24 @@ pub async fn accept(stream: TcpStream, hello: &Hello) -> Result<Framed, NetError
             None => Ok(Framed { reader, writer, peer }),
         }
     };
-    tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?
+    let result = tokio::time::timeout(HELLO_TIMEOUT, exchange).await.map_err(|_| NetError::HelloTimeout)?;
+    result.map_err(|e| e.explained(security))
+}
+
+/// A handshake that failed.
+fn no_tls(error: io::Error) -> NetError {
+    Refusal::of_handshake(&error).map_or(NetError::Io(error), NetError::Tls)
+}
+
+/// Why somebody with this certificate is not what it says it is.
+fn pretender(says: &Role, identity: &Identity) -> Option<String> {
+    let (may, what) = match says {
+        Role::Osd { .. } => (identity.role == TlsRole::Osd, "an OSD"),
+        Role::Client { .. } => {
+            (matches!(identity.role, TlsRole::Gateway | TlsRole::Host | TlsRole::Admin), "a client")
+        }
+    };
+    (!may).then(|| format!("the certificate is of {identity}, which may not be {what} here"))
 }
 
 fn foreign(own: &Hello, peer: &Hello) -> String {
@@ -186,9 +248,11 @@ async fn read_hello<R: AsyncRead + Unpin>(reader: &mut FrameReader<R>) -> Result
     }
 }
 
-type Halves = (FrameReader<OwnedReadHalf>, FrameWriter<OwnedWriteHalf>);
+fn framed((read, write): (ReadHalf, WriteHalf)) -> (FrameReader<ReadHalf>, FrameWriter<WriteHalf>) {
+    (FrameReader::new(read), FrameWriter::new(write))
+}
 
-fn split(stream: TcpStream) -> io::Result<Halves> {
+fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
     use rustix::net::sockopt;
     stream.set_nodelay(true)?;
     // A machine that is gone closes nothing: give up on a silent other side.
@@ -197,8 +261,7 @@ fn split(stream: TcpStream) -> io::Result<Halves> {
     sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(2))?;
     sockopt::set_tcp_keepcnt(&stream, 3)?;
     sockopt::set_tcp_user_timeout(&stream, 15_000)?;
-    let (read, write) = stream.into_split();
-    Ok((FrameReader::new(read), FrameWriter::new(write)))
+    Ok(stream)
 }
 
 #[cfg(test)]
@@ -252,12 +315,18 @@ mod tests {
         let server = tokio::spawn(async move {
             let mut ends = Vec::new();
             for _ in 0..2 {
-                ends.push(accept(listener.accept().await.unwrap().0, &hello(1)).await.map(|f| f.peer));
+                ends.push(
+                    accept(listener.accept().await.unwrap().0, &hello(1), &Security::plain())
+                        .await
+                        .map(|f| f.peer),
+                );
             }
             ends
         });
-        assert_eq!(connect(&addr, &hello(1)).await.unwrap().peer, hello(1));
-        let Err(NetError::Refused(why)) = connect(&addr, &hello(2)).await else { panic!("not refused") };
+        assert_eq!(connect(&addr, &hello(1), &Security::plain()).await.unwrap().peer, hello(1));
+        let Err(NetError::Refused(why)) = connect(&addr, &hello(2), &Security::plain()).await else {
+            panic!("not refused")
+        };
         assert!(why.contains("cluster 01010101"), "{why}");
         let ends = server.await.unwrap();
         assert!(ends[0].is_ok() && matches!(ends[1], Err(NetError::Refused(_))));

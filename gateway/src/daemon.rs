@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use gabion_common::client::ClusterClient;
 use gabion_common::gossip::{Gossip, GossipConfig};
 use gabion_common::monitor_client::MonitorClient;
+use gabion_common::tls::Security;
 use gabion_common::{addr_file, map_watch, readiness};
 use gabion_proto::ids::Epoch;
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ pub struct Config {
     pub nbd_listen: SocketAddr,
     pub gossip: Option<SocketAddr>,
     pub io_timeout: Option<Duration>,
+    pub security: Security,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -60,7 +62,7 @@ pub async fn run(config: Config) -> Result<()> {
 
 /// Listens and becomes part of the cluster, however long that takes.
 async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
-    let monitors = MonitorClient::new(&config.monitors)?;
+    let monitors = MonitorClient::secured(&config.monitors, config.security.clone())?;
     remove_stale_sockets(&config.run_dir)
         .with_context(|| format!("cannot clean up {}", config.run_dir.display()))?;
     let listener = TcpListener::bind(config.nbd_listen)
@@ -97,7 +99,7 @@ async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
         gossip.set("nbd", &nbd_addr.to_string()).await;
     }
 
-    let cluster = ClusterClient::new(map, granted.client);
+    let cluster = ClusterClient::new(map, granted.client, config.security);
     let volumes = Volumes::new(monitors.clone(), cluster, granted, config.io_timeout);
     let place = Place { host: config.host, run_dir: config.run_dir, nbd_addr };
     let exports = Exports::new(place, monitors, granted, volumes, table);

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use gabion_common::tls::{Role, TlsArgs};
 use gabion_gateway::daemon::{self, Config};
 use gabion_proto::limits::valid_name;
 use std::net::SocketAddr;
@@ -32,11 +33,20 @@ struct Args {
     /// Fail an I/O that was not answered for so many seconds; 0 waits for ever.
     #[arg(long, default_value_t = 0)]
     io_timeout_s: u64,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 fn main() -> Result<()> {
     let args: Args = gabion_common::command_line::parse();
     gabion_common::telemetry::init("gateway");
+    let security = args.tls.security(&[Role::Gateway])?;
+    if !args.nbd_listen.ip().is_loopback() {
+        tracing::warn!(
+            addr = %args.nbd_listen,
+            "NBD has no TLS and no passwords here: whoever connects can read and change the exported volumes"
+        );
+    }
     ensure!(valid_name(&args.host), "host name {:?}: use 1 to 64 of a-z A-Z 0-9 . _ -", args.host);
     std::fs::create_dir_all(&args.run_dir)
         .and_then(|()| args.run_dir.canonicalize())
@@ -49,6 +59,7 @@ fn main() -> Result<()> {
                 run_dir,
                 nbd_listen: args.nbd_listen,
                 gossip: args.gossip,
+                security,
                 io_timeout: (args.io_timeout_s > 0).then(|| Duration::from_secs(args.io_timeout_s)),
             };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use futures::Stream;
 use gabion_common::net;
+use gabion_common::tls::Security;
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::frame::Frame;
 use gabion_proto::ids::*;
@@ -165,7 +166,7 @@ impl Drop for Running {
 async fn osd(listener: TcpListener) {
     let role = Role::Osd { id: OsdId(0), incarnation: Incarnation(1) };
     let hello = Hello { cluster: CLUSTER, role, refusal: None };
-    let mut c = net::accept(listener.accept().await.unwrap().0, &hello).await.unwrap();
+    let mut c = net::accept(listener.accept().await.unwrap().0, &hello, &Security::plain()).await.unwrap();
     assert_eq!(c.peer.role, Role::Client { id: ClientId(CLIENT) });
     let mut blocks: BTreeMap<(u32, u32), (Bytes, u32)> = BTreeMap::new();
     while let Ok(Some(frame)) = c.reader.next().await {

@@ -4,10 +4,11 @@ use crate::decide::Timing;
 use crate::grpc::Monitor;
 use crate::raft::{Consensus, Links, SNAPSHOT_EVERY, Setup, Start};
 use anyhow::Context as _;
+use gabion_common::grpc::Incoming;
+use gabion_common::tls::Security;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::sync::watch;
-use tonic::transport::server::TcpIncoming;
 
 /// How to run a monitor.
 #[derive(Clone, Debug)]
@@ -25,19 +26,30 @@ pub struct Options {
     pub snapshot_every: u64,
     /// Links to other monitors that do not work, for tests.
     pub links: Links,
+    pub security: Security,
 }
 
 impl Options {
     /// A monitor with default settings.
     pub fn new(data_dir: PathBuf, id: u64, listen: SocketAddr, start: Start) -> Options {
-        let (advertise, down_out_ms, links) = (None, None, Links::default());
-        Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every: SNAPSHOT_EVERY, links }
+        Options {
+            data_dir,
+            id,
+            listen,
+            advertise: None,
+            start,
+            down_out_ms: None,
+            snapshot_every: SNAPSHOT_EVERY,
+            links: Links::default(),
+            security: Security::plain(),
+        }
     }
 }
 
 /// Runs a monitor until `stop` turns true. It is ready when `monitor.addr` is there.
 pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every, links } = options;
+    let Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every, links, security } =
+        options;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
     // What an earlier run left would send everybody to the wrong place.
     match std::fs::remove_file(gabion_common::addr_file::path(&data_dir, "monitor")) {
@@ -46,11 +58,11 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
         }
         _ => {}
     }
-    let incoming = TcpIncoming::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;
-    let incoming = incoming.with_nodelay(Some(true));
-    let addr = incoming.local_addr()?;
+    let listener = tokio::net::TcpListener::bind(listen).await;
+    let listener = listener.with_context(|| format!("cannot listen on {listen}"))?;
+    let addr = listener.local_addr()?;
     let public = advertise.unwrap_or(addr).to_string();
-    let setup = Setup { snapshot_every, links, ..Setup::new(id, public, start) };
+    let setup = Setup { snapshot_every, links, security: security.clone(), ..Setup::new(id, public, start) };
     let opened = Consensus::open(&data_dir, setup).await;
     let consensus = opened.with_context(|| data_dir.display().to_string())?;
     let epoch = consensus.state().map.epoch.0;
@@ -61,7 +73,7 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
     gabion_common::addr_file::write(&data_dir, "monitor", addr).context("cannot write monitor.addr")?;
     gabion_common::readiness::serving();
     let outcome = tokio::select! {
-        served = monitor.serve(incoming) => served,
+        served = monitor.serve(Incoming::new(listener, security)?) => served,
         why = consensus.stopped() => Err(anyhow::anyhow!(why)),
     };
     consensus.close().await;

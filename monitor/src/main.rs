@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use clap::Parser;
+use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_monitor::daemon::{self, Options};
 use gabion_monitor::raft::Start;
 use std::net::SocketAddr;
@@ -38,12 +39,18 @@ struct Args {
     /// An OSD that is down for this many seconds is taken out.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     down_out_secs: Option<u64>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    exposure: ListenArgs,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let args: Args = gabion_common::command_line::parse();
     gabion_common::telemetry::init("monitor");
+    let security = args.tls.security(&[Role::Monitor])?;
+    args.exposure.check(&security, args.listen)?;
     if let Some(gossip) = args.gossip {
         tracing::info!(%gossip, "gossip is not built: leases alone decide who is down");
     }
@@ -67,6 +74,7 @@ async fn main() -> anyhow::Result<()> {
     };
     let options = Options {
         advertise: args.advertise,
+        security,
         down_out_ms: args.down_out_secs.map(|s| s * 1000),
         ..Options::new(args.data_dir, args.id, args.listen, start)
     };

@@ -25,18 +25,21 @@ pub fn parse_size(text: &str) -> Result<u64> {
     n.checked_mul(1 << shift).with_context(|| format!("size {text:?} is too large"))
 }
 
+/// What to make of a disk.
+pub struct Disk {
+    pub size_bytes: u64,
+    pub host: String,
+    pub rack: String,
+    /// 65536 is one unit; 0 derives it from the size.
+    pub weight: u32,
+}
+
 /// Registers the disk and formats it. The disk's identity is written down before the monitors are
 /// asked, so that a repetition after a crash gets the same id.
-pub async fn format(
-    data_dir: &Path,
-    size_bytes: u64,
-    monitors: &[String],
-    host: String,
-    rack: String,
-    weight: u32,
-) -> Result<OsdId> {
+pub async fn format(data_dir: &Path, monitors: &MonitorClient, wanted: Disk) -> Result<OsdId> {
+    let size_bytes = wanted.size_bytes;
     ensure!(size_bytes >= SIZE_BYTES_MIN, "an OSD needs at least 64M, got {size_bytes} bytes");
-    for (what, name) in [("host", &host), ("rack", &rack)] {
+    for (what, name) in [("host", &wanted.host), ("rack", &wanted.rack)] {
         ensure!(valid_name(name), "{what} name {name:?}: use 1 to 64 of a-z A-Z 0-9 . _ -");
     }
     if let Ok(info) = store::info(data_dir) {
@@ -46,7 +49,7 @@ pub async fn format(
     // Before the monitors hear of it: a disk that is refused would stay in the map, down for ever.
     store::ensure_blank(data_dir).with_context(|| format!("cannot format {}", data_dir.display()))?;
     let disk = disk_identity(data_dir)?;
-    let (osd, cluster) = register(monitors, disk, &host, &rack, weight, size_bytes).await?;
+    let (osd, cluster) = register(monitors, disk, wanted).await?;
     let dir = data_dir.to_owned();
     tokio::task::spawn_blocking(move || store::format(&dir, size_bytes, Identity { cluster, osd, disk }))
         .await?
@@ -54,28 +57,21 @@ pub async fn format(
     Ok(osd)
 }
 
-async fn register(
-    monitors: &[String],
-    disk: ClusterId,
-    host: &str,
-    rack: &str,
-    weight: u32,
-    capacity_bytes: u64,
-) -> Result<(OsdId, ClusterId)> {
+async fn register(monitors: &MonitorClient, disk: ClusterId, wanted: Disk) -> Result<(OsdId, ClusterId)> {
     let request = AddOsdRequest {
         disk: disk.0.to_vec(),
-        host: host.to_owned(),
-        rack: rack.to_owned(),
-        weight,
-        capacity_bytes,
+        host: wanted.host,
+        rack: wanted.rack,
+        weight: wanted.weight,
+        capacity_bytes: wanted.size_bytes,
     };
     let call = |m: MonitorClient| {
         let request = request.clone();
         async move { m.admin().add_osd(request).await }
     };
-    let answer = MonitorClient::new(monitors)?.once(call).await;
+    let answer = monitors.once(call).await;
     let reply = answer.map_err(|s| {
-        anyhow::anyhow!("the monitors at {} did not take the disk: {}", monitors.join(", "), s.message())
+        anyhow::anyhow!("the monitor at {} did not take the disk: {}", monitors.addr(), s.message())
     })?;
     let cluster = <[u8; 16]>::try_from(reply.cluster.as_slice())
         .map_err(|_| anyhow::anyhow!("the monitors answered a malformed cluster id"))?;

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use gabion_common::monitor_client::MonitorClient;
+use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_osd::{server, store};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -40,6 +42,10 @@ enum Command {
         host: String,
         #[arg(long, default_value = "default")]
         rack: String,
+        #[command(flatten)]
+        tls: TlsArgs,
+        #[command(flatten)]
+        exposure: ListenArgs,
     },
     /// Prepares a disk and registers it with the monitors. Does nothing when that was done before.
     Format {
@@ -57,6 +63,8 @@ enum Command {
         /// Share of data; 65536 is one unit, 0 derives it from the size.
         #[arg(long, default_value_t = 0)]
         weight: u32,
+        #[command(flatten)]
+        tls: TlsArgs,
     },
     /// Checks a stopped OSD; exit status 1 when something is wrong.
     Fsck {
@@ -87,14 +95,20 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match command {
-        Command::Run { data_dir, monitors, listen, gossip, host, rack } => {
-            let config = server::Config { data_dir, monitors, host, rack };
+        Command::Run { data_dir, monitors, listen, gossip, host, rack, tls, exposure } => {
+            let security = tls.security(&[Role::Osd])?;
+            exposure.check(&security, listen)?;
+            let config = server::Config { data_dir, monitors, host, rack, security };
             runtime.block_on(server::start(config, listen, gossip))?;
         }
-        Command::Format { data_dir, size, monitors, host, rack, weight } => {
+        Command::Format { data_dir, size, monitors, host, rack, weight, tls } => {
             let size_bytes = format::parse_size(&size)?;
-            let id =
-                runtime.block_on(format::format(&data_dir, size_bytes, &monitors, host, rack, weight))?;
+            let security = tls.security(&[Role::Osd, Role::Admin])?;
+            let disk = format::Disk { size_bytes, host, rack, weight };
+            let id = runtime.block_on(async {
+                let monitors = MonitorClient::secured(&monitors, security)?;
+                format::format(&data_dir, &monitors, disk).await
+            })?;
             println!("{id} is ready in {}", data_dir.display());
         }
         Command::Fsck { deep, data_dir } => {

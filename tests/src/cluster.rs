@@ -35,12 +35,21 @@ impl Cluster {
         Cluster::start_with(1, osds, "512M")
     }
 
+    /// The same with TLS between all daemons.
+    pub fn start_tls(monitors: u32, osds: u32) -> Result<Cluster> {
+        Cluster::up(monitors, osds, "512M", &["--tls"])
+    }
+
     pub fn start_sized(osds: u32, osd_size: &str) -> Result<Cluster> {
         Cluster::start_with(1, osds, osd_size)
     }
 
     /// The same with 1, 3 or 5 monitors.
     pub fn start_with(monitors: u32, osds: u32, osd_size: &str) -> Result<Cluster> {
+        Cluster::up(monitors, osds, osd_size, &[])
+    }
+
+    fn up(monitors: u32, osds: u32, osd_size: &str, more: &[&str]) -> Result<Cluster> {
         // .../target/PROFILE/deps/TEST
         let test = std::env::current_exe()?;
         let bin = test.ancestors().nth(2).context("the test is not in a target directory")?;
@@ -52,7 +61,7 @@ impl Cluster {
             Cluster { gabion: bin.join("gabion"), dir: tempfile::Builder::new().prefix("gab").tempdir()? };
         let n = osds.to_string();
         let monitors = monitors.to_string();
-        cluster.run(&[
+        let args = [
             "dev",
             "up",
             "--dir",
@@ -65,7 +74,8 @@ impl Cluster {
             &n,
             "--osd-size",
             osd_size,
-        ])?;
+        ];
+        cluster.run(&[&args, more].concat())?;
         Ok(cluster)
     }
 
@@ -95,9 +105,14 @@ impl Cluster {
 
     /// Runs `gabion` and answers what it printed.
     pub fn run(&self, args: &[&str]) -> Result<String> {
+        self.run_by(&self.dir.path().join("client.toml"), args)
+    }
+
+    /// The same with another config file.
+    pub fn run_by(&self, config: &Path, args: &[&str]) -> Result<String> {
         let out = Command::new(&self.gabion)
             .args(args)
-            .env("GABION_CONFIG", self.dir.path().join("client.toml"))
+            .env("GABION_CONFIG", config)
             .env_remove("GABION_MONITORS")
             .stdin(Stdio::null())
             .output()?;
@@ -201,6 +216,21 @@ impl Cluster {
     pub fn removed(&self, volume: &str) -> Result<()> {
         self.detached(volume)?;
         self.run(&["--yes", "volume", "rm", volume]).map(drop)
+    }
+
+    /// What a daemon has printed so far.
+    pub fn log(&self, daemon: &str) -> Result<String> {
+        let path = self.dir.path().join("log").join(format!("{daemon}.log"));
+        std::fs::read_to_string(&path).with_context(|| path.display().to_string())
+    }
+
+    /// Where a daemon listens.
+    pub fn addr(&self, daemon: &str) -> Result<String> {
+        let (kind, id) = daemon.split_once('.').context("not KIND.ID")?;
+        let daemons = self.daemons()?;
+        let found = daemons.iter().find(|d| d["kind"] == kind && d["id"] == id);
+        let addr = found.and_then(|d| d["addr"].as_str());
+        addr.map(str::to_owned).with_context(|| format!("{daemon} has no address"))
     }
 
     fn path(&self) -> &str {

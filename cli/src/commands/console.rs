@@ -1,6 +1,8 @@
 //! The serial console of a guest, from its host's agent.
 
 use anyhow::{Context, Result, bail};
+use gabion_common::grpc::Connector;
+use gabion_common::tls::{Role, Security};
 use gabion_proto::pb::console_service_client::ConsoleServiceClient;
 use gabion_proto::pb::{ConsoleInput, ConsoleOutput, VmInfo};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -14,14 +16,15 @@ use tonic::transport::Endpoint;
 
 /// Ctrl-].
 const ESCAPE: u8 = 0x1d;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const INPUTS_MAX: usize = 16;
 /// What was printed before comes at once; then it is quiet.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// Both directions, until the guest ends, Ctrl-], or the end of a piped input and of the output
 /// that it causes.
-pub async fn attach(vm: &VmInfo) -> Result<()> {
-    let (input, mut output) = open(vm).await?;
+pub async fn attach(vm: &VmInfo, security: Security) -> Result<()> {
+    let (input, mut output) = open(vm, security).await?;
     let tty = std::io::stdin().is_terminal();
     let _raw = if tty { Some(RawTerminal::new()?) } else { None };
     if tty {
@@ -65,8 +68,8 @@ pub async fn attach(vm: &VmInfo) -> Result<()> {
 }
 
 /// What the guest printed.
-pub async fn logs(vm: &VmInfo, follow: bool) -> Result<()> {
-    let (_input, mut output) = open(vm).await?;
+pub async fn logs(vm: &VmInfo, security: Security, follow: bool) -> Result<()> {
+    let (_input, mut output) = open(vm, security).await?;
     loop {
         let message = if follow {
             output.message().await
@@ -83,14 +86,20 @@ pub async fn logs(vm: &VmInfo, follow: bool) -> Result<()> {
     }
 }
 
-async fn open(vm: &VmInfo) -> Result<(mpsc::Sender<ConsoleInput>, Streaming<ConsoleOutput>)> {
+async fn open(
+    vm: &VmInfo,
+    security: Security,
+) -> Result<(mpsc::Sender<ConsoleInput>, Streaming<ConsoleOutput>)> {
     let Ok(addr) = vm.agent_addr.parse::<SocketAddr>() else {
         bail!("vm {}: the agent of host {} does not report; see gabion host ls", vm.name, vm.host);
     };
-    let endpoint = Endpoint::from_shared(format!("http://{addr}"))?.connect_timeout(Duration::from_secs(5));
-    let channel = endpoint.connect().await.with_context(|| {
-        format!("vm {}: the agent of host {} at {addr} does not answer", vm.name, vm.host)
-    })?;
+    let endpoint = Endpoint::from_shared(format!("http://{addr}"))?;
+    let channel = endpoint
+        .connect_with_connector(Connector::new(addr, security, Role::Host, CONNECT_TIMEOUT))
+        .await
+        .with_context(|| {
+            format!("vm {}: the agent of host {} at {addr} does not answer", vm.name, vm.host)
+        })?;
     let (input, inputs) = mpsc::channel(INPUTS_MAX);
     input.send(ConsoleInput { vm: vm.name.clone(), data: Vec::new() }).await?;
     let mut client = ConsoleServiceClient::new(channel);

@@ -1,5 +1,6 @@
 //! One file per noun: each verb makes its call and prints the answer.
 
+mod ca;
 mod cluster;
 mod console;
 mod export;
@@ -15,7 +16,7 @@ mod vm;
 mod volume;
 
 use crate::args::Command;
-use crate::config;
+use crate::config::{self, Flags};
 use crate::output::Out;
 use crate::rpc::Monitors;
 use anyhow::{Result, bail};
@@ -25,12 +26,12 @@ use std::io::{BufRead, IsTerminal, Write};
 pub struct Context {
     pub out: Out,
     pub yes: bool,
-    pub monitors: Vec<String>,
+    pub flags: Flags,
 }
 
 impl Context {
     pub fn monitors(&self) -> Result<Monitors> {
-        Monitors::new(config::monitors(&self.monitors)?)
+        Monitors::new(config::target(&self.flags)?)
     }
 
     /// Asks before `what` destroys something.
@@ -56,6 +57,7 @@ pub async fn run(cx: &Context, command: Command) -> Result<()> {
         Command::Status => cluster::status(cx).await,
         Command::Health => cluster::health(cx).await,
         Command::Events { follow, last } => cluster::events(cx, follow, last).await,
+        Command::Ca { verb } => ca::run(&cx.out, verb),
         Command::Monitor { verb } => monitor::run(cx, verb).await,
         Command::Osd { verb } => osd::run(cx, verb).await,
         Command::Pool { verb } => pool::run(cx, verb).await,

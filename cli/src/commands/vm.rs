@@ -89,8 +89,10 @@ pub async fn run(cx: &Context, verb: VmVerb) -> Result<()> {
             rpc!(monitors, format!("vm {name}"), admin.remove_vm, request)?;
             cx.out.done(&format!("vm {name} removed; its volumes stay"), removed(name))
         }
-        VmVerb::Console { name } => console::attach(&get(&monitors, &name).await?).await,
-        VmVerb::Logs { name, follow } => console::logs(&get(&monitors, &name).await?, follow).await,
+        VmVerb::Console { name } => console::attach(&get(&monitors, &name).await?, monitors.security()).await,
+        VmVerb::Logs { name, follow } => {
+            console::logs(&get(&monitors, &name).await?, monitors.security(), follow).await
+        }
     }
 }
 

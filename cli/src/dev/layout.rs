@@ -6,12 +6,15 @@
 //! supervisor.json    the daemons as they are (written by the supervisor)
 //! supervisor.sock    start, stop and kill of one daemon
 //! log/KIND.ID.log    what each daemon prints
+//! tls/               CA and certificates (dev up --tls)
 //! monitor.N/ osd-N/ gateway.host1/ host.host1/
 //! ```
 
 use super::process::Process;
+use crate::config::Target;
 use anyhow::{Context, Result};
 use gabion_common::addr_file;
+use gabion_common::tls::{Role, Security, TlsFiles};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -27,6 +30,9 @@ pub struct DevConfig {
     pub restart: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub down_out_secs: Option<u64>,
+    /// TLS between all, by the CA in `tls/`.
+    #[serde(default)]
+    pub tls: bool,
 }
 
 impl DevConfig {
@@ -107,6 +113,15 @@ impl Layout {
     pub fn client_toml(&self) -> PathBuf {
         self.dir.join("client.toml")
     }
+    /// The files of the certificate for `role`.
+    pub fn tls(&self, role: Role) -> TlsFiles {
+        let dir = self.dir.join("tls");
+        TlsFiles {
+            ca: dir.join("ca.crt"),
+            cert: dir.join(format!("{role}.crt")),
+            key: dir.join(format!("{role}.key")),
+        }
+    }
     pub fn state_file(&self) -> PathBuf {
         self.dir.join("supervisor.json")
     }
@@ -136,6 +151,15 @@ impl Layout {
         let text = toml::to_string(config)?;
         addr_file::replace(&self.dev_toml(), text.as_bytes())
             .with_context(|| format!("cannot write {}", self.dev_toml().display()))
+    }
+
+    /// How the command and the supervisor connect.
+    pub fn target(&self, config: &DevConfig) -> Result<Target> {
+        let security = match config.tls {
+            true => Security::load(&self.tls(Role::Admin), &[Role::Admin])?,
+            false => Security::plain(),
+        };
+        Ok(Target { monitors: config.monitors(), security })
     }
 
     /// None when no supervisor ever ran here.

@@ -22,9 +22,9 @@ use anyhow::{Result, bail, ensure};
 
 pub async fn run(context: &Context, verb: DevVerb) -> Result<()> {
     match verb {
-        DevVerb::Up { dir, osds, hosts, osd_size, no_restart, down_out_secs, timeout_secs } => {
-            let monitors = monitor_count(&context.monitors)?;
-            let wanted = up::Wanted { osds, monitors, hosts, osd_size, no_restart, down_out_secs };
+        DevVerb::Up { dir, osds, hosts, osd_size, no_restart, down_out_secs, tls, timeout_secs } => {
+            let monitors = monitor_count(&context.flags.monitors)?;
+            let wanted = up::Wanted { osds, monitors, hosts, osd_size, no_restart, down_out_secs, tls };
             up::run(context, &dir.dir, wanted, std::time::Duration::from_secs(timeout_secs)).await
         }
         DevVerb::Down { dir, wipe } => down::run(context, &dir.dir, wipe).await,

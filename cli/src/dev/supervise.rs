@@ -7,10 +7,12 @@ use super::control::{self, Orders};
 use super::daemon::{self, Change, Order, Spec};
 use super::layout::{DaemonState, DevConfig, Kind, Layout, State};
 use super::process::Process;
+use crate::config::Target;
 use anyhow::{Context, Result, bail};
 use futures::future::join_all;
 use gabion_common::addr_file;
 use gabion_common::monitor_client::MonitorClient;
+use gabion_common::tls::Role;
 use gabion_proto::pb;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -81,6 +83,7 @@ impl Supervisor {
         let mut args =
             strings(["--monitors", &addr, "--host", "host1", "--nbd-listen", "127.0.0.1:0", "--run-dir"]);
         args.push(run_dir.clone().into());
+        args.extend(self.tls_args(Role::Gateway));
         self.start(Kind::Gateway, "host1".to_owned(), args, run_dir)?;
         if !program("gabion-host")?.exists() {
             tracing::warn!("gabion-host is not installed beside gabion: no virtual machines here");
@@ -90,6 +93,7 @@ impl Supervisor {
         let mut args =
             strings(["--monitors", &addr, "--host", "host1", "--listen", "127.0.0.1:0", "--run-dir"]);
         args.push(run_dir.clone().into());
+        args.extend(self.tls_args(Role::Host));
         self.start(Kind::Host, "host1".to_owned(), args, run_dir)
     }
 
@@ -100,13 +104,15 @@ impl Supervisor {
             let dir = self.layout.monitor(id);
             let mut args = strings(["--id", &id.to_string(), "--listen", addr, "--data-dir"]);
             args.push(dir.clone().into());
+            args.extend(self.tls_args(Role::Monitor));
             if let Some(secs) = self.config.down_out_secs {
                 args.extend(strings(["--down-out-secs", &secs.to_string()]));
             }
             self.start(Kind::Monitor, id.to_string(), args, dir.clone())?;
             self.wait_for_addr(&dir, Kind::Monitor, &format!("monitor.{id}")).await?;
         }
-        match tokio::time::timeout(MONITOR_WITHIN * 2, join_monitors(&addrs)).await {
+        match tokio::time::timeout(MONITOR_WITHIN * 2, join_monitors(self.layout.target(&self.config)?)).await
+        {
             Ok(joined) => joined,
             Err(_) => bail!(
                 "the monitors do not find together: see the logs of monitor.1 to monitor.{}",
@@ -115,11 +121,22 @@ impl Supervisor {
         }
     }
 
+    /// The options of a daemon of this role.
+    fn tls_args(&self, role: Role) -> Vec<OsString> {
+        if !self.config.tls {
+            return Vec::new();
+        }
+        let files = self.layout.tls(role);
+        let options = [("--tls-ca", files.ca), ("--tls-cert", files.cert), ("--tls-key", files.key)];
+        options.into_iter().flat_map(|(option, file)| [option.into(), file.into_os_string()]).collect()
+    }
+
     async fn start_osd(&self, slot: u32, monitors: &str) -> Result<()> {
         let dir = self.layout.dir.join(format!("osd-{slot}"));
         let host = format!("host{}", slot % self.config.hosts + 1);
         let mut args = strings(["--monitors", monitors, "--host", &host, "--data-dir"]);
         args.push(dir.clone().into());
+        args.extend(self.tls_args(Role::Osd));
         let mut format_args = strings(["format", "--size", &self.config.osd_size_bytes.to_string()]);
         format_args.extend(args.clone());
         let out = tokio::process::Command::new(program("gabion-osd")?).args(format_args).output().await;
@@ -190,15 +207,15 @@ impl Supervisor {
     }
 }
 
-/// Has the monitors at `addrs` that are not part of the cluster yet added to it.
-async fn join_monitors(addrs: &[String]) -> Result<()> {
-    let monitors = MonitorClient::new(addrs)?;
+/// Has those monitors that are not part of the cluster yet added to it.
+async fn join_monitors(target: Target) -> Result<()> {
+    let monitors = MonitorClient::secured(&target.monitors, target.security)?;
     let refused = |what: &str, s: tonic::Status| anyhow::anyhow!("{what}: {}", s.message());
     let known = monitors
         .until_answered("list the monitors", |m| async move { m.admin().list_monitors(pb::Empty {}).await })
         .await
         .map_err(|s| refused("the monitors do not serve", s))?;
-    for (id, addr) in (1..).zip(addrs) {
+    for (id, addr) in (1..).zip(&target.monitors) {
         if known.monitors.iter().any(|m| m.id == id && m.voter) {
             continue;
         }

@@ -3,11 +3,13 @@
 use super::layout::{DevConfig, Kind, Layout, State};
 use super::{down, supervise};
 use crate::commands::Context as Cli;
-use crate::config::ClientConfig;
+use crate::config::{ClientConfig, TlsSection};
 use crate::output;
 use crate::rpc::Monitors;
 use anyhow::{Context, Result, bail, ensure};
 use gabion_common::addr_file;
+use gabion_common::tls::Role;
+use gabion_common::tls::authority::{Authority, Request};
 use gabion_proto::pb;
 use serde_json::json;
 use std::fs::OpenOptions;
@@ -18,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// Unix socket paths hold 107 bytes; `/gateway.host1/vhost-NUMBER.sock` needs this many of them.
 const SOCKET_NAME_BYTES: usize = 42;
+/// A development cluster is not that old.
+const CERTIFICATE_DAYS: u32 = 3650;
 const POLL: Duration = Duration::from_millis(100);
 
 pub struct Wanted {
@@ -27,6 +31,7 @@ pub struct Wanted {
     pub osd_size: u64,
     pub no_restart: bool,
     pub down_out_secs: Option<u64>,
+    pub tls: bool,
 }
 
 pub async fn run(cli: &Cli, dir: &Path, wanted: Wanted, timeout: Duration) -> Result<()> {
@@ -108,6 +113,9 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
                     old.monitor_addrs.len()
                 ));
             }
+            if old.tls != wanted.tls && wanted.tls {
+                output::note(&format!("the cluster in {} has no TLS and stays so", layout.dir.display()));
+            }
             DevConfig {
                 restart: !wanted.no_restart,
                 down_out_secs: wanted.down_out_secs.or(old.down_out_secs),
@@ -121,12 +129,36 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
             osd_size_bytes: wanted.osd_size,
             restart: !wanted.no_restart,
             down_out_secs: wanted.down_out_secs,
+            tls: wanted.tls,
         },
     };
     layout.write_config(&config)?;
-    let client = toml::to_string(&ClientConfig { monitors: config.monitors() })?;
+    let tls = match config.tls {
+        true => Some(certify(layout)?),
+        false => None,
+    };
+    let client = toml::to_string(&ClientConfig { monitors: config.monitors(), tls })?;
     addr_file::replace(&layout.client_toml(), client.as_bytes())?;
     Ok(config)
+}
+
+/// A CA and a certificate for each role, unless they are there already; the operator's one.
+fn certify(layout: &Layout) -> Result<TlsSection> {
+    let admin = layout.tls(Role::Admin);
+    let dir = admin.ca.parent().context("no directory for certificates")?.to_owned();
+    // The operator's comes last: where it is, all are.
+    if !admin.cert.exists() {
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir).with_context(|| format!("cannot make {} anew", dir.display()))?;
+        }
+        let authority = Authority::create(&dir, "dev", CERTIFICATE_DAYS)?;
+        for role in [Role::Monitor, Role::Osd, Role::Gateway, Role::Host, Role::Viewer, Role::Admin] {
+            let addresses = vec![std::net::Ipv4Addr::LOCALHOST.into()];
+            let request = Request { role, name: "dev".into(), addresses, days: CERTIFICATE_DAYS };
+            authority.issue_into(&dir, role.name(), &request, true)?;
+        }
+    }
+    Ok(TlsSection { ca: admin.ca, cert: admin.cert, key: admin.key })
 }
 
 /// Different ones, free a moment ago.
@@ -179,7 +211,7 @@ async fn missing(layout: &Layout, config: &DevConfig) -> Result<String> {
         let how = dead.last_exit.as_deref().unwrap_or("not started yet");
         return Ok(format!("{} is down ({how})", dead.name()));
     }
-    let monitors = Monitors::new(config.monitors())?;
+    let monitors = Monitors::new(layout.target(config)?)?;
     let voters = crate::rpc!(monitors, "monitor list", admin.list_monitors, pb::Empty {})?.monitors;
     let up = voters.iter().filter(|m| m.voter && m.up).count();
     if up < config.monitor_addrs.len() {

@@ -2,6 +2,7 @@
 
 use super::connection::Connection;
 use crate::net::NetError;
+use crate::tls::Security;
 use gabion_proto::ids::{ClientId, Incarnation, OsdId};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{Hello, Role};
@@ -40,14 +41,19 @@ type Slot = Arc<tokio::sync::Mutex<Option<(Run, Arc<Connection>)>>>;
 pub struct ClusterClient {
     map: watch::Receiver<Arc<ClusterMap>>,
     id: ClientId,
+    security: Security,
     // Held to find a slot only.
     slots: Mutex<HashMap<OsdId, Slot>>,
 }
 
 impl ClusterClient {
     /// A client that follows `map` and says that it is `id` (0: an observer). Needs a runtime.
-    pub fn new(map: watch::Receiver<Arc<ClusterMap>>, id: ClientId) -> Arc<ClusterClient> {
-        let client = Arc::new(ClusterClient { map, id, slots: Mutex::default() });
+    pub fn new(
+        map: watch::Receiver<Arc<ClusterMap>>,
+        id: ClientId,
+        security: Security,
+    ) -> Arc<ClusterClient> {
+        let client = Arc::new(ClusterClient { map, id, security, slots: Mutex::default() });
         tokio::spawn(drop_old_runs(Arc::downgrade(&client), client.map.clone()));
         client
     }
@@ -80,8 +86,9 @@ impl ClusterClient {
             *slot = None;
         }
         let hello = Hello { cluster: map.cluster, role: Role::Client { id: self.id }, refusal: None };
-        let connection =
-            Connection::open(&run.addr, &hello).await.map_err(|source| ConnectError::Net { osd, source })?;
+        let connection = Connection::open(&run.addr, &hello, &self.security)
+            .await
+            .map_err(|source| ConnectError::Net { osd, source })?;
         *slot = Some((run, connection.clone()));
         Ok(connection)
     }

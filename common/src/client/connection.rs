@@ -3,7 +3,8 @@
 //! When the connection ends, for whatever reason, both halves of the socket are closed first and
 //! then every request without an answer fails as lost.
 
-use crate::net::{self, FrameReader, NetError};
+use crate::net::{self, FrameReader, NetError, ReadHalf};
+use crate::tls::Security;
 use bytes::Bytes;
 use gabion_proto::frame::Frame;
 use gabion_proto::limits::{CONN_BYTES_MAX, CONN_OPS_MAX};
@@ -12,7 +13,6 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::net::tcp::OwnedReadHalf;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -47,8 +47,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub async fn open(addr: &str, hello: &Hello) -> Result<Arc<Connection>, NetError> {
-        let framed = net::connect(addr, hello).await?;
+    pub async fn open(addr: &str, hello: &Hello, security: &Security) -> Result<Arc<Connection>, NetError> {
+        let framed = net::connect(addr, hello, security).await?;
         let (frames, queue) = mpsc::channel(CONN_OPS_MAX);
         let shared =
             Arc::new(Shared { pending: Mutex::new(Some(HashMap::new())), ended: CancellationToken::new() });
@@ -133,7 +133,7 @@ impl Drop for Connection {
     }
 }
 
-async fn receive(reader: &mut FrameReader<OwnedReadHalf>, shared: &Shared) -> Result<(), NetError> {
+async fn receive(reader: &mut FrameReader<ReadHalf>, shared: &Shared) -> Result<(), NetError> {
     while let Some(frame) = reader.next().await? {
         let Message::OpReply(reply) = frame.message else {
             return Err(NetError::Unexpected("anything but an answer"));

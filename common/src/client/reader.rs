@@ -88,7 +88,8 @@ impl VolumeReader {
         timeout: Option<Duration>,
     ) -> Result<VolumeReader, ReaderError> {
         let map = crate::map_watch::follow(monitors.clone());
-        VolumeReader::open(monitors, ClusterClient::new(map, ClientId(0)), name, timeout).await
+        VolumeReader::open(monitors, ClusterClient::new(map, ClientId(0), monitors.security()), name, timeout)
+            .await
     }
 
     pub fn size_bytes(&self) -> u64 {

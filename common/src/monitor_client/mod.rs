@@ -15,6 +15,8 @@ mod table;
 pub use backoff::Backoff;
 pub use headers::RequestId;
 
+use crate::grpc;
+use crate::tls::Security;
 use gabion_proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use gabion_proto::pb;
 use std::future::Future;
@@ -89,9 +91,17 @@ macro_rules! service {
 }
 
 impl MonitorClient {
-    /// A client of the monitors at `addrs`, each `ip:port`.
+    /// A plain client of the monitors at `addrs`, each `ip:port`.
     pub fn new<A: AsRef<str>>(addrs: &[A]) -> Result<MonitorClient, MonitorAddressError> {
-        let table = Arc::new(Table::new(addrs)?);
+        MonitorClient::secured(addrs, Security::plain())
+    }
+
+    /// The same by `security`.
+    pub fn secured<A: AsRef<str>>(
+        addrs: &[A],
+        security: Security,
+    ) -> Result<MonitorClient, MonitorAddressError> {
+        let table = Arc::new(Table::new(addrs, security)?);
         Ok(MonitorClient {
             table,
             pinned: None,
@@ -99,6 +109,11 @@ impl MonitorClient {
             call_timeout: CALL_TIMEOUT,
             retry_for: RETRY_FOR,
         })
+    }
+
+    /// How it connects, and whatever else this process has to connect to.
+    pub fn security(&self) -> Security {
+        self.table.security()
     }
 
     /// One that goes its own way among the same monitors.
@@ -209,7 +224,7 @@ impl MonitorClient {
                     return Round::Done(Ok(reply.into_inner()));
                 }
                 Ok(Err(status)) if !is_transient(&status) => return Round::Done(Err(status)),
-                Ok(Err(status)) => status,
+                Ok(Err(status)) => grpc::explained(status),
                 Err(_) => Status::deadline_exceeded(format!("monitor {at} did not answer in time")),
             };
             let hint = self.table.learn(status.metadata()).filter(|hint| *hint != at);

@@ -2,6 +2,8 @@
 
 use super::MonitorAddressError;
 use super::headers;
+use crate::grpc::Connector;
+use crate::tls::{Role, Security};
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,15 +23,18 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn new(addr: SocketAddr) -> Option<Entry> {
+    fn new(addr: SocketAddr, security: &Security) -> Option<Entry> {
         let endpoint = Endpoint::from_shared(format!("http://{addr}")).ok()?;
         let channel = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
             // A monitor whose machine is gone closes nothing: calls and streams must notice all the same.
             .http2_keep_alive_interval(Duration::from_secs(2))
             .keep_alive_timeout(Duration::from_secs(3))
-            .connect_lazy();
+            .connect_with_connector_lazy(Connector::new(
+                addr,
+                security.clone(),
+                Role::Monitor,
+                CONNECT_TIMEOUT,
+            ));
         Some(Entry { addr, channel })
     }
 }
@@ -40,6 +45,7 @@ struct Known {
     given: usize,
     /// What was learned last, as it was written.
     learned: String,
+    security: Security,
 }
 
 /// Which monitors there are, known together with all forks, and which one to ask.
@@ -50,25 +56,29 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub fn new<A: AsRef<str>>(addrs: &[A]) -> Result<Table, MonitorAddressError> {
+    pub fn new<A: AsRef<str>>(addrs: &[A], security: Security) -> Result<Table, MonitorAddressError> {
         let mut entries: Vec<Entry> = Vec::new();
         for addr in addrs {
             let addr = addr.as_ref();
             let malformed = || MonitorAddressError::Malformed { addr: addr.to_owned() };
             let parsed: SocketAddr = addr.parse().map_err(|_| malformed())?;
             if !entries.iter().any(|e| e.addr == parsed) {
-                entries.push(Entry::new(parsed).ok_or_else(malformed)?);
+                entries.push(Entry::new(parsed, &security).ok_or_else(malformed)?);
             }
         }
         let first = entries.first().ok_or(MonitorAddressError::None)?.addr;
         let given = entries.len();
-        let known = Arc::new(Mutex::new(Known { entries, given, learned: String::new() }));
+        let known = Arc::new(Mutex::new(Known { entries, given, learned: String::new(), security }));
         Ok(Table { current: Mutex::new(first), known })
     }
 
     /// One that goes its own way among the same monitors.
     pub fn fork(&self) -> Table {
         Table { current: Mutex::new(*self.current.lock()), known: self.known.clone() }
+    }
+
+    pub fn security(&self) -> Security {
+        self.known.lock().security.clone()
     }
 
     pub fn len(&self) -> usize {
@@ -119,7 +129,7 @@ impl Known {
 
     fn take_in(&mut self, addr: SocketAddr) -> Option<()> {
         if self.position(addr).is_none() {
-            let entry = Entry::new(addr)?;
+            let entry = Entry::new(addr, &self.security)?;
             if self.entries.len() >= MONITORS_MAX.max(self.given + 1) {
                 // The one learned first gives way.
                 self.entries.remove(self.given);
@@ -143,7 +153,7 @@ mod tests {
 
     #[tokio::test]
     async fn goes_where_the_leader_is_said_to_be() {
-        let table = Table::new(&["127.0.0.1:1", "127.0.0.1:2"]).unwrap();
+        let table = Table::new(&["127.0.0.1:1", "127.0.0.1:2"], Security::plain()).unwrap();
         let leader = table.learn(&says("127.0.0.1:2", ""));
         assert_eq!((leader, table.current().addr), ("127.0.0.1:2".parse().ok(), leader.unwrap()));
         // One that was added since this client was started.
@@ -155,7 +165,7 @@ mod tests {
 
     #[tokio::test]
     async fn does_not_grow_without_bound_and_keeps_what_it_was_given() {
-        let table = Table::new(&["127.0.0.1:1"]).unwrap();
+        let table = Table::new(&["127.0.0.1:1"], Security::plain()).unwrap();
         for port in 1000..2000 {
             table.learn(&says(&format!("127.0.0.1:{port}"), ""));
             assert_eq!(table.current().addr.port(), port);
@@ -172,7 +182,7 @@ mod tests {
 
     #[tokio::test]
     async fn forks_share_what_they_know_but_not_whom_they_ask() {
-        let table = Table::new(&["127.0.0.1:1"]).unwrap();
+        let table = Table::new(&["127.0.0.1:1"], Security::plain()).unwrap();
         let fork = table.fork();
         table.learn(&says("", "127.0.0.1:1,127.0.0.1:2"));
         fork.leave(None);
@@ -181,7 +191,7 @@ mod tests {
 
     #[tokio::test]
     async fn two_that_leave_the_same_monitor_do_not_skip_one() {
-        let table = Table::new(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]).unwrap();
+        let table = Table::new(&["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"], Security::plain()).unwrap();
         let at = Some(table.current().addr);
         table.leave(at);
         table.leave(at);

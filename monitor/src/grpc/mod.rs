@@ -5,6 +5,7 @@
 //! does not lead says where the leader is, and serves nothing but the map's stream. Every stream ends
 //! when the daemon stops; those of a leader also when it no longer leads.
 
+mod access;
 mod admin;
 mod clients;
 mod health;
@@ -22,6 +23,7 @@ mod volatile;
 use crate::decide::Timing;
 use crate::raft::{Consensus, ConsensusError, Standing};
 use crate::state::{MonitorState, Refusal, RefusalKind};
+use gabion_common::grpc::{Access, Incoming};
 use gabion_common::monitor_client::headers;
 use gabion_proto::limits::GRPC_MESSAGE_BYTES_MAX;
 use gabion_proto::pb;
@@ -34,7 +36,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
-use tonic::transport::server::{Server, TcpIncoming};
+use tonic::transport::server::Server;
 use tower::util::MapResponseLayer;
 use volatile::Volatile;
 
@@ -167,7 +169,7 @@ impl Monitor {
     }
 
     /// Serves until `stop` turns true or the listener fails.
-    pub async fn serve(self, incoming: TcpIncoming) -> anyhow::Result<()> {
+    pub async fn serve(self, incoming: Incoming) -> anyhow::Result<()> {
         use pb::admin_service_server::AdminServiceServer;
         use pb::client_service_server::ClientServiceServer;
         use pb::host_service_server::HostServiceServer;
@@ -197,6 +199,7 @@ impl Monitor {
         });
         let served = Server::builder()
             .layer(names_all)
+            .layer(Access(access::rule))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .add_service(health_service)
             .add_service(reflection)

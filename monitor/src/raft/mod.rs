@@ -32,6 +32,7 @@ pub use standing::Standing;
 
 use crate::state::{Command, CommandResult, MonitorState, Refusal, Stamped};
 use gabion_common::monitor_client::RequestId;
+use gabion_common::tls::Security;
 use gabion_proto::ids::{ClusterId, Epoch};
 use gabion_proto::limits::*;
 use gabion_proto::pb::monitor_peer_service_server::MonitorPeerServiceServer;
@@ -127,11 +128,19 @@ pub struct Setup {
     pub start: Start,
     pub snapshot_every: u64,
     pub links: Links,
+    pub security: Security,
 }
 
 impl Setup {
     pub fn new(id: u64, addr: impl Into<String>, start: Start) -> Setup {
-        Setup { id, addr: addr.into(), start, snapshot_every: SNAPSHOT_EVERY, links: Links::default() }
+        Setup {
+            id,
+            addr: addr.into(),
+            start,
+            snapshot_every: SNAPSHOT_EVERY,
+            links: Links::default(),
+            security: Security::plain(),
+        }
     }
 }
 
@@ -206,7 +215,7 @@ impl Consensus {
     /// Starts the monitor whose data is in `dir`. The only one of a cluster is ready when it leads and
     /// has caught up with its own log; others take part from then on.
     pub async fn open(dir: &Path, setup: Setup) -> Result<Consensus, ConsensusError> {
-        let Setup { id, addr, start, snapshot_every, links } = setup;
+        let Setup { id, addr, start, snapshot_every, links, security } = setup;
         let db = open_db(&dir.join("raft"))?;
         let origin = match start {
             Start::Bootstrap => Some(Origin::Founder),
@@ -217,7 +226,7 @@ impl Consensus {
         let machine = machine::Machine::open(db.clone()).map_err(stopped)?;
         let published = machine.published();
         let closed = db.closed.subscribe();
-        let shared = Shared::new(identity.clone(), links);
+        let shared = Shared::new(identity.clone(), links, security);
         let peers = network::Peers(shared.clone());
         let config = config(snapshot_every)?;
         let raft = Raft::new(id, config, peers, log::Log::new(db), machine).await.map_err(stopped)?;

@@ -6,6 +6,8 @@
 use super::identity::{Identity, StoreId};
 use super::{MonitorNode, Types};
 use gabion_common::clock::boottime_ms;
+use gabion_common::grpc::{Connector, explained};
+use gabion_common::tls::{Role, Security};
 use gabion_proto::ids::ClusterId;
 use gabion_proto::limits::MONITOR_PEER_MESSAGE_BYTES_MAX;
 use gabion_proto::pb;
@@ -56,13 +58,14 @@ pub(crate) struct Heard {
 pub(crate) struct Shared {
     pub identity: Arc<Identity>,
     pub links: Links,
+    security: Security,
     channels: Mutex<HashMap<String, Channel>>,
     heard: Mutex<BTreeMap<u64, Heard>>,
 }
 
 impl Shared {
-    pub fn new(identity: Arc<Identity>, links: Links) -> Arc<Shared> {
-        Arc::new(Shared { identity, links, channels: Mutex::default(), heard: Mutex::default() })
+    pub fn new(identity: Arc<Identity>, links: Links, security: Security) -> Arc<Shared> {
+        Arc::new(Shared { identity, links, security, channels: Mutex::default(), heard: Mutex::default() })
     }
 
     fn channel(&self, addr: &str) -> Result<Channel, Status> {
@@ -70,15 +73,19 @@ impl Shared {
         if let Some(channel) = channels.get(addr) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|_| {
-            Status::invalid_argument(format!("{addr:?} is not an address of the form ip:port"))
-        })?;
+        let malformed =
+            || Status::invalid_argument(format!("{addr:?} is not an address of the form ip:port"));
+        let socket = addr.parse().map_err(|_| malformed())?;
+        let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|_| malformed())?;
         let channel = endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(1))
             .keep_alive_timeout(Duration::from_secs(1))
-            .connect_lazy();
+            .connect_with_connector_lazy(Connector::new(
+                socket,
+                self.security.clone(),
+                Role::Monitor,
+                CONNECT_TIMEOUT,
+            ));
         if channels.len() >= CHANNELS_MAX {
             channels.clear();
         }
@@ -170,6 +177,7 @@ impl Peer {
             Verb::Vote => client.vote(request).await,
             Verb::InstallSnapshot => client.install_snapshot(request).await,
         };
+        let answer = answer.map_err(explained);
         self.shared.hear(self.id, answer.as_ref().map(drop));
         let reply = answer?.into_inner();
         postcard::from_bytes(&reply.body).map_err(|e| Status::internal(format!("a malformed answer: {e}")))

@@ -11,7 +11,8 @@
 //! number 0, only read, and supersede nobody.
 
 use super::run::Input;
-use gabion_common::net::{self, FrameReader, FrameWriter, Framed, NetError};
+use gabion_common::net::{self, FrameReader, FrameWriter, Framed, NetError, ReadHalf, WriteHalf};
+use gabion_common::tls::Security;
 use gabion_proto::frame::Frame;
 use gabion_proto::ids::*;
 use gabion_proto::limits::{BLOCK_BYTES, CONN_BYTES_MAX, CONN_OPS_MAX, OP_DATA_BYTES_MAX};
@@ -20,7 +21,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -39,8 +39,8 @@ pub struct Origin {
     permits: Permits,
 }
 
-type Reader = FrameReader<OwnedReadHalf>;
-type Writer = FrameWriter<OwnedWriteHalf>;
+type Reader = FrameReader<ReadHalf>;
+type Writer = FrameWriter<WriteHalf>;
 type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
 
 impl Origin {
@@ -57,9 +57,7 @@ impl Origin {
 /// Accepts until the process ends. `current` says who we are: it changes with every incarnation.
 pub async fn accept(
     listener: TcpListener,
-    cluster: ClusterId,
-    id: OsdId,
-    current: Arc<AtomicU64>,
+    (cluster, id, current, security): (ClusterId, OsdId, Arc<AtomicU64>, Security),
     inputs: mpsc::Sender<Input>,
 ) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
@@ -82,11 +80,11 @@ pub async fn accept(
             role: Role::Osd { id, incarnation: Incarnation(current.load(Ordering::Relaxed)) },
             refusal: None,
         };
-        let inputs = inputs.clone();
+        let (inputs, security) = (inputs.clone(), security.clone());
         let span = info_span!("connection", %from);
         tokio::spawn(
             async move {
-                if let Err(error) = serve(stream, connection, hello, &inputs).await {
+                if let Err(error) = serve(stream, connection, hello, &security, &inputs).await {
                     report(from, &error);
                 }
                 let _ = inputs.send(Input::ConnectionClosed { connection }).await;
@@ -108,9 +106,10 @@ async fn serve(
     stream: TcpStream,
     connection: u64,
     hello: Hello,
+    security: &Security,
     inputs: &mpsc::Sender<Input>,
 ) -> Result<(), NetError> {
-    let Framed { reader, writer, peer } = net::accept(stream, &hello).await?;
+    let Framed { reader, writer, peer } = net::accept(stream, &hello, security).await?;
     match peer.role {
         Role::Osd { .. } => from_peer(reader, inputs).await,
         Role::Client { id } => {

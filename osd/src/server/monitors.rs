@@ -3,6 +3,7 @@
 use super::run::ServerError;
 use crate::core::{MonitorRefused, MonitorRequest};
 use gabion_common::monitor_client::MonitorClient;
+use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::LEASE;
 use gabion_proto::pb::{BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport};
@@ -20,8 +21,9 @@ pub struct Monitors {
 }
 
 impl Monitors {
-    pub fn new(addrs: &[String]) -> Result<Monitors, ServerError> {
-        let client = MonitorClient::new(addrs).map_err(|e| ServerError::Config(e.to_string()))?;
+    pub fn new(addrs: &[String], security: Security) -> Result<Monitors, ServerError> {
+        let client =
+            MonitorClient::secured(addrs, security).map_err(|e| ServerError::Config(e.to_string()))?;
         Ok(Monitors { client })
     }
 

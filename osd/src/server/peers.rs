@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 use gabion_common::net;
+use gabion_common::tls::Security;
 use gabion_proto::frame::Frame;
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
@@ -33,13 +34,14 @@ struct Peer {
 /// Outgoing connections of one run.
 pub struct Peers {
     hello: Hello,
+    security: Security,
     peers: HashMap<OsdId, Peer>,
 }
 
 impl Peers {
-    pub fn new(cluster: ClusterId, id: OsdId, incarnation: Incarnation) -> Peers {
+    pub fn new(cluster: ClusterId, id: OsdId, incarnation: Incarnation, security: Security) -> Peers {
         let hello = Hello { cluster, role: Role::Osd { id, incarnation }, refusal: None };
-        Peers { hello, peers: HashMap::new() }
+        Peers { hello, security, peers: HashMap::new() }
     }
 
     /// Sends if the peer is known and its queue has room.
@@ -56,7 +58,8 @@ impl Peers {
         let peer = self.peers.entry(to).or_insert_with(|| {
             let (queue, receiver) = mpsc::channel(QUEUE_FRAMES);
             let bytes = Arc::new(AtomicUsize::new(0));
-            tokio::spawn(talk(to, info.addr.clone(), self.hello.clone(), receiver, bytes.clone()));
+            let call = (info.addr.clone(), self.hello.clone(), self.security.clone());
+            tokio::spawn(talk(to, call, receiver, bytes.clone()));
             Peer { addr: info.addr.clone(), incarnation: info.incarnation, queue, bytes }
         });
         let len = data.len();
@@ -74,12 +77,11 @@ impl Peers {
 /// drops the queue.
 async fn talk(
     to: OsdId,
-    addr: String,
-    hello: Hello,
+    (addr, hello, security): (String, Hello, Security),
     mut queue: mpsc::Receiver<Frame>,
     bytes: Arc<AtomicUsize>,
 ) {
-    let net::Framed { mut reader, mut writer, .. } = match net::connect(&addr, &hello).await {
+    let net::Framed { mut reader, mut writer, .. } = match net::connect(&addr, &hello, &security).await {
         Ok(connection) => connection,
         Err(error) => {
             debug!(peer = %to, addr, %error, "cannot connect");

@@ -9,6 +9,7 @@ use crate::store::thread::{StoreHandle, StoreThread};
 use crate::store::{self, Identity, Store as _, StoreError, Usage};
 use bytes::Bytes;
 use gabion_common::clock::boottime_ms;
+use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
 use gabion_proto::map::ClusterMap;
@@ -37,6 +38,7 @@ pub struct Config {
     pub monitors: Vec<String>,
     pub host: String,
     pub rack: String,
+    pub security: Security,
 }
 
 /// Why the daemon ends.
@@ -100,7 +102,7 @@ pub async fn serve(
     let mut store = store::open(&config.data_dir)?;
     let identity = store.identity();
     let pgs = store.pgs()?;
-    let monitors = Monitors::new(&config.monitors)?;
+    let monitors = Monitors::new(&config.monitors, config.security.clone())?;
     let addr =
         listener.local_addr().map_err(|source| ServerError::Io { context: "listening socket", source })?;
     let usage = store.usage();
@@ -113,7 +115,8 @@ pub async fn serve(
 
     let current = Arc::new(AtomicU64::new(0));
     let (input_tx, inputs) = mpsc::channel(INPUTS_MAX);
-    tokio::spawn(clients::accept(listener, identity.cluster, identity.osd, current.clone(), input_tx));
+    let listening = (identity.cluster, identity.osd, current.clone(), config.security.clone());
+    tokio::spawn(clients::accept(listener, listening, input_tx));
     let (answer_tx, answers) = mpsc::channel(STORE_REQUESTS_MAX + INPUTS_MAX);
     let map = gabion_common::map_watch::follow(monitors.client());
 
@@ -128,6 +131,7 @@ pub async fn serve(
     };
     let mut shell = Shell {
         identity,
+        security: config.security,
         monitors,
         store: handle,
         usage,
@@ -168,6 +172,7 @@ pub async fn serve(
 
 struct Shell {
     identity: Identity,
+    security: Security,
     monitors: Monitors,
     store: StoreHandle,
     usage: Usage,
@@ -207,7 +212,7 @@ impl Shell {
         let mut run = Run {
             core: OsdCore::new(boot, start, boottime_ms()),
             incarnation,
-            peers: Peers::new(self.identity.cluster, id, incarnation),
+            peers: Peers::new(self.identity.cluster, id, incarnation, self.security.clone()),
             origins: HashMap::new(),
             next_token: 0,
             effects: Vec::new(),

@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use gabion_common::grpc::{Access, Incoming};
 use gabion_common::monitor_client::MonitorClient;
+use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_common::{addr_file, command_line, readiness, telemetry};
 use gabion_proto::pb::console_service_server::ConsoleServiceServer;
 use gabion_vmm_shim::agent::{self, Host};
@@ -13,7 +15,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
-use tonic::transport::server::TcpIncoming;
 
 #[derive(Parser)]
 #[command(name = "gabion-host", version, about = "Gabion host agent: runs this host's guests")]
@@ -36,12 +37,23 @@ struct Args {
     /// What must survive a reboot; default: RUN_DIR/state.
     #[arg(long)]
     state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    exposure: ListenArgs,
+}
+
+/// Consoles are an operator's.
+fn may_call(_path: &str, role: Role) -> bool {
+    role == Role::Admin
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let args: Args = command_line::parse();
     telemetry::init("gabion-host");
+    let security = args.tls.security(&[Role::Host])?;
+    args.exposure.check(&security, args.listen)?;
     let state_dir = args.state_dir.unwrap_or_else(|| args.run_dir.join("state"));
     for dir in [&args.run_dir, &state_dir] {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -65,7 +77,7 @@ async fn main() -> Result<()> {
     let agent_addr = listener.local_addr()?;
     let consoles = Consoles::default();
     let host = Arc::new(Host {
-        monitors: MonitorClient::new(&args.monitors)?,
+        monitors: MonitorClient::secured(&args.monitors, security.clone())?,
         name: args.host,
         run_dir: run_dir.clone(),
         state_dir,
@@ -77,8 +89,9 @@ async fn main() -> Result<()> {
         ledger: agent::admission::Ledger::default(),
     });
     let server = tonic::transport::Server::builder()
+        .layer(Access(may_call))
         .add_service(ConsoleServiceServer::new(consoles))
-        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+        .serve_with_incoming(Incoming::new(listener, security)?);
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     addr_file::write(&run_dir, "host", agent_addr).context("cannot write host.addr")?;
     readiness::serving();

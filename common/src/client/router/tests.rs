@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::net::{self, Framed};
+use crate::tls::Security;
 use gabion_proto::frame::Frame;
 use gabion_proto::ids::*;
 use gabion_proto::map::{FailureDomain, OsdInfo, PgRecord, Pool, Redundancy};
@@ -24,7 +25,7 @@ impl Osd {
     async fn accept(&self) -> Framed {
         let role = Role::Osd { id: OsdId(0), incarnation: Incarnation(1) };
         let hello = Hello { cluster: CLUSTER, role, refusal: None };
-        net::accept(self.listener.accept().await.unwrap().0, &hello).await.unwrap()
+        net::accept(self.listener.accept().await.unwrap().0, &hello, &Security::plain()).await.unwrap()
     }
 }
 
@@ -80,7 +81,7 @@ async fn answer(osd: &mut Framed, reply: OpReply) -> ClientOp {
 const DONE: OpReply = OpReply::Done { version: Version::ZERO };
 
 fn client(map: &tokio::sync::watch::Sender<Arc<ClusterMap>>, timeout: Option<Duration>) -> ObjectClient {
-    let cluster = ClusterClient::new(map.subscribe(), ClientId(4));
+    let cluster = ClusterClient::new(map.subscribe(), ClientId(4), Security::plain());
     let attached = Attached::new(VolumeId(9), ClientId(4), Session(2), Generation(6));
     ObjectClient::new(cluster, Arc::new(attached), timeout)
 }
