@@ -5,7 +5,7 @@ use gabion_common::monitor_client::MonitorClient;
 use gabion_osd::store::{self, Identity};
 use gabion_proto::ids::*;
 use gabion_proto::limits::valid_name;
-use gabion_proto::pb::AddOsdRequest;
+use gabion_proto::pb::{AddOsdRequest, Empty};
 use std::path::Path;
 
 /// Least size that leaves room for data beside the superblocks and the reserve.
@@ -43,6 +43,7 @@ pub async fn format(data_dir: &Path, monitors: &MonitorClient, wanted: Disk) -> 
         ensure!(valid_name(name), "{what} name {name:?}: use 1 to 64 of a-z A-Z 0-9 . _ -");
     }
     if let Ok(info) = store::info(data_dir) {
+        ensure_ours(data_dir, monitors, &info.identity).await?;
         return Ok(info.identity.osd);
     }
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make {}", data_dir.display()))?;
@@ -55,6 +56,29 @@ pub async fn format(data_dir: &Path, monitors: &MonitorClient, wanted: Disk) -> 
         .await?
         .with_context(|| format!("cannot format {}", data_dir.display()))?;
     Ok(osd)
+}
+
+/// A disk that was formatted before is ready only for the cluster that it belongs to.
+async fn ensure_ours(data_dir: &Path, monitors: &MonitorClient, disk: &Identity) -> Result<()> {
+    let answer = monitors.once(|m| async move { m.status().get_status(Empty {}).await }).await;
+    let here = answer
+        .map_err(|s| {
+            let (dir, osd) = (data_dir.display(), disk.osd);
+            let (monitor, why) = (monitors.addr(), s.message());
+            anyhow::anyhow!(
+                "{dir} holds {osd} already, and no monitor at {monitor} says whether of its cluster: {why}"
+            )
+        })?
+        .cluster;
+    ensure!(
+        here == disk.cluster.to_string(),
+        "{} holds {} of cluster {}, the monitors are of cluster {here}; it is left alone: name another directory, or \
+         remove what is in this one if nobody needs it",
+        data_dir.display(),
+        disk.osd,
+        disk.cluster
+    );
+    Ok(())
 }
 
 async fn register(monitors: &MonitorClient, disk: ClusterId, wanted: Disk) -> Result<(OsdId, ClusterId)> {
