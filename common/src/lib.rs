@@ -9,6 +9,7 @@ pub mod gossip;
 pub mod grpc;
 pub mod host_offer;
 pub mod map_watch;
+pub mod metrics;
 pub mod monitor_client;
 pub mod net;
 pub mod readiness;

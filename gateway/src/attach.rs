@@ -69,6 +69,12 @@ impl Volumes {
         self.slots.lock().entry(name.to_owned()).or_default().clone()
     }
 
+    /// Those that are attached; one that is being attached or detached right now is left out.
+    pub fn attached(&self) -> Vec<Arc<Volume>> {
+        let slots: Vec<Slot> = self.slots.lock().values().cloned().collect();
+        slots.iter().filter_map(|s| Some(s.try_lock().ok()?.as_ref()?.volume.clone())).collect()
+    }
+
     /// The volume, attached if it was not, and whether it may only be read. To be given back with
     /// [`close`](Volumes::close).
     pub async fn open(&self, name: &str) -> Result<(Arc<Volume>, bool), AttachError> {

@@ -2,11 +2,13 @@
 
 use crate::attach::Volumes;
 use crate::exports::{Exports, Place, remove_stale_sockets};
+use crate::metrics::Figures;
 use crate::nbd;
 use crate::session;
 use anyhow::{Context, Result, ensure};
 use gabion_common::client::ClusterClient;
 use gabion_common::gossip::{Gossip, GossipConfig};
+use gabion_common::metrics::{Endpoint, MetricsArgs};
 use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::Security;
 use gabion_common::{addr_file, map_watch, readiness};
@@ -33,6 +35,7 @@ pub struct Config {
     pub gossip: Option<SocketAddr>,
     pub io_timeout: Option<Duration>,
     pub security: Security,
+    pub metrics: MetricsArgs,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -70,6 +73,7 @@ async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
         .with_context(|| format!("cannot listen on {}", config.nbd_listen))?;
     let nbd_addr = listener.local_addr()?;
     addr_file::write(&config.run_dir, "gateway", nbd_addr).context("cannot write gateway.addr")?;
+    let endpoint = Endpoint::bind(config.metrics, &config.run_dir, "gateway").await?;
     let table = Arc::new(nbd::Table::default());
     tokio::spawn(nbd::listen_tcp(listener, table.clone()));
     info!(%nbd_addr, "listening");
@@ -103,5 +107,8 @@ async fn join(config: Config) -> Result<(Arc<Exports>, Option<Gossip>)> {
     let volumes = Volumes::new(monitors.clone(), cluster, granted, config.io_timeout);
     let place = Place { host: config.host, run_dir: config.run_dir, nbd_addr };
     let exports = Exports::new(place, monitors, granted, volumes, table);
+    if let Some(endpoint) = endpoint {
+        endpoint.serve(Figures(exports.clone()));
+    }
     Ok((exports, gossip))
 }

@@ -92,6 +92,16 @@ impl Exports {
         })
     }
 
+    /// The exports as they are reported.
+    pub fn states(&self) -> Vec<ExportInfo> {
+        self.states.lock().values().cloned().collect()
+    }
+
+    /// The volumes that are attached.
+    pub fn volumes(&self) -> Vec<Arc<Volume>> {
+        self.volumes.attached()
+    }
+
     /// Follows the monitors and reports to them; never returns.
     pub async fn run(self: Arc<Self>) {
         tokio::join!(self.follow(), self.report());

@@ -4,6 +4,7 @@ pub mod attach;
 pub mod daemon;
 pub mod exports;
 pub mod holder;
+pub mod metrics;
 pub mod nbd;
 pub mod session;
 pub mod vhost;

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use gabion_common::metrics::MetricsArgs;
 use gabion_common::tls::{Role, TlsArgs};
 use gabion_gateway::daemon::{self, Config};
 use gabion_proto::limits::valid_name;
@@ -35,6 +36,8 @@ struct Args {
     io_timeout_s: u64,
     #[command(flatten)]
     tls: TlsArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 fn main() -> Result<()> {
@@ -60,6 +63,7 @@ fn main() -> Result<()> {
                 nbd_listen: args.nbd_listen,
                 gossip: args.gossip,
                 security,
+                metrics: args.metrics,
                 io_timeout: (args.io_timeout_s > 0).then(|| Duration::from_secs(args.io_timeout_s)),
             };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

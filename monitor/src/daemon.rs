@@ -5,6 +5,7 @@ use crate::grpc::Monitor;
 use crate::raft::{Consensus, Links, SNAPSHOT_EVERY, Setup, Start};
 use anyhow::Context as _;
 use gabion_common::grpc::Incoming;
+use gabion_common::metrics::{Endpoint, MetricsArgs};
 use gabion_common::tls::Security;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -27,6 +28,7 @@ pub struct Options {
     /// Links to other monitors that do not work, for tests.
     pub links: Links,
     pub security: Security,
+    pub metrics: MetricsArgs,
 }
 
 impl Options {
@@ -42,14 +44,25 @@ impl Options {
             snapshot_every: SNAPSHOT_EVERY,
             links: Links::default(),
             security: Security::plain(),
+            metrics: MetricsArgs::default(),
         }
     }
 }
 
 /// Runs a monitor until `stop` turns true. It is ready when `monitor.addr` is there.
 pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Result<()> {
-    let Options { data_dir, id, listen, advertise, start, down_out_ms, snapshot_every, links, security } =
-        options;
+    let Options {
+        data_dir,
+        id,
+        listen,
+        advertise,
+        start,
+        down_out_ms,
+        snapshot_every,
+        links,
+        security,
+        metrics,
+    } = options;
     std::fs::create_dir_all(&data_dir).with_context(|| format!("cannot create {}", data_dir.display()))?;
     // What an earlier run left would send everybody to the wrong place.
     match std::fs::remove_file(gabion_common::addr_file::path(&data_dir, "monitor")) {
@@ -62,6 +75,7 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
     let listener = listener.with_context(|| format!("cannot listen on {listen}"))?;
     let addr = listener.local_addr()?;
     let public = advertise.unwrap_or(addr).to_string();
+    let metrics = Endpoint::bind(metrics, &data_dir, "monitor").await?;
     let setup = Setup { snapshot_every, links, security: security.clone(), ..Setup::new(id, public, start) };
     let opened = Consensus::open(&data_dir, setup).await;
     let consensus = opened.with_context(|| data_dir.display().to_string())?;
@@ -70,6 +84,9 @@ pub async fn run(options: Options, stop: watch::Receiver<bool>) -> anyhow::Resul
     let mut timing = Timing::default();
     timing.down_out_ms = down_out_ms.unwrap_or(timing.down_out_ms);
     let monitor = Monitor::new(consensus.clone(), timing, stop);
+    if let Some(endpoint) = metrics {
+        endpoint.serve(monitor.clone());
+    }
     gabion_common::addr_file::write(&data_dir, "monitor", addr).context("cannot write monitor.addr")?;
     gabion_common::readiness::serving();
     let outcome = tokio::select! {

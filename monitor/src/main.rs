@@ -2,6 +2,7 @@
 
 use anyhow::Context as _;
 use clap::Parser;
+use gabion_common::metrics::MetricsArgs;
 use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_monitor::daemon::{self, Options};
 use gabion_monitor::raft::Start;
@@ -43,6 +44,8 @@ struct Args {
     tls: TlsArgs,
     #[command(flatten)]
     exposure: ListenArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 #[tokio::main]
@@ -75,6 +78,7 @@ async fn main() -> anyhow::Result<()> {
     let options = Options {
         advertise: args.advertise,
         security,
+        metrics: args.metrics,
         down_out_ms: args.down_out_secs.map(|s| s * 1000),
         ..Options::new(args.data_dir, args.id, args.listen, start)
     };

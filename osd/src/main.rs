@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use gabion_common::metrics::{Endpoint, MetricsArgs};
 use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_osd::{server, store};
@@ -46,6 +47,8 @@ enum Command {
         tls: TlsArgs,
         #[command(flatten)]
         exposure: ListenArgs,
+        #[command(flatten)]
+        metrics: MetricsArgs,
     },
     /// Prepares a disk and registers it with the monitors. Does nothing when that was done before.
     Format {
@@ -95,11 +98,14 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match command {
-        Command::Run { data_dir, monitors, listen, gossip, host, rack, tls, exposure } => {
+        Command::Run { data_dir, monitors, listen, gossip, host, rack, tls, exposure, metrics } => {
             let security = tls.security(&[Role::Osd])?;
             exposure.check(&security, listen)?;
-            let config = server::Config { data_dir, monitors, host, rack, security };
-            runtime.block_on(server::start(config, listen, gossip))?;
+            runtime.block_on(async {
+                let metrics = Endpoint::bind(metrics, &data_dir, "osd").await?;
+                let config = server::Config { data_dir, monitors, host, rack, security, metrics };
+                Ok::<_, anyhow::Error>(server::start(config, listen, gossip).await?)
+            })?;
         }
         Command::Format { data_dir, size, monitors, host, rack, weight, tls } => {
             let size_bytes = format::parse_size(&size)?;

@@ -37,7 +37,12 @@ impl Cluster {
 
     /// The same with TLS between all daemons.
     pub fn start_tls(monitors: u32, osds: u32) -> Result<Cluster> {
-        Cluster::up(monitors, osds, "512M", &["--tls"])
+        Cluster::start_tls_with(monitors, osds, &[])
+    }
+
+    /// The same with more options of `gabion dev up`.
+    pub fn start_tls_with(monitors: u32, osds: u32, more: &[&str]) -> Result<Cluster> {
+        Cluster::up(monitors, osds, "512M", &[&["--tls"], more].concat())
     }
 
     pub fn start_sized(osds: u32, osd_size: &str) -> Result<Cluster> {

@@ -91,7 +91,14 @@ impl DaemonState {
     }
     /// Where it listens, as it says itself.
     pub fn addr(&self) -> Option<String> {
-        let text = std::fs::read_to_string(addr_file::path(&self.data_dir, self.kind.name())).ok()?;
+        self.addr_in(self.kind.name())
+    }
+    /// Where it serves metrics.
+    pub fn metrics_addr(&self) -> Option<String> {
+        self.addr_in(&format!("{}-metrics", self.kind.name()))
+    }
+    fn addr_in(&self, file: &str) -> Option<String> {
+        let text = std::fs::read_to_string(addr_file::path(&self.data_dir, file)).ok()?;
         let addr: SocketAddr = text.trim().parse().ok()?;
         Some(addr.to_string())
     }

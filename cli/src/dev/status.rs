@@ -28,6 +28,7 @@ pub async fn run(cli: &Cli, dir: &Path) -> Result<()> {
                 "state": if running { "running" } else { "down" },
                 "pid": d.process.filter(|_| running).map(|p| p.pid),
                 "addr": d.addr().filter(|_| running),
+                "metrics_addr": d.metrics_addr().filter(|_| running),
                 "data_dir": d.data_dir,
                 "restarts": d.restarts,
                 "last_exit": d.last_exit,

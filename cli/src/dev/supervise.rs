@@ -83,7 +83,7 @@ impl Supervisor {
         let mut args =
             strings(["--monitors", &addr, "--host", "host1", "--nbd-listen", "127.0.0.1:0", "--run-dir"]);
         args.push(run_dir.clone().into());
-        args.extend(self.tls_args(Role::Gateway));
+        args.extend(self.common_args(Role::Gateway));
         self.start(Kind::Gateway, "host1".to_owned(), args, run_dir)?;
         if !program("gabion-host")?.exists() {
             tracing::warn!("gabion-host is not installed beside gabion: no virtual machines here");
@@ -93,7 +93,7 @@ impl Supervisor {
         let mut args =
             strings(["--monitors", &addr, "--host", "host1", "--listen", "127.0.0.1:0", "--run-dir"]);
         args.push(run_dir.clone().into());
-        args.extend(self.tls_args(Role::Host));
+        args.extend(self.common_args(Role::Host));
         self.start(Kind::Host, "host1".to_owned(), args, run_dir)
     }
 
@@ -104,7 +104,7 @@ impl Supervisor {
             let dir = self.layout.monitor(id);
             let mut args = strings(["--id", &id.to_string(), "--listen", addr, "--data-dir"]);
             args.push(dir.clone().into());
-            args.extend(self.tls_args(Role::Monitor));
+            args.extend(self.common_args(Role::Monitor));
             if let Some(secs) = self.config.down_out_secs {
                 args.extend(strings(["--down-out-secs", &secs.to_string()]));
             }
@@ -119,6 +119,13 @@ impl Supervisor {
                 addrs.len()
             ),
         }
+    }
+
+    /// What the daemons that serve have beside the options of their kind.
+    fn common_args(&self, role: Role) -> Vec<OsString> {
+        let mut args = strings(["--metrics-listen", "127.0.0.1:0"]);
+        args.extend(self.tls_args(role));
+        args
     }
 
     /// The options of a daemon of this role.
@@ -136,9 +143,9 @@ impl Supervisor {
         let host = format!("host{}", slot % self.config.hosts + 1);
         let mut args = strings(["--monitors", monitors, "--host", &host, "--data-dir"]);
         args.push(dir.clone().into());
-        args.extend(self.tls_args(Role::Osd));
         let mut format_args = strings(["format", "--size", &self.config.osd_size_bytes.to_string()]);
         format_args.extend(args.clone());
+        format_args.extend(self.tls_args(Role::Osd));
         let out = tokio::process::Command::new(program("gabion-osd")?).args(format_args).output().await;
         let out = out.context("cannot start gabion-osd")?;
         let said = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -157,6 +164,7 @@ impl Supervisor {
         }
         let mut run_args = strings(["run", "--listen", "127.0.0.1:0"]);
         run_args.extend(args);
+        run_args.extend(self.common_args(Role::Osd));
         self.start(Kind::Osd, id, run_args, dir)
     }
 

@@ -12,6 +12,7 @@
 
 mod backend;
 mod cluster_backend;
+mod counts;
 mod disk;
 mod error;
 mod memory;
@@ -20,6 +21,7 @@ mod range_lock;
 
 pub use backend::Backend;
 pub use cluster_backend::{Chain, ClusterBackend};
+pub use counts::Counts;
 pub use error::VolumeError;
 pub use memory::MemoryBackend;
 
@@ -61,6 +63,7 @@ pub struct Volume {
     inner: Arc<Inner>,
     /// Where writes run to their end.
     runtime: Handle,
+    counts: Counts,
 }
 
 struct Inner {
@@ -83,7 +86,7 @@ impl Volume {
         let room = Arc::new(Semaphore::new(WRITE_BYTES_MAX / BLOCK_BYTES as usize));
         let inner = Inner { backend, lock: Arc::default(), blocks_per_object, room };
         let size_bytes = watch::Sender::new(shape.size_bytes);
-        Arc::new(Volume { shape, size_bytes, inner: Arc::new(inner), runtime: Handle::current() })
+        Arc::new(Volume { shape, size_bytes, inner: Arc::new(inner), runtime: Handle::current(), counts: Counts::default() })
     }
 
     /// A volume in memory: for tests of exports. `size_bytes` is rounded up to whole blocks.
@@ -127,6 +130,10 @@ impl Volume {
     pub fn name(&self) -> &str {
         &self.shape.name
     }
+    /// What was asked of it since it was attached here.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
     /// What a guest sees as the disk's serial number: at most 20 bytes.
     pub fn serial(&self) -> String {
         format!("gbn{:x}", self.shape.id.0)
@@ -142,7 +149,7 @@ impl Volume {
     /// Reads any byte range.
     pub async fn read(&self, offset: u64, len: u32) -> Result<Bytes, VolumeError> {
         self.check(offset, len.into())?;
-        self.inner.read(offset, len).await
+        self.counts.read(len.into(), self.inner.read(offset, len).await)
     }
 
     /// Writes any byte range; durable when it returns.
@@ -158,11 +165,12 @@ impl Volume {
             u32::try_from(size).unwrap_or(u32::MAX).min((WRITE_BYTES_MAX / BLOCK_BYTES as usize) as u32);
         let room = inner.room.clone().acquire_many_owned(size).await.expect("never closed");
         let turn = inner.lock.acquire(blocks.clone());
-        self.to_the_end(async move {
+        let bytes = data.len() as u64;
+        let written = self.to_the_end(async move {
             let _held = (turn.await, room);
             inner.write_locked(offset, data, blocks).await
-        })
-        .await
+        });
+        self.counts.write(bytes, written.await)
     }
 
     /// Makes a byte range zero; `may_unmap` also gives its space back.

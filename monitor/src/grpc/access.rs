@@ -4,7 +4,7 @@ use gabion_common::tls::Role;
 
 /// See [`gabion_common::grpc::Access`]. What is not listed is refused.
 pub(super) fn rule(path: &str, role: Role) -> bool {
-    use Role::{Admin, Gateway, Host, Monitor, Osd};
+    use Role::{Admin, Gateway, Host, Monitor, Osd, Viewer};
     let (service, method) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
     let Some(service) = service.strip_prefix("gabion.v1.") else {
         // Health and reflection say nothing about this cluster.
@@ -22,6 +22,7 @@ pub(super) fn rule(path: &str, role: Role) -> bool {
             Osd => method == "AddOsd",
             // Reads the boot files of its guests.
             Host => method == "GetVolume",
+            Viewer => ["List", "Get"].iter().any(|verb| method.starts_with(verb)),
             _ => false,
         },
         _ => false,
@@ -52,5 +53,7 @@ mod tests {
         }
         assert!(rule("/gabion.v1.AdminService/AddOsd", Role::Osd));
         assert!(!rule("/gabion.v1.AdminService/AddExport", Role::Host));
+        assert!(rule("/gabion.v1.AdminService/ListOsds", Role::Viewer));
+        assert!(!rule("/gabion.v1.AdminService/OutOsd", Role::Viewer));
     }
 }

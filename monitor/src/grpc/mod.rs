@@ -12,6 +12,7 @@ mod health;
 mod hosts;
 mod leadership;
 mod maps;
+mod metrics;
 mod monitors;
 mod osds;
 mod rebuild;

@@ -18,6 +18,7 @@
 
 mod clients;
 mod connections;
+mod metrics;
 mod monitors;
 mod peers;
 mod run;

@@ -2,6 +2,7 @@
 
 use super::clients::{self, Origin};
 use super::connections::Connections;
+use super::metrics::Figures;
 use super::monitors::Monitors;
 use super::peers::Peers;
 use crate::core::*;
@@ -9,6 +10,7 @@ use crate::store::thread::{StoreHandle, StoreThread};
 use crate::store::{self, Identity, Store as _, StoreError, Usage};
 use bytes::Bytes;
 use gabion_common::clock::boottime_ms;
+use gabion_common::metrics::Endpoint;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
@@ -39,6 +41,7 @@ pub struct Config {
     pub host: String,
     pub rack: String,
     pub security: Security,
+    pub metrics: Option<Endpoint>,
 }
 
 /// Why the daemon ends.
@@ -129,8 +132,13 @@ pub async fn serve(
         rack: config.rack.clone(),
         capacity_bytes: usage.capacity_bytes,
     };
+    let figures = Figures::new(identity.osd);
+    if let Some(endpoint) = config.metrics {
+        endpoint.serve(figures.clone());
+    }
     let mut shell = Shell {
         identity,
+        figures,
         security: config.security,
         monitors,
         store: handle,
@@ -172,6 +180,7 @@ pub async fn serve(
 
 struct Shell {
     identity: Identity,
+    figures: Figures,
     security: Security,
     monitors: Monitors,
     store: StoreHandle,
@@ -393,20 +402,22 @@ impl Shell {
 
     fn beat(&mut self, run: &Run, tx: mpsc::Sender<(u64, Result<HeartbeatReply, tonic::Status>)>) {
         self.usage = self.store.usage();
-        let stats = run.core.stats();
+        let stats = OsdStats {
+            capacity_bytes: self.usage.capacity_bytes,
+            used_bytes: self.usage.used_bytes,
+            objects: self.usage.objects,
+            checksum_errors: self.usage.checksum_errors,
+            ..run.core.stats()
+        };
+        let pgs = run.core.pg_statuses();
+        self.figures.set(stats.clone(), self.store.stats(), pgs.len() as u64);
         let request = HeartbeatRequest {
             id: self.identity.osd.0,
             incarnation: run.incarnation.0,
             acked_epoch: run.core.acked_epoch().0,
-            stats: Some(OsdStats {
-                capacity_bytes: self.usage.capacity_bytes,
-                used_bytes: self.usage.used_bytes,
-                objects: self.usage.objects,
-                checksum_errors: self.usage.checksum_errors,
-                ..stats
-            }),
+            stats: Some(stats),
             stuck: run.core.stuck_peers(),
-            pgs: run.core.pg_statuses(),
+            pgs,
         };
         let monitors = self.monitors.clone();
         tokio::spawn(async move {

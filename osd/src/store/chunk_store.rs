@@ -98,6 +98,9 @@ pub struct Stats {
     pub checkpoints: u64,
     /// Bytes of batches handed to the index.
     pub index_bytes: u64,
+    /// Now, not since it was opened.
+    pub journal_bytes: u64,
+    pub journal_used_bytes: u64,
 }
 
 /// Tags of this store's own blocking calls.
@@ -482,7 +485,13 @@ impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
     }
 
     fn stats(&self) -> Stats {
-        Stats { traffic: self.device.traffic(), ..self.stats }
+        let journal = |blocks: u32| u64::from(blocks) * u64::from(BLOCK_BYTES);
+        Stats {
+            traffic: self.device.traffic(),
+            journal_bytes: journal(self.ring.blocks()),
+            journal_used_bytes: journal(self.ring.used()),
+            ..self.stats
+        }
     }
 
     fn waker(&self) -> Waker {

@@ -59,7 +59,7 @@ impl Request {
 pub struct StoreHandle {
     requests: SyncSender<Request>,
     waker: Waker,
-    usage: Arc<Mutex<Usage>>,
+    usage: Arc<Mutex<(Usage, Stats)>>,
 }
 
 impl StoreHandle {
@@ -124,7 +124,12 @@ impl StoreHandle {
 
     /// As of the last group.
     pub fn usage(&self) -> Usage {
-        *self.usage.lock()
+        self.usage.lock().0
+    }
+
+    /// The same of what it did.
+    pub fn stats(&self) -> Stats {
+        self.usage.lock().1
     }
 }
 
@@ -142,7 +147,7 @@ enum Pending {
 struct Worker<S: ConcurrentStore> {
     store: S,
     requests: Receiver<Request>,
-    usage: Arc<Mutex<Usage>>,
+    usage: Arc<Mutex<(Usage, Stats)>>,
     watchdog: Watchdog,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
@@ -162,7 +167,7 @@ impl StoreThread {
         on_fatal: impl FnOnce(String) + Send + 'static,
     ) -> StoreHandle {
         let (tx, requests) = sync_channel(queue_len);
-        let usage = Arc::new(Mutex::new(store.usage()));
+        let usage = Arc::new(Mutex::new((store.usage(), store.stats())));
         let handle = StoreHandle { requests: tx, waker: store.waker(), usage: usage.clone() };
         let on_fatal: OnFatal = Box::new(on_fatal);
         let thread = Worker {
@@ -285,7 +290,7 @@ impl<S: ConcurrentStore> Worker<S> {
 
     fn hand_out(&mut self, done: &mut Vec<(u64, Done)>) {
         if !done.is_empty() {
-            *self.usage.lock() = self.store.usage();
+            *self.usage.lock() = (self.store.usage(), self.store.stats());
         }
         for (tag, done) in done.drain(..) {
             match (self.pending.remove(&tag), done) {

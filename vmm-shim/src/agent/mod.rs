@@ -16,6 +16,7 @@ mod record;
 use crate::console::Consoles;
 use crate::engine::Engine;
 use gabion_common::host_offer;
+use gabion_common::metrics::{Page, Source};
 use gabion_common::monitor_client::{Backoff, MonitorClient};
 use gabion_proto::pb;
 use std::collections::{BTreeMap, HashMap};
@@ -79,6 +80,40 @@ pub(crate) struct Wanted {
 struct Task {
     wanted: watch::Sender<Wanted>,
     handle: JoinHandle<()>,
+}
+
+/// What an agent shows to Prometheus.
+pub struct Figures(pub Arc<Host>);
+
+impl std::fmt::Debug for Figures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Figures")
+    }
+}
+
+impl Source for Figures {
+    fn collect(&self, page: &mut Page<'_>) -> std::fmt::Result {
+        let vms = self.0.reports.all();
+        let mut states: BTreeMap<&'static str, u64> = BTreeMap::new();
+        for vm in &vms {
+            *states.entry(vm.state().as_str_name().trim_start_matches("VM_STATE_")).or_default() += 1;
+        }
+        let states: Vec<(String, u64)> = states.iter().map(|(s, n)| (s.to_lowercase(), *n)).collect();
+        page.gauge("host_guests", "Guests that the monitors gave to this host", vms.len() as u64)?;
+        let by_state = states.iter().map(|(state, n)| (vec![("state", state.as_str())], *n));
+        page.gauges("host_guests_by_state", "The same by state", by_state)?;
+        let running = || vms.iter().filter(|v| v.state() == pb::VmState::Running);
+        page.gauge(
+            "host_guest_cpus",
+            "vCPUs of guests that run",
+            running().map(|v| u64::from(v.cpus)).sum(),
+        )?;
+        page.gauge(
+            "host_guest_memory_bytes",
+            "Memory of guests that run",
+            running().map(|v| v.memory_bytes).sum(),
+        )
+    }
 }
 
 /// Runs until dropped.

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use gabion_common::grpc::{Access, Incoming};
+use gabion_common::metrics::{Endpoint, MetricsArgs};
 use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::{ListenArgs, Role, TlsArgs};
 use gabion_common::{addr_file, command_line, readiness, telemetry};
@@ -41,6 +42,8 @@ struct Args {
     tls: TlsArgs,
     #[command(flatten)]
     exposure: ListenArgs,
+    #[command(flatten)]
+    metrics: MetricsArgs,
 }
 
 /// Consoles are an operator's.
@@ -88,6 +91,9 @@ async fn main() -> Result<()> {
         reports: agent::Reports::default(),
         ledger: agent::admission::Ledger::default(),
     });
+    if let Some(endpoint) = Endpoint::bind(args.metrics, &run_dir, "host").await? {
+        endpoint.serve(agent::Figures(host.clone()));
+    }
     let server = tonic::transport::Server::builder()
         .layer(Access(may_call))
         .add_service(ConsoleServiceServer::new(consoles))

@@ -1,0 +1,63 @@
+//! What an OSD shows to Prometheus: the figures of its last heartbeat, twice a second, and of its store.
+
+use crate::store::Stats;
+use gabion_common::metrics::{Page, Source};
+use gabion_proto::ids::OsdId;
+use gabion_proto::pb::OsdStats;
+use parking_lot::Mutex;
+use std::fmt;
+use std::sync::Arc;
+
+/// Written by the one task that owns the OSD, read by scrapes; held to copy it only.
+#[derive(Clone, Debug)]
+pub struct Figures {
+    osd: OsdId,
+    last: Arc<Mutex<(OsdStats, Stats, u64)>>,
+}
+
+impl Figures {
+    pub fn new(osd: OsdId) -> Figures {
+        Figures { osd, last: Arc::default() }
+    }
+
+    pub fn set(&self, stats: OsdStats, store: Stats, primary_pgs: u64) {
+        *self.last.lock() = (stats, store, primary_pgs);
+    }
+}
+
+impl Source for Figures {
+    fn collect(&self, page: &mut Page<'_>) -> fmt::Result {
+        let (stats, store, primary_pgs) = self.last.lock().clone();
+        let osd = self.osd.0.to_string();
+        page.gauges("osd_info", "The number of this OSD", [(vec![("osd", osd.as_str())], 1)])?;
+        page.counter("osd_reads", "Reads of clients", stats.reads)?;
+        page.counter("osd_writes", "Writes of clients", stats.writes)?;
+        page.counter("osd_read_bytes", "Bytes read by clients", stats.read_bytes)?;
+        page.counter("osd_written_bytes", "Bytes written by clients", stats.write_bytes)?;
+        page.counter("osd_recovered_objects", "Objects recovered as primary", stats.recovered_objects)?;
+        page.counter("osd_recovered_bytes", "Bytes of them", stats.recovered_bytes)?;
+        page.counter(
+            "osd_checksum_errors",
+            "Blocks that did not match their checksum",
+            stats.checksum_errors,
+        )?;
+        page.gauge("osd_capacity_bytes", "Room on the disk", stats.capacity_bytes)?;
+        page.gauge("osd_used_bytes", "Of it used", stats.used_bytes)?;
+        page.gauge("osd_objects", "Objects on the disk", stats.objects)?;
+        page.gauge("osd_primary_pgs", "Groups that this OSD leads", primary_pgs)?;
+        page.counter("store_commits", "Records committed to the journal", store.records)?;
+        page.counter("store_data_bytes", "Bytes of data made durable", store.data_bytes)?;
+        page.counter("store_checkpoints", "Times that the journal was trimmed", store.checkpoints)?;
+        page.counter("store_index_bytes", "Bytes handed to the index", store.index_bytes)?;
+        page.gauge("store_journal_bytes", "Size of the journal", store.journal_bytes)?;
+        page.gauge("store_journal_used_bytes", "Of it in use", store.journal_used_bytes)?;
+        page.counter("device_read_bytes", "Bytes read from the disk", store.traffic.bytes_read)?;
+        page.counter("device_written_bytes", "Bytes written to the disk", store.traffic.bytes_written)?;
+        page.counter("device_flushes", "Flushes of the disk", store.traffic.flushes)?;
+        page.counter(
+            "device_durable_writes",
+            "Writes that were durable by themselves",
+            store.traffic.durable_writes,
+        )
+    }
+}
