@@ -15,16 +15,30 @@ pub async fn run(cx: &Context, verb: OsdVerb) -> Result<()> {
     let monitors = cx.monitors()?;
     match verb {
         OsdVerb::Ls => {
-            let rows = list(&monitors).await?.iter().map(osd_json).collect();
-            let columns =
-                ["id", "host", "rack", "addr", "up", "in", "weight", "used_bytes", "capacity_bytes", "pgs"];
+            let osds = list(&monitors).await?;
+            let rows = osds.iter().map(|o| osd_json(o, &osds)).collect();
+            let columns = [
+                "id",
+                "host",
+                "rack",
+                "addr",
+                "up",
+                "in",
+                "share_percent",
+                "used_bytes",
+                "capacity_bytes",
+                "pgs",
+            ];
             cx.out.list("osds", rows, &columns)
         }
         OsdVerb::Tree => tree(cx, &list(&monitors).await?),
-        OsdVerb::Show { id } => match list(&monitors).await?.iter().find(|o| o.id == id.0) {
-            Some(osd) => cx.out.show(&osd_json(osd)),
-            None => bail!("osd {}: there is no such OSD; see gabion osd ls", id.0),
-        },
+        OsdVerb::Show { id } => {
+            let osds = list(&monitors).await?;
+            match osds.iter().find(|o| o.id == id.0) {
+                Some(osd) => cx.out.show(&osd_json(osd, &osds)),
+                None => bail!("osd {}: there is no such OSD; see gabion osd ls", id.0),
+            }
+        }
         OsdVerb::Out { id } => {
             rpc!(monitors, format!("osd {}", id.0), admin.out_osd, OsdRequest { id: id.0 })?;
             done(cx, &monitors, id.0, "is out: its data moves to the others; see gabion rebuild watch").await
@@ -59,15 +73,16 @@ async fn done(cx: &Context, monitors: &Monitors, id: u32, what: &str) -> Result<
     if cx.out.is_table() {
         return cx.out.text(&format!("osd.{id} {what}"));
     }
-    match list(monitors).await?.iter().find(|o| o.id == id) {
-        Some(osd) => cx.out.value(&osd_json(osd)),
+    let osds = list(monitors).await?;
+    match osds.iter().find(|o| o.id == id) {
+        Some(osd) => cx.out.value(&osd_json(osd, &osds)),
         None => bail!("osd {id}: it is gone meanwhile"),
     }
 }
 
-fn tree(cx: &Context, osds: &[OsdDetail]) -> Result<()> {
+fn tree(cx: &Context, all: &[OsdDetail]) -> Result<()> {
     let mut racks: BTreeMap<&str, BTreeMap<&str, Vec<&OsdDetail>>> = BTreeMap::new();
-    for osd in osds {
+    for osd in all {
         racks.entry(&osd.rack).or_default().entry(&osd.host).or_default().push(osd);
     }
     if !cx.out.is_table() {
@@ -77,7 +92,7 @@ fn tree(cx: &Context, osds: &[OsdDetail]) -> Result<()> {
                 let hosts: Vec<_> = hosts
                     .iter()
                     .map(|(host, osds)| {
-                        json!({ "host": host, "osds": osds.iter().map(|o| osd_json(o)).collect::<Vec<_>>() })
+                        json!({ "host": host, "osds": osds.iter().map(|o| osd_json(o, all)).collect::<Vec<_>>() })
                     })
                     .collect();
                 json!({ "rack": rack, "hosts": hosts })
@@ -93,16 +108,22 @@ fn tree(cx: &Context, osds: &[OsdDetail]) -> Result<()> {
             lines.extend(osds.iter().map(|o| {
                 let up = if o.up { "up" } else { "down" };
                 let within = if o.r#in { "in" } else { "out" };
-                let weight = f64::from(o.weight) / 65_536.0;
-                let (used, all) = (human_exact(o.used_bytes), human_exact(o.capacity_bytes));
-                format!("    osd.{}  {up}, {within}, weight {weight:.2}, {used} of {all}", o.id)
+                let share = share_percent(o, all);
+                let (used, size) = (human_exact(o.used_bytes), human_exact(o.capacity_bytes));
+                format!("    osd.{}  {up}, {within}, {share} % of the weight, {used} of {size}", o.id)
             }));
         }
     }
     cx.out.text(&lines.join("\n"))
 }
 
-fn osd_json(o: &OsdDetail) -> Value {
+/// A weight says little by itself: what part of all weight it is, to a tenth of a percent.
+fn share_percent(osd: &OsdDetail, all: &[OsdDetail]) -> f64 {
+    let total: u64 = all.iter().map(|o| u64::from(o.weight)).sum();
+    (u64::from(osd.weight) * 1000).checked_div(total).unwrap_or(0) as f64 / 10.0
+}
+
+fn osd_json(o: &OsdDetail, all: &[OsdDetail]) -> Value {
     json!({
         "id": o.id,
         "host": o.host,
@@ -111,6 +132,7 @@ fn osd_json(o: &OsdDetail) -> Value {
         "up": o.up,
         "in": o.r#in,
         "weight": f64::from(o.weight) / 65_536.0,
+        "share_percent": share_percent(o, all),
         "incarnation": o.incarnation,
         "capacity_bytes": o.capacity_bytes,
         "used_bytes": o.used_bytes,
