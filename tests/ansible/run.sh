@@ -185,6 +185,21 @@ for n in 1 2 3; do
         on_node $n "ss -Hlntp | grep gabion | awk '{print \$4}' | grep -v ^10.77.0.1$n: | wc -l | grep -qx 0 && ss -Hlntp | grep -q gabion-osd"
 done
 
+on_node 1 'echo "monitors = [\"10.77.0.11:7000\"]" >/root/plain.toml'
+check "who shows no certificate is refused" \
+    on_node 1 'GABION_CONFIG=/root/plain.toml gabion status 2>&1 | grep -q "TLS: it speaks TLS, this process is configured without"'
+check "the CA's key is on node1 alone, and no key is for everybody" \
+    on_node 1 'test -s /etc/gabion/ca/ca.key && ! find /etc/gabion -name "*.key" -perm /o+r | grep .'
+for n in 2 3; do
+    check "node$n has its own certificates and no CA" on_node $n '! test -e /etc/gabion/ca && test -s /etc/gabion/tls/osd.crt'
+done
+scrape() {
+    on_node 1 "python3 -c 'import sys, urllib.request; sys.stdout.write(urllib.request.urlopen(sys.argv[1]).read().decode())' http://$1/metrics"
+}
+for daemon in 11:7300 11:7301 11:7302 11:7310 12:7311 13:7301; do
+    check "10.77.0.$daemon serves metrics" grep -q '^gabion_build_info' <(scrape "10.77.0.$daemon")
+done
+
 step "a volume on it"
 gabion pool create rep3 --replicas 3
 gabion volume create vol1 --size 32M --pool rep3

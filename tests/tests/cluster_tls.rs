@@ -24,7 +24,8 @@ fn a_cluster_over_tls() -> Result<()> {
     let osds = cluster.names("osd")?;
     cluster.kill(&osds[0], false)?;
     cluster.kill(&leader(&cluster)?, false)?;
-    mirror.finish()?;
+    let report = mirror.finish()?;
+    ensure!(report.writes > 0 && report.blocks > 0, "{report:?}");
     cluster.wait_clean(Duration::from_secs(120))?;
 
     strangers(&cluster)?;
