@@ -120,7 +120,7 @@ fn tree(cx: &Context, all: &[OsdDetail]) -> Result<()> {
 /// A weight says little by itself: what part of all weight it is, to a tenth of a percent.
 fn share_percent(osd: &OsdDetail, all: &[OsdDetail]) -> f64 {
     let total: u64 = all.iter().map(|o| u64::from(o.weight)).sum();
-    (u64::from(osd.weight) * 1000).checked_div(total).unwrap_or(0) as f64 / 10.0
+    (u64::from(osd.weight) * 1000 + total / 2).checked_div(total).unwrap_or(0) as f64 / 10.0
 }
 
 fn osd_json(o: &OsdDetail, all: &[OsdDetail]) -> Value {
