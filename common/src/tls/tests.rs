@@ -127,7 +127,7 @@ async fn a_certificate_is_for_what_it_says() {
             HelloRole::Client { .. } => [Role::Gateway, Role::Host, Role::Admin].contains(&role),
         };
         for says in [osd(), client()] {
-            let (from, to) = meet(&ca.security(role), says.clone(), &server).await;
+            let (from, to) = meet(&ca.security(role), says, &server).await;
             assert_eq!((from.is_ok(), to.is_ok()), (may(&says), may(&says)), "{role} says {says:?}");
             for end in [from, to] {
                 let Err(error) = end else { continue };
