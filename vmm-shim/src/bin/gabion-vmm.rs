@@ -35,9 +35,5 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<End> {
     let text = std::fs::read(&args.config).with_context(|| args.config.display().to_string())?;
     let config: Config = serde_json::from_slice(&text).with_context(|| args.config.display().to_string())?;
-    let dir = config.dir.clone();
-    let end = Machine::new(config)?.run()?;
-    let path = dir.join("ended.json");
-    std::fs::write(&path, serde_json::to_vec(&end)?).with_context(|| path.display().to_string())?;
-    Ok(end)
+    Ok(Machine::new(config)?.run()?)
 }

@@ -268,10 +268,19 @@ impl Machine {
             self.wait_and_serve()?;
             if let Some(end) = self.board.end() {
                 self.board.serial.drain();
+                self.record(&end)?;
                 self.tell_all(&Event::Ended(end.clone()));
                 return Ok(end);
             }
         }
+    }
+
+    /// Before anybody is told: whoever hears of the end may end this process.
+    fn record(&self, end: &End) -> Result<(), MachineError> {
+        let path = self.config.dir.join("ended.json");
+        let written =
+            serde_json::to_vec(end).map_err(io::Error::other).and_then(|b| std::fs::write(&path, b));
+        written.map_err(|source| MachineError::Io { what: "cannot write", path, source })
     }
 
     fn wait_and_serve(&mut self) -> Result<(), MachineError> {

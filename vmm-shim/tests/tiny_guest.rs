@@ -1,0 +1,120 @@
+//! A whole `gabion-vmm` process with a kernel of a few instructions, on the machine's own `/dev/kvm`: it prints,
+//! waits for the power button and turns itself off. Says that it skips where there is no `/dev/kvm`.
+
+use gabion_vmm_shim::console::Hub;
+use gabion_vmm_shim::engine::native::NativeEngine;
+use gabion_vmm_shim::engine::{Disk, Engine, Exit, Machine, Nic};
+use gabion_vmm_shim::vmm::board::End;
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(100);
+
+/// A kernel by the 64-bit boot protocol (Linux, Documentation/arch/x86/boot.rst).
+fn kernel() -> Vec<u8> {
+    let mut image = vec![0u8; 0x400 + 4096];
+    image[0x1f1] = 1;
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
+    image[0x211] = 1;
+    image[0x214..0x218].copy_from_slice(&0x10_0000u32.to_le_bytes());
+    image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+    image[0x236..0x238].copy_from_slice(&1u16.to_le_bytes());
+    image[0x238..0x23c].copy_from_slice(&255u32.to_le_bytes());
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+        0xb0, b'O', 0xee, 0xb0, b'K', 0xee, // mov al, 'O'; out dx, al; ...
+        0x66, 0xba, 0x00, 0x06, // mov dx, 0x600: PM1 status
+        0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9, // in ax, dx; test ah, 1; jz back to in
+        0x66, 0xba, 0x04, 0x06, // mov dx, 0x604: PM1 control
+        0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, // mov ax, SLP_EN and S5; out dx, ax
+        0xf4, 0xeb, 0xfd, // hlt, for ever
+    ];
+    image[0x600..0x600 + code.len()].copy_from_slice(&code);
+    image
+}
+
+fn machine(dir: &Path) -> Machine {
+    let path = dir.join("kernel");
+    std::fs::write(&path, kernel()).unwrap();
+    Machine {
+        name: "tiny".into(),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        cpu_model: Default::default(),
+        engine: None,
+        kernel: path,
+        initrd: None,
+        kernel_args: String::new(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        dir: dir.to_owned(),
+    }
+}
+
+fn engine() -> Option<NativeEngine> {
+    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+        println!("SKIPPED: no usable /dev/kvm");
+        return None;
+    }
+    Some(NativeEngine::with_program(env!("CARGO_BIN_EXE_gabion-vmm").into()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_adopted_and_its_end_is_on_record_before_anybody_hears_of_it() {
+    let Some(engine) = engine() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let first = engine.start(machine(dir.path())).await.unwrap();
+    let hub = Hub::open(first.serial_socket(), first.serial_log());
+    let printed = async {
+        loop {
+            let mut view = hub.view();
+            if view.replay.windows(2).any(|w| w == b"OK") {
+                return;
+            }
+            view.live.recv().await.unwrap();
+        }
+    };
+    tokio::time::timeout(LIMIT, printed).await.expect("the guest prints");
+    drop((hub, first));
+
+    let guest = engine.adopt(dir.path()).await.unwrap().expect("it still runs");
+    let listener = UnixStream::connect(dir.path().join("control.sock")).unwrap();
+    let record = dir.path().join("ended.json");
+    let heard = tokio::task::spawn_blocking(move || {
+        let mut line = String::new();
+        BufReader::new(listener).read_line(&mut line).unwrap();
+        // An agent that hears of the end may find the process slow, and kill it.
+        (line, std::fs::read(record))
+    });
+    guest.stop().await.unwrap();
+    let (line, record) = tokio::time::timeout(LIMIT, heard).await.expect("it ends").unwrap();
+    assert!(line.contains("\"ended\""), "{line}");
+    let end: End = serde_json::from_slice(&record.expect("the end is on record")).unwrap();
+    assert_eq!(end, End::PoweredOff);
+    let mut exit = guest.exit();
+    let how = tokio::time::timeout(LIMIT, exit.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
+    assert_eq!(how, Some(Exit::Stopped(String::new())));
+    assert!(engine.adopt(dir.path()).await.unwrap().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_cannot_start_says_why() {
+    let Some(engine) = engine() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let nobody = Disk { volume: "v".into(), socket: dir.path().join("nobody") };
+    let nic = Nic { tap: "gabion-none".into(), mac: "02:00:00:00:00:01".into() };
+    let plain = || machine(dir.path());
+    for (machine, why) in [
+        (Machine { kernel: "/no/kernel".into(), ..plain() }, "/no/kernel"),
+        (Machine { disks: vec![nobody], ..plain() }, "nobody"),
+        (Machine { nics: vec![nic], ..plain() }, "ip tuntap add dev gabion-none"),
+        (Machine { vcpus: 65, ..plain() }, "vcpus"),
+    ] {
+        let error = engine.start(machine).await.err().unwrap().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+}
