@@ -27,7 +27,7 @@ one() { # NAME
         gabion-vmm) gabion-vmm --config $dir/vmm.json 2>$dir/log & ;;
         qemu-microvm)
             $qemu -machine microvm,accel=kvm,memory-backend=mem,rtc=off $disk \
-                -device vhost-user-blk-device,chardev=c0,num-queues=2 -append "$append" 2>$dir/log &
+                -device vhost-user-blk,chardev=c0,num-queues=2 -append "$append" 2>$dir/log &
             ;;
         qemu-q35)
             $qemu -machine q35,accel=kvm,memory-backend=mem,vmport=off $disk \
@@ -45,11 +45,14 @@ one() { # NAME
         sleep 0.02
     done
     took=$(($(now) - began))
-    memory=$(awk '/^RssAnon|^RssFile|^RssShmem/ { printf " %s %d", $1, $2 }' /proc/$vmm/status)
+    # Guest memory is the memfd; of the rest, what is the process's own, and with the programs' files (which lie in
+    # memory here).
+    memory=$(awk '/^[0-9a-f]+-/ { guest = /memfd:/ } /^Rss:/ && !guest { rss += $2 } /^Private_Dirty:/ && !guest { own += $2 }
+        END { print own " KiB own, " rss " KiB resident" }' /proc/$vmm/smaps)
     threads=$(ls /proc/$vmm/task | wc -l)
     kill -9 $vmm $gateway
     wait $vmm $gateway 2>/dev/null || true
-    echo "compare: $1: boot $((took / 100)).$(printf %02d $((took % 100))) s; KiB$memory; threads $threads"
+    echo "compare: $1: boot $((took / 100)).$(printf %02d $((took % 100))) s; $memory; threads $threads"
 }
 for round in $(seq 1 "$rounds"); do
     for machine in gabion-vmm qemu-microvm qemu-q35; do one $machine; done

@@ -3,7 +3,7 @@
 
 use gabion_vmm_shim::console::Hub;
 use gabion_vmm_shim::engine::native::NativeEngine;
-use gabion_vmm_shim::engine::{Disk, Engine, Exit, Machine, Nic};
+use gabion_vmm_shim::engine::{Disk, Engine, Exit, Guest, Machine, Nic};
 use gabion_vmm_shim::vmm::board::End;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -63,12 +63,9 @@ fn engine() -> Option<NativeEngine> {
     Some(NativeEngine::with_program(env!("CARGO_BIN_EXE_gabion-vmm").into()))
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_guest_is_adopted_and_its_end_is_on_record_before_anybody_hears_of_it() {
-    let Some(engine) = engine() else { return };
-    let dir = tempfile::tempdir().unwrap();
-    let first = engine.start(machine(dir.path())).await.unwrap();
-    let hub = Hub::open(first.serial_socket(), first.serial_log());
+/// Returns when the guest has printed what it prints.
+async fn printed(guest: &dyn Guest) {
+    let hub = Hub::open(guest.serial_socket(), guest.serial_log());
     let printed = async {
         loop {
             let mut view = hub.view();
@@ -79,26 +76,56 @@ async fn a_guest_is_adopted_and_its_end_is_on_record_before_anybody_hears_of_it(
         }
     };
     tokio::time::timeout(LIMIT, printed).await.expect("the guest prints");
-    drop((hub, first));
+}
 
-    let guest = engine.adopt(dir.path()).await.unwrap().expect("it still runs");
-    let listener = UnixStream::connect(dir.path().join("control.sock")).unwrap();
-    let record = dir.path().join("ended.json");
+/// What a client of the control socket hears of the end; empty: nothing.
+async fn heard_at_stop(guest: &dyn Guest, dir: &Path) -> String {
+    let client = UnixStream::connect(dir.join("control.sock")).unwrap();
     let heard = tokio::task::spawn_blocking(move || {
         let mut line = String::new();
-        BufReader::new(listener).read_line(&mut line).unwrap();
-        // An agent that hears of the end may find the process slow, and kill it.
-        (line, std::fs::read(record))
+        BufReader::new(client).read_line(&mut line).unwrap();
+        line
     });
     guest.stop().await.unwrap();
-    let (line, record) = tokio::time::timeout(LIMIT, heard).await.expect("it ends").unwrap();
-    assert!(line.contains("\"ended\""), "{line}");
-    let end: End = serde_json::from_slice(&record.expect("the end is on record")).unwrap();
-    assert_eq!(end, End::PoweredOff);
+    tokio::time::timeout(LIMIT, heard).await.expect("it ends").unwrap()
+}
+
+async fn ended(guest: &dyn Guest) -> Exit {
     let mut exit = guest.exit();
-    let how = tokio::time::timeout(LIMIT, exit.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
-    assert_eq!(how, Some(Exit::Stopped(String::new())));
+    let how = tokio::time::timeout(LIMIT, exit.wait_for(Option::is_some)).await.expect("it ends").unwrap();
+    how.clone().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_adopted_and_powered_off() {
+    let Some(engine) = engine() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let first = engine.start(machine(dir.path())).await.unwrap();
+    printed(&*first).await;
+    drop(first);
+    let guest = engine.adopt(dir.path()).await.unwrap().expect("it still runs");
+    let heard = heard_at_stop(&*guest, dir.path()).await;
+    assert!(heard.contains("\"ended\""), "{heard}");
+    assert_eq!(ended(&*guest).await, Exit::Stopped(String::new()));
+    let record = std::fs::read(dir.path().join("ended.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<End>(&record).unwrap(), End::PoweredOff);
     assert!(engine.adopt(dir.path()).await.unwrap().is_none());
+}
+
+/// An agent that hears of the end may find the process slow, and kill it: the record must be there by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_hears_of_an_end_that_is_not_on_record() {
+    let Some(engine) = engine() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let guest = engine.start(machine(dir.path())).await.unwrap();
+    printed(&*guest).await;
+    // Nothing can be written in its place.
+    std::fs::create_dir(dir.path().join("ended.json")).unwrap();
+    assert_eq!(heard_at_stop(&*guest, dir.path()).await, "");
+    match ended(&*guest).await {
+        Exit::Failed(why) => assert!(why.contains("ended.json"), "{why}"),
+        Exit::Stopped(why) => panic!("stopped: {why}"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
