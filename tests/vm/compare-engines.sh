@@ -8,7 +8,7 @@ dir=/data/e
 mkdir -p $dir
 cp /images/root.ext4 $dir/root
 rounds=${GABION_VM_ROUNDS:-3}
-append="console=ttyS0 panic=-1 quiet"
+append="console=ttyS0 panic=-1 cryptomgr.notests quiet"
 disk="-object memory-backend-memfd,id=mem,size=256M,share=on -chardev socket,id=c0,path=$dir/disk.sock"
 qemu="qemu-system-x86_64 -L /qemu -cpu host -smp 2 -m 256M -nodefaults -no-user-config -no-reboot -display none -serial file:$dir/console.log -kernel /images/vmlinuz -initrd /images/initrd"
 cat >$dir/vmm.json <<END

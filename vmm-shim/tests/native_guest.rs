@@ -153,7 +153,7 @@ fn machine(images: &Images, dir: &Path, disks: Vec<Disk>) -> Machine {
         engine: None,
         kernel: images.dir.join("vmlinuz"),
         initrd: Some(images.dir.join("initrd")),
-        kernel_args: "console=ttyS0 panic=-1 quiet".into(),
+        kernel_args: "console=ttyS0 panic=-1 cryptomgr.notests quiet".into(),
         disks,
         nics: vec![Nic { tap: images.tap.clone(), mac: "02:00:5e:10:00:01".into() }],
         dir: dir.to_owned(),
