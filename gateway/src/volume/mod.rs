@@ -86,7 +86,13 @@ impl Volume {
         let room = Arc::new(Semaphore::new(WRITE_BYTES_MAX / BLOCK_BYTES as usize));
         let inner = Inner { backend, lock: Arc::default(), blocks_per_object, room };
         let size_bytes = watch::Sender::new(shape.size_bytes);
-        Arc::new(Volume { shape, size_bytes, inner: Arc::new(inner), runtime: Handle::current(), counts: Counts::default() })
+        Arc::new(Volume {
+            shape,
+            size_bytes,
+            inner: Arc::new(inner),
+            runtime: Handle::current(),
+            counts: Counts::default(),
+        })
     }
 
     /// A volume in memory: for tests of exports. `size_bytes` is rounded up to whole blocks.
