@@ -50,14 +50,12 @@ impl Holder {
             if let Some(own) = self.own(&now) {
                 self.volume.grow(own.size_bytes);
             }
-            match self.asked(&now) {
-                Some(snapshot) => {
-                    if self.snapshot(snapshot, &mut map).await.is_none() {
-                        return;
-                    }
-                }
-                None if map.changed().await.is_err() => return,
-                None => {}
+            let followed = match self.asked(&now) {
+                Some(snapshot) => self.snapshot(snapshot, &mut map).await.is_some(),
+                None => map.changed().await.is_ok(),
+            };
+            if !followed {
+                return;
             }
         }
     }

@@ -110,7 +110,7 @@ fn strangers(cluster: &Cluster) -> Result<()> {
     let files = TlsFiles { ca: files("ca.crt"), cert: files("admin.crt"), key: files("admin.key") };
     let foreign = Security::load(&files, &[Role::Admin])?;
     let client = HelloRole::Client { id: ClientId(77) };
-    let error = hello(&addr, client.clone(), &Security::plain())?;
+    let error = hello(&addr, client, &Security::plain())?;
     ensure!(error.to_string() == "TLS: it speaks TLS, this process is configured without", "{error}");
     logged(cluster, &osd, "error=TLS: it does not speak TLS, this process does")?;
     let error = hello(&addr, client, &foreign)?;

@@ -14,7 +14,7 @@ fn block(seed: u64) -> Option<Block> {
 fn data(k: u8, rows: u32, seed: u64) -> BTreeMap<u8, Rows> {
     let at = |n: u8, r: u32| {
         let seed = seed ^ u64::from(n) << 40 ^ u64::from(r) << 20;
-        if seed % 3 == 0 { None } else { block(seed) }
+        if seed.is_multiple_of(3) { None } else { block(seed) }
     };
     (0..k).map(|n| (n, (0..rows).map(|r| at(n, r)).collect())).collect()
 }

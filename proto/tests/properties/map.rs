@@ -16,7 +16,7 @@ fn two_maps(a: u64, b: u64, epoch: u64, step: u64) -> (ClusterMap, ClusterMap) {
     }
     new.removed_volumes.extend(&old.removed_volumes);
     new.removed_layers.extend(&old.removed_layers);
-    if b % 2 == 0 {
+    if b.is_multiple_of(2) {
         new.remove_root(VolumeId(100 + b % 9));
     }
     new.removed_pools.extend(&old.removed_pools);
