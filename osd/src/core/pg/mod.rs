@@ -132,6 +132,9 @@ impl Held {
 pub struct Index {
     pub objects: BTreeMap<ObjectId, Held>,
     pub missing: BTreeMap<ObjectId, Needed>,
+    /// Erasure coding, at the primary, whose `objects` are what they should be: committed versions that are still here of
+    /// those that it misses.
+    pub beneath: BTreeMap<ObjectId, Version>,
 }
 
 /// Since this run began.

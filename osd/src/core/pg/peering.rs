@@ -297,6 +297,11 @@ impl Pg {
         let own_back = back.get(&cx.id).cloned().unwrap_or_default();
         let base = |o: &ObjectId| told.get(&cx.id)?.entries.get(o)?.base;
         // From here on the index is what the objects should be; what is left of removed volumes is purged from it.
+        let beneath = own_missing.keys().filter_map(|o| {
+            let held = self.index.objects.get(o)?;
+            Some((*o, held.base.unwrap_or(held.version)))
+        });
+        self.index.beneath = beneath.collect();
         self.index.objects.retain(|o, _| is_removed(cx.map, o) || own_back.contains_key(o));
         let kept = wanted.iter().filter(|(o, _)| !own_missing.contains_key(o) && !own_back.contains_key(o));
         self.index

@@ -189,7 +189,8 @@ impl Pg {
         match self.index.missing.get(object) {
             _ if self.code.is_none() => None,
             Some(needed) if needed.uncertain.is_some() => {
-                Some(held.map_or(Version::ZERO, |h| h.base.unwrap_or(h.version)))
+                let held = held.map(|h| h.base.unwrap_or(h.version));
+                held.or(self.index.beneath.get(object).copied()).or(Some(Version::ZERO))
             }
             Some(_) => None,
             None => held.and_then(|h| h.base),
