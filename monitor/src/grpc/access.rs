@@ -20,8 +20,8 @@ pub(super) fn rule(path: &str, role: Role) -> bool {
             Admin => true,
             // Formats its own disk.
             Osd => method == "AddOsd",
-            // Reads the boot files of its guests.
-            Host => method == "GetVolume",
+            // The boot files of a guest; the size of a volume that is attached.
+            Host | Gateway => method == "GetVolume",
             Viewer => ["List", "Get"].iter().any(|verb| method.starts_with(verb)),
             _ => false,
         },
@@ -53,6 +53,7 @@ mod tests {
         }
         assert!(rule("/gabion.v1.AdminService/AddOsd", Role::Osd));
         assert!(!rule("/gabion.v1.AdminService/AddExport", Role::Host));
+        assert!(rule("/gabion.v1.AdminService/GetVolume", Role::Gateway));
         assert!(rule("/gabion.v1.AdminService/ListOsds", Role::Viewer));
         assert!(!rule("/gabion.v1.AdminService/OutOsd", Role::Viewer));
     }
