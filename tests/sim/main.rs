@@ -228,8 +228,7 @@ mod tests {
     fn one_broken_link_is_worked_around() {
         for seed in 1..=4 {
             let mut rng = crate::rng::Rng::new(seed);
-            let plan = crate::plan::Plan::of(&mut rng);
-            let plan = crate::plan::Plan { scenario: crate::plan::Scenario::OneBrokenLink, ..plan };
+            let plan = crate::plan::Plan::with_a_broken_link(&mut rng);
             super::finish(crate::world::World::planned(plan, rng, false))
                 .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         }

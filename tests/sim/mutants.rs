@@ -1,6 +1,6 @@
 //! The mutation check: the simulator must notice when the core does not keep one of its rules.
 
-use crate::plan::{Plan, Scenario};
+use crate::plan::Plan;
 use crate::rng::Rng;
 use crate::world::World;
 use gabion_osd::core::{Rule, Rules};
@@ -11,10 +11,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub const SEEDS: u64 = 3_000;
 
 fn plan(rng: &mut Rng, rule: Rule) -> Plan {
-    let scenario = match rule {
-        Rule::StuckReports => Scenario::OneBrokenLink,
-        _ => Scenario::Faults,
-    };
+    if rule == Rule::StuckReports {
+        return Plan { rules: Rules::without(rule), ..Plan::with_a_broken_link(rng) };
+    }
     let coded = matches!(
         rule,
         Rule::CoverageDecodes | Rule::RollBack | Rule::TwoPhases | Rule::AllShards | Rule::OneVersion
@@ -24,7 +23,7 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
         (true, false) => Plan::with(Redundancy::Erasure { k: 2, m: 1 }, rng),
         (true, true) => Plan::with(Redundancy::Erasure { k: 4, m: 2 }, rng),
     };
-    Plan { rules: Rules::without(rule), scenario, ..plan }
+    Plan { rules: Rules::without(rule), ..plan }
 }
 
 /// The first seed that notices, and how.

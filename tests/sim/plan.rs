@@ -45,6 +45,15 @@ impl Plan {
         Plan::with(redundancy, rng)
     }
 
+    /// One link breaks for good, in a group that can go on without one of its members.
+    pub fn with_a_broken_link(rng: &mut Rng) -> Plan {
+        let redundancy = match rng.chance(500) {
+            true => Redundancy::Replicated { size: 3 },
+            false => Redundancy::Erasure { k: 4, m: 2 },
+        };
+        Plan { scenario: Scenario::OneBrokenLink, ..Plan::with(redundancy, rng) }
+    }
+
     /// Everything else by chance.
     pub fn with(redundancy: Redundancy, rng: &mut Rng) -> Plan {
         let width = (redundancy.width() as u64).max(3);
