@@ -131,6 +131,7 @@ async fn a_cluster_from_nothing() {
         pb::Redundancy { kind: Some(pb::redundancy::Kind::Erasure(pb::ErasureCode { k: 2, m: 1 })) };
     let erasure = pb::CreatePoolRequest { name: "e".into(), redundancy: Some(erasure), ..Default::default() };
     m.admin().create_pool(erasure).await.unwrap();
+    m.admin().remove_pool(pb::NameRequest { name: "e".into() }).await.unwrap();
 
     // Followed by increments, the map arrives where the monitor is.
     let epoch = m.heartbeat(0, incs[0], 0).await.unwrap();

@@ -4,7 +4,7 @@
 //! for the current interval (rule P9, invariant 8).
 
 use super::*;
-use gabion_proto::map::PgRecord;
+use gabion_proto::map::{PgRecord, Redundancy};
 
 /// A run of an OSD.
 type Suspect = (OsdId, Incarnation);
@@ -76,7 +76,9 @@ impl MonitorState {
                 r.past.clear();
             });
             // Positions of an erasure-coded group that stayed empty until now, see `intervals`.
-            let held_back = self.map.pgs.get(&pg).is_some_and(|r| {
+            let pool = self.map.pools.get(&pg.pool);
+            let coded = pool.is_some_and(|p| matches!(p.redundancy, Redundancy::Erasure { .. }));
+            let held_back = self.map.pgs.get(&pg).filter(|_| coded).is_some_and(|r| {
                 r.up.iter().zip(&r.acting).any(|(up, acting)| up != acting && self.map.up_osd(*up).is_some())
             });
             if held_back {

@@ -9,7 +9,7 @@ use super::wake::Waker;
 use parking_lot::Mutex;
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, Direction, FlushOptions, IteratorMode, Options,
-    WriteBatch, WriteOptions,
+    ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -101,7 +101,13 @@ impl Kv for RocksKv {
     fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> Result<Vec<Pair>, String> {
         let start = prefix.max(from);
         let mut out = Vec::new();
-        for pair in self.db.iterator(IteratorMode::From(start, Direction::Forward)).take(limit) {
+        let mut options = ReadOptions::default();
+        // Or it would step over everything that was deleted behind the prefix.
+        if let Some(end) = after_prefix(prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        let pairs = self.db.iterator_opt(IteratorMode::From(start, Direction::Forward), options);
+        for pair in pairs.take(limit) {
             let (key, value) = pair.map_err(|e| e.to_string())?;
             if !key.starts_with(prefix) {
                 break;
@@ -140,4 +146,12 @@ impl Drop for RocksKv {
             let _ = thread.join();
         }
     }
+}
+
+/// The first key behind everything that starts with `prefix`; `None` when there is none.
+fn after_prefix(prefix: &[u8]) -> Option<Vec<u8>> {
+    let last = prefix.iter().rposition(|b| *b != u8::MAX)?;
+    let mut end = prefix[..=last].to_vec();
+    end[last] += 1;
+    Some(end)
 }
