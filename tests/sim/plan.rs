@@ -65,7 +65,8 @@ impl Plan {
             loss: [0, 0, 5, 30][rng.below(4) as usize],
             duplicate: [0, 10, 50][rng.below(3) as usize],
             fault_every_ms: rng.range(1_500, 6_000),
-            rot: rng.chance(300),
+            // With one spare shard a member that was away is one failure already.
+            rot: rng.chance(300) && !matches!(redundancy, Redundancy::Erasure { m: 1, .. }),
             chunks: 300,
             rules: Rules::default(),
             scenario: Scenario::Faults,

@@ -13,6 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 const MAC: &str = "02:00:5e:10:00:01";
 const SLOT_BYTES: usize = 0x1000;
 const FRAMES: u32 = 3000;
+/// On their way at once: fewer than a datagram socket holds (net.unix.max_dgram_qlen, 10).
+const WIRE_FRAMES: u32 = 8;
 
 fn card() -> Result<(Driver, UnixDatagram)> {
     let (peer, end) = UnixDatagram::pair()?;
@@ -80,14 +82,20 @@ fn frames_go_both_ways_whole_and_in_order() -> Result<()> {
         }
         Ok(())
     });
+    // A card loses what its wire has no room for, and this wire has room for few.
+    let (taken, room) = std::sync::mpsc::channel();
     let to_wire = std::thread::spawn(move || -> Result<()> {
         for n in 0..FRAMES {
             ensure!(next(&peer)? == frame(n), "frame {n} went out otherwise");
+            let _ = taken.send(());
         }
         Ok(())
     });
     let transmitter = std::thread::spawn(move || -> Result<()> {
         for n in 0..FRAMES {
+            if n >= WIRE_FRAMES {
+                room.recv().context("frames are taken from the wire")?;
+            }
             if n >= u32::from(QUEUE_SIZE) / 2 {
                 transmit.answer()?;
             }

@@ -41,6 +41,8 @@ pub struct Member {
     in_flight: BTreeMap<(ObjectId, Version), u64>,
     /// Pushes being applied.
     applying: BTreeSet<ObjectId>,
+    /// Erasure coding: rows that are being read, for whom and under which number.
+    pub serving: BTreeSet<(OsdId, u64)>,
     /// When the primary was last told that the store is full.
     told_full: Option<Millis>,
 }

@@ -29,6 +29,13 @@ struct Asked {
     last: Millis,
 }
 
+impl Asked {
+    /// Ever later: a busy member has the question already.
+    fn is_due(&self, now: Millis) -> bool {
+        now >= self.last + ASK_AGAIN_MS.max(self.last - self.first)
+    }
+}
+
 #[derive(Debug)]
 pub struct Gather {
     pub purpose: For,
@@ -215,7 +222,7 @@ impl Pg {
             for member in silent.into_iter().filter(|m| active.recovery.give_up(g.object, *m)) {
                 g.asked.retain(|_, a| a.member != member);
             }
-            for a in g.asked.values_mut().filter(|a| a.member != own && now >= a.last + ASK_AGAIN_MS) {
+            for a in g.asked.values_mut().filter(|a| a.member != own && a.is_due(now)) {
                 a.last = now;
                 again.push((*tid, a.member));
             }
@@ -423,7 +430,9 @@ impl Pg {
     ) {
         let acting = self.record.acting.contains(&cx.id);
         let active = self.member().is_some_and(|m| m.active);
-        if self.member().is_none() || (acting && !active) {
+        // What is being read is answered once.
+        let asked_before = self.member().is_some_and(|m| m.serving.contains(&(from, tid)));
+        if self.member().is_none() || (acting && !active) || asked_before {
             return;
         }
         let here = self.index.objects.get(&object).is_some_and(|h| {
@@ -439,6 +448,9 @@ impl Pg {
             let body = PeerBody::ShardData { tid, result: Err(SubResult::Missing) };
             return self.send(cx, from, body, Bytes::new());
         }
+        if let Some(m) = self.member() {
+            m.serving.insert((from, tid));
+        }
         self.read_own_rows(cx, What::ServeRows { to: from, tid }, object, version, (first_row, row_count));
     }
 
@@ -449,6 +461,9 @@ impl Pg {
         tid: u64,
         result: Result<Content, StoreError>,
     ) {
+        if let Some(m) = self.member() {
+            m.serving.remove(&(to, tid));
+        }
         let (result, data) = match result {
             Ok(content) => (Ok(content.extents), content.data),
             Err(e) => (Err(rows_refused(e)), Bytes::new()),
