@@ -226,9 +226,10 @@ guest_uri=$(gabion -o json export add guest --nbd --host node1 | jq -r .uri)
 on_node 1 "nbdcopy --flush /root/guest.raw '$guest_uri' && rm /root/guest.raw"
 rm "$work/guest.raw"
 gabion --yes export rm guest
+# The root's own default target wins over the one that systemd.run= makes, so the target is named.
 # The guest's only work: it waits for a second disk, fills it, says so and powers off.
 cat >"$work/node1/root/root/kernel-args" <<'ARGS'
-quiet systemd.run="/bin/sh -c 'echo GUEST-RUNS >/dev/ttyS0; until test -b /dev/vdb; do sleep 0.2; done; yes gabion | dd of=/dev/vdb bs=1M count=16 iflag=fullblock oflag=direct conv=fsync && echo GUEST-WROTE >/dev/ttyS0'"
+quiet systemd.unit=kernel-command-line.target systemd.run="/bin/sh -c 'echo GUEST-RUNS >/dev/ttyS0; until test -b /dev/vdb; do sleep 0.2; done; yes gabion | dd of=/dev/vdb bs=1M count=16 iflag=fullblock oflag=direct conv=fsync && echo GUEST-WROTE >/dev/ttyS0'"
 ARGS
 on_node 1 'gabion vm create guest --cpus 1 --memory 512M --disk guest --host node1 --kernel-args "$(cat /root/kernel-args)" && gabion vm start guest --timeout-secs 120'
 await 300 "the guest runs" on_node 1 'grep -aq GUEST-RUNS /run/gabion/host/vms/guest/console.log'
