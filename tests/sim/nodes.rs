@@ -219,6 +219,12 @@ impl World {
             let events = if txns.is_empty() {
                 left -= 1;
                 let Some(effect) = self.nodes[node].queue.pop_front() else { break };
+                // As from the daemon's store: a read sees what was committed before it and, often, what came later.
+                if !matches!(effect, Effect::List { .. }) && self.rng.chance(300) {
+                    let delay = self.rng.range(1, 8);
+                    self.at(delay, Ev::StoreRead { node, run, effect });
+                    continue;
+                }
                 self.store_read(node, effect).into_iter().collect()
             } else {
                 self.store_commit(node, tokens, txns)
@@ -255,6 +261,15 @@ impl World {
         tokens.into_iter().zip(results).map(|(token, result)| Event::Committed { token, result }).collect()
     }
 
+    /// A read that others have overtaken.
+    pub fn late_read(&mut self, node: usize, run: u64, effect: Effect) {
+        match self.store_read(node, effect) {
+            Some(event) if is_fatal(&event) => self.store_died(node),
+            Some(event) => self.at(0, Ev::Core { node, run, event }),
+            None => {}
+        }
+    }
+
     fn store_read(&mut self, node: usize, effect: Effect) -> Option<Event> {
         let store = self.nodes[node].disk.store()?;
         let event = match effect {
@@ -270,7 +285,8 @@ impl World {
             Effect::List { token, pg } => {
                 let objects = store.list(pg, None, usize::MAX);
                 let missing = store.list_missing(pg, None, usize::MAX);
-                let result = objects.and_then(|objects| missing.map(|missing| Listing { objects, missing }));
+                let meta = store.meta(pg);
+                let result = meta.and_then(|meta| Ok(Listing { meta, objects: objects?, missing: missing? }));
                 Event::Listed { token, result }
             }
             _ => return None,

@@ -60,6 +60,11 @@ pub enum Ev {
         node: usize,
         run: u64,
     },
+    StoreRead {
+        node: usize,
+        run: u64,
+        effect: Effect,
+    },
     Boot {
         node: usize,
         run: u64,
@@ -223,6 +228,7 @@ impl World {
             | Ev::Lease { node, .. }
             | Ev::Core { node, .. }
             | Ev::StoreRun { node, .. }
+            | Ev::StoreRead { node, .. }
             | Ev::Map { node, .. }
             | Ev::Op { node, .. } => self.nodes[*node].paused_until,
             Ev::Client { client, .. } => self.clients[*client].paused_until,
@@ -242,6 +248,7 @@ impl World {
             Ev::Core { node, run, event } if self.live(node, run) => self.step(node, event),
             Ev::ToMonitor { node, run, token, request } => self.report(node, run, token, request),
             Ev::StoreRun { node, run } if self.live(node, run) => self.store_run(node, run),
+            Ev::StoreRead { node, run, effect } if self.live(node, run) => self.late_read(node, run, effect),
             Ev::Boot { node, run } => self.boot(node, run),
             Ev::Map { node, run, map } if self.live(node, run) && map.epoch > self.nodes[node].epoch => {
                 self.nodes[node].epoch = map.epoch;

@@ -208,14 +208,14 @@ impl MonitorState {
             for (id, record) in &mut map.pgs {
                 let redundancy = map.pools.get(&id.pool).map(|p| p.redundancy);
                 // What cannot be read any more is lost, and nobody waits for it.
-                let enough = match redundancy {
-                    Some(Redundancy::Erasure { k, .. }) => k as usize,
-                    _ => 1,
+                let (coded, enough) = match redundancy {
+                    Some(Redundancy::Erasure { k, .. }) => (true, k as usize),
+                    _ => (false, 1),
                 };
                 for past in &mut record.past {
                     // A position is a shard's number: the others keep theirs.
                     past.acting.iter_mut().filter(|o| **o == osd).for_each(|o| *o = OsdId::NONE);
-                    if enough == 1 {
+                    if !coded {
                         past.acting.retain(|o| *o != OsdId::NONE);
                     }
                     past.primary = past.primary.filter(|p| *p != osd);

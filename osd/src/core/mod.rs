@@ -72,6 +72,8 @@ pub enum Event {
 /// All that a store knows of one group.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listing {
+    /// What it keeps about itself.
+    pub meta: Option<PgMeta>,
     pub objects: Vec<ListEntry>,
     pub missing: Vec<(ObjectId, Needed)>,
 }

@@ -59,6 +59,8 @@ fn version() -> Version {
     Version::new(Epoch(5), 1).unwrap()
 }
 
+const META: PgMeta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
+
 struct Driver {
     core: OsdCore,
     epoch: u64,
@@ -67,7 +69,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Driver {
-        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
+        let meta = META;
         let (cluster, epoch) = (ClusterId::default(), Epoch(0));
         let boot = Boot { cluster, id: OsdId(1), incarnation: Incarnation(1), epoch };
         Driver { core: OsdCore::new(boot, vec![(PG, meta)], 0), epoch: 0, interval: 0 }
@@ -91,7 +93,7 @@ impl Driver {
             _ => None,
         });
         let state = ObjectState { version: version(), deleted: false, pending: None };
-        let listing = Listing { objects: vec![(OBJECT, state)], missing: Vec::new() };
+        let listing = Listing { meta: Some(META), objects: vec![(OBJECT, state)], missing: Vec::new() };
         self.step(Event::Listed { token: token.expect("lists its store"), result: Ok(listing) })
     }
 

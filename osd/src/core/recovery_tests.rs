@@ -136,7 +136,7 @@ impl Driver {
         });
         let state = ObjectState { version: version(), deleted: false, pending: None };
         let objects = vec![(OBJECT, state), (REMOVED, state)];
-        let result = Ok(Listing { objects, missing: Vec::new() });
+        let result = Ok(Listing { meta: Some(meta), objects, missing: Vec::new() });
         let effects = d.step(Event::Listed { token: token.expect("lists"), result });
         d.commit(&effects);
         d.hear(2, PeerBody::Info { activated: Epoch(0), object_count: 0, missing_count: 0, shard: None });

@@ -432,6 +432,13 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
         self.watch(result)
     }
 
+    fn meta(&mut self, pg: PgId) -> Result<Option<PgMeta>, StoreError> {
+        let result = self.drain_commits().and_then(|()| self.index.get(&layout::pg_key(kind::META, pg)));
+        let value = self.watch(result)?;
+        let result = value.map(|v| layout::decode(v.record()?)).transpose();
+        self.watch(result)
+    }
+
     fn usage(&self) -> Usage {
         Usage {
             capacity_bytes: u64::from(self.slots.count()) * u64::from(CHUNK_BYTES),

@@ -24,6 +24,12 @@ const TXN_BLOCKS_MAX: u32 = (512 << 10) / BLOCK_BYTES;
 const RECORD_SHARE: u32 = 4;
 const TARGET_SHARE: u32 = 16;
 const TXN_SHARE: u32 = 16;
+/// The largest head of a transaction: an activation with its missing map (rule P4).
+const HEAD_SHARE: u32 = 8;
+const _: () = assert!(
+    RECORD_SHARE * (TARGET_SHARE * TXN_SHARE + TARGET_SHARE * HEAD_SHARE + TXN_SHARE * HEAD_SHARE)
+        <= TARGET_SHARE * TXN_SHARE * HEAD_SHARE
+);
 
 /// Data blocks of one transaction that go to a journal of `journal_blocks`.
 pub(super) fn txn_blocks_max(journal_blocks: u32) -> u32 {
@@ -140,7 +146,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
 
     fn build_group(&mut self) -> Result<bool, StoreError> {
         let target = GROUP_BLOCKS_MAX.min(self.ring.blocks() / TARGET_SHARE) as usize * BLOCK;
-        let txn_head_max = self.ring.blocks() as usize / TXN_SHARE as usize * BLOCK;
+        let txn_head_max = self.ring.blocks() as usize / HEAD_SHARE as usize * BLOCK;
         let mut stage = Stage::default();
         let (mut outcomes, mut touches) = (Vec::new(), Vec::new());
         let (mut bytes, mut payload, mut last) = (0, 0, 0);

@@ -54,9 +54,11 @@ pub struct Record {
 
 /// Upper bound of what `changes` take as the head of a record, in bytes.
 pub fn head_bytes(prefixes: &[Key], images: usize, changes: &View) -> usize {
-    let change = |(key, value): (&Key, &Option<Value>)| {
-        let value = if let Some(Value::Record(bytes)) = value { bytes.len() } else { 0 };
-        2 + key.len() + 4 + value
+    let change = |(key, value): (&Key, &Option<Value>)| match value {
+        // What a prefix deletes takes no room of its own: a group of any size can be removed.
+        None if prefixes.iter().any(|p| key.starts_with(p)) => 0,
+        Some(Value::Record(bytes)) => 2 + key.len() + 4 + bytes.len(),
+        _ => 2 + key.len() + 4,
     };
     HEADER_BYTES + prefixes.len() * 32 + images * 11 + changes.iter().map(change).sum::<usize>()
 }

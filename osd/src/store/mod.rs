@@ -237,6 +237,8 @@ pub trait Store: Send {
     ) -> Result<Vec<(ObjectId, Needed)>, StoreError>;
     /// Every group here with its metadata.
     fn pgs(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError>;
+    /// The same of one group; none when nothing was ever said of it, or it was removed.
+    fn meta(&mut self, pg: PgId) -> Result<Option<PgMeta>, StoreError>;
     fn usage(&self) -> Usage;
     /// Does a bounded piece of background work (write-back); true when there is more to do.
     fn background(&mut self) -> Result<bool, StoreError>;

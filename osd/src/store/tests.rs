@@ -38,6 +38,23 @@ fn new_sim(chunks: usize, seed: u64) -> SimDisk {
     disk
 }
 
+/// The records of its deletion are one for each kind, however much there is.
+#[test]
+fn a_group_of_any_size_can_be_removed() {
+    let disk = super::crash_tests::small_disk(64, 1);
+    let mut store = sim(&disk);
+    for o in 0..16 {
+        let (version, block_count) = (v(1), OBJECT_BYTES_DEFAULT / BLOCK_BYTES);
+        let (object, prev) = (object(o), v(0));
+        let op = TxnOp::Zero { object, prev, version, first_block: 0, block_count, discard: false };
+        assert_eq!(store.commit(vec![txn(op)]), [Ok(())]);
+    }
+    assert_eq!(store.commit(vec![txn(TxnOp::RemovePg)]), [Ok(())]);
+    assert_eq!(store.list(PG, None, 10).unwrap(), []);
+    drop(store);
+    assert_eq!(sim(&disk).list(PG, None, 10).unwrap(), [], "after a replay as well");
+}
+
 /// One object: version, tombstone, and a byte per block (0 is zeros).
 type Model = BTreeMap<u32, (u64, bool, BTreeMap<u32, u8>)>;
 

@@ -320,7 +320,7 @@ impl<S: ConcurrentStore> Worker<S> {
     }
 
     fn list(&mut self, pg: PgId) -> Result<Listing, StoreError> {
-        let mut out = Listing::default();
+        let mut out = Listing { meta: self.store.meta(pg)?, ..Listing::default() };
         loop {
             let page = self.store.list(pg, out.objects.last().map(|(o, _)| *o), LIST_PAGE)?;
             let full = page.len() == LIST_PAGE;

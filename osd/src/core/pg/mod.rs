@@ -106,6 +106,8 @@ pub enum What {
         to: OsdId,
         tid: u64,
     },
+    /// The copy, or what an earlier place left of one.
+    Removed,
     ReportActivated,
     ReportClean,
     /// Nothing depends on it beyond its success.
@@ -277,11 +279,23 @@ impl Pg {
         self.worn = false;
         self.purged = (0, 0);
         if current {
-            let token = self.token(cx, What::Loaded);
-            cx.out.push(Effect::List { token, pg: self.id });
+            self.load(cx);
         }
         // Otherwise this run is not the one that the map calls up; begin when it is.
         self.begun = current;
+    }
+
+    fn load(&mut self, cx: &mut Cx<'_>) {
+        let token = self.token(cx, What::Loaded);
+        cx.out.push(Effect::List { token, pg: self.id });
+    }
+
+    /// Deletes what the store has of the group and lists it anew: only what the store says then is believed.
+    fn remove_copy(&mut self, cx: &mut Cx<'_>, then: Option<PgMeta>) {
+        self.phase = Phase::Loading;
+        self.index = Index::default();
+        let ops = std::iter::once(TxnOp::RemovePg).chain(then.map(TxnOp::SetMeta)).collect();
+        self.submit(cx, What::Removed, ops);
     }
 
     /// The map does not mention the group. Only the tombstone of its pool lets it be deleted (invariant 7).
@@ -321,6 +335,9 @@ impl Pg {
             Ok(l) => l,
             Err(e) => return self.fail(cx, format!("the store cannot list the group: {e}")),
         };
+        // Not what was submitted: a refused deletion leaves objects of the shard that they were, not of the next one.
+        self.stored = listing.meta.is_some() || !listing.objects.is_empty() || !listing.missing.is_empty();
+        self.meta = listing.meta.unwrap_or_default();
         self.index.objects = listing
             .objects
             .into_iter()
@@ -351,11 +368,8 @@ impl Pg {
         let needed = needed || (self.code.is_some() && self.record.acting.contains(&OsdId::NONE));
         let clean = (self.record.clean && self.record.activated) || !cx.rules.keep(Rule::StraysStay);
         if self.stored && loaded && !needed && clean {
-            tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy deleted");
-            self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg]);
-            self.stored = false;
-            self.meta = PgMeta::default();
-            self.index = Index::default();
+            tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy is deleted");
+            self.remove_copy(cx, None);
         }
     }
 
@@ -363,6 +377,7 @@ impl Pg {
         match what {
             What::Promised if result.is_ok() => self.promise_durable(cx),
             What::Activated if result.is_ok() => self.activation_durable(cx),
+            What::Removed if result.is_ok() => self.load(cx),
             What::Write { tid } => self.own_write_done(cx, tid, result),
             What::SubWrite { tid, object, version } => self.sub_write_done(cx, tid, object, version, result),
             What::PushApplied { tid, object, version, beside } => {

@@ -289,6 +289,15 @@ impl Pg {
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
+        // Rule P5 as well: the store may carry out a read that is in flight after this write.
+        let is_read = |r: &Read| {
+            let (first, count) = range_of(&r.op, OBJECT_BYTES_MAX / BLOCK_BYTES).unwrap_or((0, u32::MAX));
+            let same = r.op.object.volume == op.object.volume && r.op.object.index == op.object.index;
+            same && first < first_block + block_count && first_block < first.saturating_add(count)
+        };
+        if cx.rules.keep(Rule::WritesWaitForReads) && a.reads.values().any(is_read) {
+            return false;
+        }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
@@ -322,9 +331,24 @@ impl Pg {
         };
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(Read { op, arrived }) = a.reads.remove(&token) else { return };
+        self.answer_read(cx, token, (op, arrived), result);
+        self.resume(cx);
+    }
+
+    fn answer_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        token: ClientToken,
+        (op, arrived): (ClientOp, Millis),
+        result: Result<Content, StoreError>,
+    ) {
         // Rule P6: the lease was good when the bytes were read.
         if !cx.has_lease() {
             return self.retry(cx, token, RetryWhy::NotActive);
+        }
+        // A layer that was removed meanwhile may have been purged before the bytes were read.
+        if let Err(reply) = self.fence(cx, &op) {
+            return self.reply(cx, token, reply);
         }
         match result {
             Ok(content) => {
@@ -345,7 +369,6 @@ impl Pg {
                     self.reply(cx, token, OpReply::Failed(OpError::Io));
                 } else if self.index.missing.contains_key(&object) {
                     self.waiting.push_front(ClientWork { token, op, data: Bytes::new(), arrived });
-                    self.resume(cx);
                 } else {
                     // Nobody is known to have it: not read again before somebody was asked.
                     self.retry(cx, token, RetryWhy::NotActive);

@@ -7,6 +7,8 @@ mod credits;
 mod frozen;
 mod full;
 mod maps;
+mod order;
+mod places;
 mod removed;
 mod stops;
 mod strays;
@@ -66,6 +68,8 @@ pub struct Rig {
     pub commits: Vec<Vec<TxnOp>>,
     /// While set, clients' writes wait in the store: their tokens.
     pub hold_writes: bool,
+    /// The store does not remove groups.
+    pub refuse_removals: bool,
     pub held: VecDeque<Token>,
     /// Messages sent and not yet taken.
     pub sent: Vec<(OsdId, PeerBody)>,
@@ -118,11 +122,13 @@ impl Rig {
                 ..Default::default()
             },
             listing: Listing {
+                meta: Some(meta),
                 objects: objects.iter().map(|(o, v)| (object(*o), state(v))).collect(),
                 missing: Vec::new(),
             },
             commits: Vec::new(),
             hold_writes: false,
+            refuse_removals: false,
             held: VecDeque::new(),
             sent: Vec::new(),
             replies: Vec::new(),
@@ -148,6 +154,16 @@ impl Rig {
         match effect {
             Effect::Store { token, txn } => {
                 let write = txn.ops.iter().any(|op| matches!(op, TxnOp::Write { .. } | TxnOp::Zero { .. }));
+                if self.refuse_removals && txn.ops.contains(&TxnOp::RemovePg) {
+                    return Some(Event::Committed { token, result: Err(StoreError::NoSpace) });
+                }
+                for op in &txn.ops {
+                    match op {
+                        TxnOp::SetMeta(meta) => self.listing.meta = Some(*meta),
+                        TxnOp::RemovePg => self.listing = Listing::default(),
+                        _ => {}
+                    }
+                }
                 self.commits.push(txn.ops);
                 if write && self.hold_writes {
                     self.held.push_back(token);

@@ -59,7 +59,7 @@ impl Pg {
         self.code.as_ref().map(|c| c.geometry())
     }
 
-    /// Loaded: this OSD keeps the shard of its position from now on. False when it cannot.
+    /// Loaded: this OSD keeps the shard of its position from now on. False when it cannot, or not yet.
     pub(super) fn take_place(&mut self, cx: &mut Cx<'_>) -> bool {
         let pool = cx.map.pools.get(&self.id.pool);
         if self.code.is_none() && pool.is_some_and(|p| Geometry::of(p.redundancy).is_some()) {
@@ -80,10 +80,9 @@ impl Pg {
         }
         // Invariant 8: everything was on the members of an interval without this OSD, which the monitors called clean.
         tracing::info!(pg = %self.id, osd = %cx.id, ?held, ?place, "what an earlier place left is deleted");
-        self.meta = PgMeta { promised: self.meta.promised, activated: Epoch(0), shard: Some(place) };
-        self.index = Index::default();
-        self.submit(cx, What::Housekeeping, vec![TxnOp::RemovePg, TxnOp::SetMeta(self.meta)]);
-        true
+        let meta = PgMeta { promised: self.meta.promised, activated: Epoch(0), shard: Some(place) };
+        self.remove_copy(cx, Some(meta));
+        false
     }
 
     /// The newest version of an object that every acting member holds.

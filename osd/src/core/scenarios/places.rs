@@ -1,0 +1,65 @@
+//! Erasure coding: an OSD that held one shard and gets another place.
+
+use super::*;
+use crate::erasure::ShardId;
+
+fn shard(number: u8) -> ShardId {
+    ShardId { number, k: 2, m: 1, matrix: 1 }
+}
+
+/// osd.1 holds shard 1 of an object; the group is clean on others.
+fn left_over() -> Rig {
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    rig.map.pools.get_mut(&PG.pool).unwrap().redundancy = Redundancy::Erasure { k: 2, m: 1 };
+    rig.listing.meta = Some(PgMeta { shard: Some(shard(1)), ..rig.listing.meta.unwrap() });
+    rig
+}
+
+fn clean_elsewhere(rig: &mut Rig) {
+    rig.interval(10, &[2, 3, 4], Vec::new());
+    let record = rig.map.pgs.get_mut(&PG).unwrap();
+    (record.activated, record.clean) = (true, true);
+    rig.map.epoch = Epoch(11);
+    rig.publish();
+}
+
+fn offered(rig: &mut Rig) -> Option<(u64, Option<u8>)> {
+    rig.take_sent();
+    rig.hear(2, PeerBody::Query);
+    let info = |(_, body)| match body {
+        PeerBody::Info { object_count, shard, .. } => Some((object_count, shard)),
+        _ => None,
+    };
+    rig.take_sent().into_iter().find_map(info)
+}
+
+#[test]
+fn an_earlier_place_leaves_nothing() {
+    let mut rig = left_over();
+    rig.interval(12, &[2, 3, 1], Vec::new());
+    assert_eq!(offered(&mut rig), Some((0, Some(2))));
+}
+
+#[test]
+fn a_copy_that_was_deleted_may_be_followed_by_any_other() {
+    let mut rig = left_over();
+    clean_elsewhere(&mut rig);
+    assert!(rig.ops().any(|op| *op == TxnOp::RemovePg));
+    rig.interval(12, &[2, 3, 1], Vec::new());
+    assert_eq!(offered(&mut rig), Some((0, Some(2))));
+}
+
+/// The blocks of shard 1 would be taken for those of shard 2.
+#[test]
+fn a_shard_that_the_store_does_not_delete_is_not_offered_as_another_one() {
+    let mut rig = left_over();
+    rig.refuse_removals = true;
+    clean_elsewhere(&mut rig);
+    rig.interval(12, &[2, 3, 1], Vec::new());
+    assert_eq!(offered(&mut rig), None);
+    rig.interval(13, &[2, 3, 1], Vec::new());
+    assert_eq!(offered(&mut rig), None, "nor when it is asked once more");
+    rig.refuse_removals = false;
+    rig.interval(14, &[2, 3, 1], Vec::new());
+    assert_eq!(offered(&mut rig), Some((0, Some(2))));
+}
