@@ -69,6 +69,9 @@ console "round 4 " 600
 echo "== kill -9 of an OSD"
 gabion dev kill "osd.$(gabion -o json dev status --dir $dir | jq -r '[.daemons[] | select(.kind == "osd")][1].id')" --dir $dir
 console "load done" 600
+echo "== its disk grows while it runs"
+gabion volume resize data --size 80M
+console "its disk has 163840 sectors now" 100
 gabion vm detach g data --timeout-secs 600
 console detached 600
 gabion vm attach g data --timeout-secs 600
@@ -84,7 +87,7 @@ uri=$(gabion -o json export add data --nbd --read-only | jq -r .uri)
 nbdcopy "$uri" /data/back || fail "cannot read back"
 seq 1000000 1524287 >/data/base
 { tail -c +$((rounds * 65536 + 1)) /data/base && head -c $((rounds * 65536)) /data/base; } >/data/expected
-truncate -s 64M /data/expected
+truncate -s 80M /data/expected
 cmp /data/back /data/expected || fail "the data is not what the guest wrote"
 gabion dev down --dir $dir --wipe
 echo "cluster: passed"

@@ -17,7 +17,7 @@ content() { # ROUND
     head -c $(($1 * 65536)) /tmp/base
 }
 # A load on a disk that comes while we run: rounds of writes, each read back before the next. Then the
-# disk is to go, and to come again as it went.
+# disk is to grow, to go, and to come again as it went.
 load() { # ROUNDS
     seq 1000000 1524287 >/tmp/base
     echo "GUEST: load waits for its disk"
@@ -31,7 +31,10 @@ load() { # ROUNDS
         same "round $round" || return
         echo "GUEST: round $round done"
     done
+    size=$(cat /sys/block/vdb/size)
     echo "GUEST: load done"
+    while [ "$(cat /sys/block/vdb/size)" = "$size" ]; do sleep 1; done
+    echo "GUEST: its disk has $(cat /sys/block/vdb/size) sectors now"
     while [ -b /dev/vdb ]; do sleep 1; done
     echo "GUEST: detached"
     while ! [ -b /dev/vdb ]; do sleep 1; done
