@@ -224,15 +224,18 @@ struct State {
 
 impl State {
     fn new(handle: StoreHandle, size: u64) -> State {
-        let mut data = vec![0u8; 1 << 20];
+        // Aligned, as large data comes from a connection, and as fio's is.
+        let mut data = vec![0u8; (1 << 20) + BLOCK_BYTES as usize];
         SmallRng::seed_from_u64(1).fill(&mut data[..]);
+        let skip = data.as_ptr().align_offset(BLOCK_BYTES as usize);
+        let data = Bytes::from(data).slice(skip..skip + (1 << 20));
         let objects = size.div_ceil(u64::from(OBJECT_BYTES_DEFAULT)) as usize;
         State {
             handle,
             size,
             load: Mutex::new(None),
             versions: Mutex::new(vec![0; objects]),
-            data: data.into(),
+            data,
         }
     }
 

@@ -7,8 +7,9 @@
 mod halves;
 
 use crate::tls::{Identity, Protocol, Refusal, Role as TlsRole, Security};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use gabion_proto::frame::{Frame, FrameError};
+use gabion_proto::limits::BLOCK_BYTES;
 use gabion_proto::msg::{Hello, Message, Role};
 pub use halves::{ReadHalf, WriteHalf};
 use std::collections::VecDeque;
@@ -20,6 +21,8 @@ use tokio::sync::mpsc;
 
 /// Read at once while frames are small.
 const READ_BYTES: usize = 64 << 10;
+/// Data of at least this size is read to memory of its own.
+const LARGE_BYTES: usize = 32 << 10;
 /// Frames gathered into one write.
 const BATCH_FRAMES: usize = 64;
 /// Parts of one vectored write.
@@ -67,22 +70,66 @@ impl NetError {
     }
 }
 
+/// A frame with much data, of which some has yet to come. The data lies at a multiple of its block size, so that an OSD can
+/// write it to its disk from where it is.
+struct Partial {
+    frame: Frame,
+    data: BytesMut,
+    data_bytes: usize,
+}
+
+impl Partial {
+    /// `buf` begins with data.
+    fn begin(frame: Frame, data_bytes: usize, buf: &mut BytesMut) -> Partial {
+        let align = BLOCK_BYTES as usize;
+        let mut data = BytesMut::with_capacity(data_bytes + align);
+        // Where it cannot be known, the data is only copied once more.
+        let skip = Some(data.as_ptr().align_offset(align)).filter(|skip| *skip < align).unwrap_or(0);
+        data.put_bytes(0, skip);
+        data.advance(skip);
+        data.extend_from_slice(buf);
+        buf.clear();
+        Partial { frame, data, data_bytes }
+    }
+
+    fn missing(&self) -> usize {
+        self.data_bytes - self.data.len()
+    }
+}
+
 /// Takes frames off a byte stream.
 pub struct FrameReader<R> {
     stream: R,
     buf: BytesMut,
+    partial: Option<Partial>,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub fn new(stream: R) -> FrameReader<R> {
-        FrameReader { stream, buf: BytesMut::new() }
+        FrameReader { stream, buf: BytesMut::new(), partial: None }
     }
 
     /// The next frame; `None` at a clean end between frames. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<Frame>, NetError> {
         loop {
+            if let Some(partial) = &mut self.partial {
+                let missing = partial.missing();
+                if missing > 0 {
+                    if self.stream.read_buf(&mut (&mut partial.data).limit(missing)).await? == 0 {
+                        return Err(NetError::Truncated);
+                    }
+                    continue;
+                }
+            }
+            if let Some(Partial { frame, data, .. }) = self.partial.take() {
+                return Ok(Some(Frame { data: data.freeze(), ..frame }));
+            }
             if let Some(frame) = Frame::decode(&mut self.buf)? {
                 return Ok(Some(frame));
+            }
+            if let Some((frame, bytes)) = Frame::decode_head(&mut self.buf, LARGE_BYTES)? {
+                self.partial = Some(Partial::begin(frame, bytes, &mut self.buf));
+                continue;
             }
             if self.buf.capacity() == self.buf.len() {
                 self.buf.reserve(READ_BYTES);
@@ -300,9 +347,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn much_data_lies_where_a_disk_takes_it_from() {
+        for pipe in [1000, 40 << 10, 1 << 20] {
+            let (mut a, b) = tokio::io::duplex(pipe);
+            let sizes = [300 << 10, 7, LARGE_BYTES, LARGE_BYTES - 1, 0, 64 << 10];
+            let sent: Vec<Frame> = sizes.iter().zip(0..).map(|(bytes, i)| reply(i, *bytes)).collect();
+            let frames = sent.clone();
+            let writer = tokio::spawn(async move {
+                for f in frames {
+                    a.write_all(&f.encode_head().unwrap()).await.unwrap();
+                    a.write_all(&f.data).await.unwrap();
+                }
+            });
+            let mut reader = FrameReader::new(b);
+            for want in sent {
+                let got = reader.next().await.unwrap().unwrap();
+                assert_eq!(got, want);
+                // With the larger pipes all of it may be there at once.
+                if pipe == 1000 && got.data.len() >= LARGE_BYTES {
+                    assert_eq!(got.data.as_ptr().align_offset(BLOCK_BYTES as usize), 0);
+                }
+            }
+            assert!(reader.next().await.unwrap().is_none());
+            writer.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
     async fn a_cut_frame_and_garbage_are_errors() {
         let head = reply(1, 10).encode_head().unwrap();
         let mut cut = FrameReader::new(&head[..]);
+        assert!(matches!(cut.next().await, Err(NetError::Truncated)));
+        let large = reply(1, LARGE_BYTES).encode_head().unwrap();
+        let mut cut = FrameReader::new(&large[..]);
         assert!(matches!(cut.next().await, Err(NetError::Truncated)));
         let mut garbage = FrameReader::new(&[0x47u8; 64][..]);
         assert!(matches!(garbage.next().await, Err(NetError::Frame(FrameError::Magic(_)))));

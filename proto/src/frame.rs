@@ -139,6 +139,26 @@ impl Frame {
         Ok(out.into())
     }
 
+    /// Takes header and metadata off the front of `buf` if they are all there, and the frame has at least `data_bytes_min` of
+    /// data that are not: how much data is to follow, and the frame without it.
+    pub fn decode_head(
+        buf: &mut BytesMut,
+        data_bytes_min: usize,
+    ) -> Result<Option<(Frame, usize)>, FrameError> {
+        let Some(head) = buf.first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(head)?;
+        let (meta, data) = (header.meta_bytes as usize, header.data_bytes as usize);
+        let before = HEADER_BYTES + meta;
+        if data < data_bytes_min || buf.len() < before || buf.len() >= before + data {
+            return Ok(None);
+        }
+        let message = header.decode_meta(&buf[HEADER_BYTES..before])?;
+        buf.advance(before);
+        Ok(Some((Frame { request: header.request, message, data: Bytes::new() }, data)))
+    }
+
     /// Takes one whole frame off the front of `buf`; `None` when more bytes are needed.
     pub fn decode(buf: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         let Some(head) = buf.first_chunk::<HEADER_BYTES>() else {
@@ -148,7 +168,6 @@ impl Frame {
         let (meta, data) = (header.meta_bytes as usize, header.data_bytes as usize);
         let total = HEADER_BYTES + meta + data;
         if buf.len() < total {
-            buf.reserve(total - buf.len());
             return Ok(None);
         }
         let message = header.decode_meta(&buf[HEADER_BYTES..HEADER_BYTES + meta])?;

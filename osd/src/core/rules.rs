@@ -21,8 +21,6 @@ pub enum Rule {
     MissingUntilStored,
     /// A read waits for overlapping writes in flight (P5).
     ReadsWaitForWrites,
-    /// A write waits for overlapping reads in flight, which might return it (P5).
-    WritesWaitForReads,
     /// A read waits while the authority disagrees about the object (P5).
     ReadsWaitForDoubt,
     /// Reads and answers need the lease (P6).
@@ -58,7 +56,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 24] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -67,7 +65,6 @@ impl Rule {
         Rule::MissingMap,
         Rule::MissingUntilStored,
         Rule::ReadsWaitForWrites,
-        Rule::WritesWaitForReads,
         Rule::ReadsWaitForDoubt,
         Rule::Lease,
         Rule::EveryMember,

@@ -22,6 +22,14 @@ impl BlocksMut {
         BlocksMut(Block::new_vec_zeroed(count).unwrap_or_default())
     }
 
+    /// Copies of whole blocks, one behind the other.
+    pub fn gather<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>) -> BlocksMut {
+        let mut out = Vec::with_capacity(blocks.len());
+        // Not zeroed first: that takes longer than the copy.
+        out.extend(blocks.map(|bytes| Block::read_from_bytes(bytes).expect("a whole block")));
+        BlocksMut(out)
+    }
+
     pub fn count(&self) -> usize {
         self.0.len()
     }
@@ -41,7 +49,7 @@ impl BlocksMut {
     /// Shares the blocks; nobody changes them from now on.
     pub fn freeze(self) -> Blocks {
         let count = self.0.len();
-        Blocks { shared: Arc::new(self), first: 0, count }
+        Blocks { shared: Shared::Own(Arc::new(self)), first: 0, count }
     }
 
     /// The first `len` bytes, without a copy.
@@ -56,10 +64,17 @@ impl AsRef<[u8]> for BlocksMut {
     }
 }
 
+#[derive(Clone)]
+enum Shared {
+    Own(Arc<BlocksMut>),
+    /// Whole blocks that lie where blocks have to.
+    Aligned(Bytes),
+}
+
 /// A run of shared, unchanging blocks.
 #[derive(Clone)]
 pub struct Blocks {
-    shared: Arc<BlocksMut>,
+    shared: Shared,
     first: usize,
     count: usize,
 }
@@ -72,6 +87,14 @@ impl Blocks {
         blocks.freeze()
     }
 
+    /// The bytes themselves, if they are whole blocks and lie where a device can take them from.
+    pub fn of_aligned(bytes: Bytes) -> Option<Blocks> {
+        let block = BLOCK_BYTES as usize;
+        let fits = bytes.len().is_multiple_of(block) && bytes.as_ptr().addr().is_multiple_of(block);
+        let count = bytes.len() / block;
+        fits.then_some(Blocks { shared: Shared::Aligned(bytes), first: 0, count })
+    }
+
     pub fn count(&self) -> usize {
         self.count
     }
@@ -82,7 +105,11 @@ impl Blocks {
     }
 
     pub fn bytes(&self) -> &[u8] {
-        self.shared.0[self.first..self.first + self.count].as_bytes()
+        let block = BLOCK_BYTES as usize;
+        match &self.shared {
+            Shared::Own(blocks) => blocks.0[self.first..self.first + self.count].as_bytes(),
+            Shared::Aligned(bytes) => &bytes[self.first * block..(self.first + self.count) * block],
+        }
     }
 }
 

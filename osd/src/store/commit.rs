@@ -257,7 +257,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             let data = data_count(&new);
             if data > 0 && (data == BLOCKS_PER_CHUNK || self.is_large(stage, data)) {
                 // The base cannot change as long as this version is pending: what is copied from it stays true.
-                let merged = self.fresh_chunk(stage, &key, &chunk, &new, keep)?;
+                let merged = self.fresh_chunk(stage, &key, &chunk, (&content.data, &new), keep)?;
                 stage.put(key.with_kind(kind::PENDING_CHUNK), merged.encode());
                 continue;
             }
@@ -304,7 +304,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             stage.delete(key);
         }
         // A shard of a discarded range gives its space back.
-        self.apply_blocks(stage, pg, object, new, 0, Mode::Discard)?;
+        self.apply_blocks(stage, pg, object, (&Bytes::new(), new), 0, Mode::Discard)?;
         self.put_object(stage, pg, object, Some(ObjectRecord { version, deleted: false, pending: None }))
     }
 
@@ -318,7 +318,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         mode: Mode,
     ) -> Result<(), StoreError> {
         check(content)?;
-        self.apply_blocks(stage, pg, object, blocks(content), keep, mode)
+        self.apply_blocks(stage, pg, object, (&content.data, blocks(content)), keep, mode)
     }
 
     fn apply_blocks(
@@ -326,13 +326,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         stage: &mut Stage,
         pg: PgId,
         object: ObjectId,
-        blocks: Vec<(u32, NewBlock)>,
+        (source, blocks): (&Bytes, Vec<(u32, NewBlock)>),
         keep: u64,
         mode: Mode,
     ) -> Result<(), StoreError> {
         for (number, new) in by_chunk(blocks) {
             let key = layout::numbered_key(kind::CHUNK, pg, object, number);
-            self.apply_chunk(stage, key, new, keep, mode)?;
+            self.apply_chunk(stage, key, (source, new), keep, mode)?;
         }
         Ok(())
     }
@@ -341,14 +341,14 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         &mut self,
         stage: &mut Stage,
         key: Key,
-        new: Vec<(u32, NewBlock)>,
+        (source, new): (&Bytes, Vec<(u32, NewBlock)>),
         keep: u64,
         mode: Mode,
     ) -> Result<(), StoreError> {
         let mut chunk = self.staged_chunk(stage, &key)?;
         let data = data_count(&new);
         if data > 0 && (data == BLOCKS_PER_CHUNK || mode == Mode::Fresh || self.is_large(stage, data)) {
-            let merged = self.fresh_chunk(stage, &key, &chunk, &new, keep)?;
+            let merged = self.fresh_chunk(stage, &key, &chunk, (source, &new), keep)?;
             stage.txn.freed.extend(chunk.slot);
             self.drop_overlay(stage, &key)?;
             stage.put(key, merged.encode());
@@ -405,7 +405,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         stage: &mut Stage,
         key: &Key,
         chunk: &ChunkRecord,
-        new: &[(u32, NewBlock)],
+        (source, new): (&Bytes, &[(u32, NewBlock)]),
         keep: u64,
     ) -> Result<ChunkRecord, StoreError> {
         let mut merged = ChunkRecord { slot: None, ..chunk.clone() };
@@ -420,17 +420,23 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             merged.crcs[*bit as usize] = new.as_ref().map_or(0, |b| b.crc);
         }
         let (first, end) = (merged.data.trailing_zeros(), u32::BITS - merged.data.leading_zeros());
-        let mut image = BlocksMut::zeroed((end - first) as usize);
-        let at = |bit: u32| (bit - first) as usize * BLOCK;
-        for (bit, block) in new.iter().filter_map(|(bit, new)| Some((*bit, new.as_ref()?))) {
-            image.bytes_mut()[at(bit)..at(bit) + BLOCK].copy_from_slice(block.bytes.get());
-        }
         let copied = chunk.data & !named;
-        if copied != 0 {
-            self.copy_blocks(stage, key, chunk, copied, &mut image, first)?;
-        }
+        let data = match whole_run(source, new, first, end).filter(|_| copied == 0) {
+            Some(data) => data,
+            None => {
+                let mut image = BlocksMut::zeroed((end - first) as usize);
+                let at = |bit: u32| (bit - first) as usize * BLOCK;
+                for (bit, block) in new.iter().filter_map(|(bit, new)| Some((*bit, new.as_ref()?))) {
+                    image.bytes_mut()[at(bit)..at(bit) + BLOCK].copy_from_slice(block.bytes.get());
+                }
+                if copied != 0 {
+                    self.copy_blocks(stage, key, chunk, copied, &mut image, first)?;
+                }
+                image.freeze()
+            }
+        };
         let slot = self.take_slot(stage, keep)?;
-        stage.txn.fresh.push(FreshBlocks { slot, first, data: image.freeze() });
+        stage.txn.fresh.push(FreshBlocks { slot, first, data });
         merged.slot = Some(slot);
         Ok(merged)
     }
@@ -540,6 +546,25 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
 
 fn check(content: &Content) -> Result<(), StoreError> {
     content.validate(false).map_err(|e| StoreError::Invalid(e.to_string()))
+}
+
+/// The blocks from `first` to `end`, if all are data of their own: those of `source` themselves where a device can take them
+/// from, else copies.
+fn whole_run(source: &Bytes, new: &[(u32, NewBlock)], first: u32, end: u32) -> Option<Blocks> {
+    let run: Vec<&[u8]> = (first..end)
+        .zip(new.iter().skip_while(|(bit, _)| *bit < first))
+        .map_while(|(wanted, (bit, new))| Some(new.as_ref()?.bytes.get()).filter(|_| *bit == wanted))
+        .collect();
+    if run.is_empty() || run.len() != (end - first) as usize {
+        return None;
+    }
+    let follows = |pair: &[&[u8]]| pair[0].as_ptr().addr() + BLOCK == pair[1].as_ptr().addr();
+    let start = run[0].as_ptr().addr().checked_sub(source.as_ptr().addr());
+    let inside =
+        start.filter(|start| run.windows(2).all(follows) && start + run.len() * BLOCK <= source.len());
+    let themselves =
+        inside.and_then(|start| Blocks::of_aligned(source.slice(start..start + run.len() * BLOCK)));
+    Some(themselves.unwrap_or_else(|| BlocksMut::gather(run.into_iter()).freeze()))
 }
 
 fn data_count(new: &[(u32, NewBlock)]) -> u32 {

@@ -289,13 +289,14 @@ impl Pg {
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
-        // Rule P5 as well: the store may carry out a read that is in flight after this write.
+        // Rule P5 as well: the store may carry out a read that is in flight after this write. Gateways do not ask for both at
+        // once; whoever only looks on does.
         let is_read = |r: &Read| {
             let (first, count) = range_of(&r.op, OBJECT_BYTES_MAX / BLOCK_BYTES).unwrap_or((0, u32::MAX));
             let same = r.op.object.volume == op.object.volume && r.op.object.index == op.object.index;
             same && first < first_block + block_count && first_block < first.saturating_add(count)
         };
-        if cx.rules.keep(Rule::WritesWaitForReads) && a.reads.values().any(is_read) {
+        if a.reads.values().any(is_read) {
             return false;
         }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
