@@ -39,6 +39,14 @@ impl Read {
     pub(super) fn op(&self) -> &ClientOp {
         &self.op
     }
+
+    /// In whatever layer: it may read through several.
+    fn overlaps(&self, object: &ObjectId, first_block: u32, block_count: u32) -> bool {
+        let (volume, index) = (self.op.object.volume, self.op.object.index);
+        let Some((first, count)) = range_of(&self.op, OBJECT_BYTES_MAX / BLOCK_BYTES) else { return false };
+        let there = volume == object.volume && index == object.index;
+        there && first < first_block + block_count && first_block < first + count
+    }
 }
 
 impl ClientWork {
@@ -289,14 +297,8 @@ impl Pg {
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
-        // Rule P5 as well: the store may carry out a read that is in flight after this write. Gateways do not ask for both at
-        // once; whoever only looks on does.
-        let is_read = |r: &Read| {
-            let (first, count) = range_of(&r.op, OBJECT_BYTES_MAX / BLOCK_BYTES).unwrap_or((0, u32::MAX));
-            let same = r.op.object.volume == op.object.volume && r.op.object.index == op.object.index;
-            same && first < first_block + block_count && first_block < first.saturating_add(count)
-        };
-        if a.reads.values().any(is_read) {
+        // Rule P5: a read that is under way may find what this OSD makes durable meanwhile, before the others have it.
+        if a.reads.values().any(|r| r.overlaps(&op.object, first_block, block_count)) {
             return false;
         }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
@@ -332,7 +334,8 @@ impl Pg {
         };
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(Read { op, arrived }) = a.reads.remove(&token) else { return };
-        self.answer_read(cx, token, (op, arrived), result);
+        self.answer_read(cx, token, op, arrived, result);
+        // Writes may have waited for it.
         self.resume(cx);
     }
 
@@ -340,7 +343,8 @@ impl Pg {
         &mut self,
         cx: &mut Cx<'_>,
         token: ClientToken,
-        (op, arrived): (ClientOp, Millis),
+        op: ClientOp,
+        arrived: Millis,
         result: Result<Content, StoreError>,
     ) {
         // Rule P6: the lease was good when the bytes were read.

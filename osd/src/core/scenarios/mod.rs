@@ -4,10 +4,10 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod credits;
+mod dirty;
 mod frozen;
 mod full;
 mod maps;
-mod order;
 mod places;
 mod removed;
 mod stops;

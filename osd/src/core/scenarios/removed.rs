@@ -69,3 +69,15 @@ fn a_late_write_to_a_removed_volume_is_purged_again() {
     rig.tick(100);
     assert_eq!(purged(&mut rig), [object]);
 }
+
+/// Its blocks may have been purged before they were read: what lies below is not what the snapshot held.
+#[test]
+fn a_read_of_a_layer_that_is_removed_meanwhile_says_so() {
+    let mut rig = Rig::active(&[(0, version(5, 1))], &[1, 2, 3]);
+    let read = rig.read(0, 5);
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes.insert(VOLUME);
+    rig.publish();
+    rig.answer_read(Ok(Content::default()));
+    assert_eq!(rig.reply(read), Some(&OpReply::Failed(gabion_proto::msg::OpError::Removed)));
+}
