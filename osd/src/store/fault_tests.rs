@@ -50,6 +50,31 @@ fn an_unreadable_block_is_named_and_its_neighbours_are_served() {
     assert_eq!(read(&mut store, 0, 4, 3), Ok([(4, 7), (5, 8), (6, 7)].into()));
 }
 
+/// Why a primary lets a write wait for reads of the same blocks (rule P5): commits that share a record become visible together.
+#[test]
+fn a_read_may_find_what_was_committed_after_it_was_started() {
+    let disk = small_disk(JOURNAL, 1);
+    let mut store = disk.open().expect("opens");
+    assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 1, 1)])]), [Ok(())]);
+    let mut done = Vec::new();
+    // A record under way, so that what follows shares the next one.
+    store.start(1, Work::Commit(vec![txn(vec![write(1, 0, 0, 1, 9)])]));
+    store.progress(&mut done);
+    store.start(2, Work::Commit(vec![txn(vec![write(0, 1, 5, 1, 2)])]));
+    let (first_block, block_count) = (0, 1);
+    let (object, below) = (object(0, 0), Vec::new());
+    store.start(3, Work::Read { pg: PG, object, below, first_block, block_count, pending: false });
+    store.start(4, Work::Commit(vec![txn(vec![write(0, 2, 0, 1, 3)])]));
+    while store.busy() {
+        store.progress(&mut done);
+    }
+    let found = done.iter().find_map(|(tag, d)| match (tag, d) {
+        (3, Done::Read(Ok(content))) => Some(stamps(content)),
+        _ => None,
+    });
+    assert_eq!(found, Some(blocks(0, 1, 3)));
+}
+
 #[test]
 fn a_failed_write_flush_or_index_stops_the_store_for_good() {
     let (mut kinds, mut fuse) = (0, 0);

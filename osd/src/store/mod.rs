@@ -247,7 +247,7 @@ pub trait Store: Send {
 /// The same without waiting, for the thread that owns a store and serves many at once.
 pub trait ConcurrentStore: Store {
     /// Starts `work`; [`ConcurrentStore::progress`] hands out its outcome under `tag` (below 2^63), exactly once. Commits become
-    /// durable in the order of their starts; a read sees every commit started before it that it overlaps.
+    /// durable in the order of their starts; a read sees every commit started before it that it overlaps, and may see later ones.
     fn start(&mut self, tag: u64, work: Work);
     /// Adds what has ended to `done`; true when something moved. Never waits.
     fn progress(&mut self, done: &mut Vec<(u64, Done)>) -> bool;
