@@ -19,7 +19,10 @@ fn a_write_waits_for_a_read_of_the_same_blocks() {
     assert_eq!(rig.reads.len(), 1, "the read is under way");
     let commits = rig.commits.len();
     let write = rig.write(0, 0);
-    assert!(sub_writes(&mut rig).is_empty() && rig.commits.len() == commits, "nothing may be durable here yet");
+    assert!(
+        sub_writes(&mut rig).is_empty() && rig.commits.len() == commits,
+        "nothing may be durable here yet"
+    );
     rig.answer_read(Ok(Content::default()));
     assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
     for tid in sub_writes(&mut rig) {

@@ -1,0 +1,86 @@
+//! Which version the object should have, from what members told (rule P3). Written after `osd/src/core/pg/history.rs`, without its code.
+
+use super::state::*;
+
+struct Entry {
+    activated: u8,
+    /// What it has or should have.
+    version: Version,
+    missing: bool,
+    uncertain: Option<Version>,
+    /// What can be fetched there.
+    copy: Option<Version>,
+}
+
+fn entry(told: &Told) -> Option<Entry> {
+    let (activated, held) = (told.activated, Some(told.held).filter(|v| *v != Version::NONE));
+    match told.missing {
+        Some(n) => Some(Entry {
+            activated,
+            version: n.version,
+            missing: true,
+            uncertain: n.uncertain,
+            copy: held.filter(|v| *v != n.version),
+        }),
+        None => held.map(|version| Entry {
+            activated,
+            version,
+            missing: false,
+            uncertain: None,
+            copy: Some(version),
+        }),
+    }
+}
+
+/// Which rules hold, and what came of it.
+#[derive(Clone, Copy, Default)]
+pub struct Choice {
+    pub needed: Needed,
+    /// The version is rolled forward though somebody of the authority lacks it.
+    pub forward: bool,
+    /// An uncertain version was given up.
+    pub back: bool,
+}
+
+/// `None` while what is needed is with nobody who told.
+pub fn choose(
+    told: &[Option<Told>; OSDS],
+    authority_rule: bool,
+    only_doubt_goes_back: bool,
+) -> Option<Choice> {
+    let all: Vec<Entry> = told.iter().flatten().filter_map(entry).collect();
+    let highest = told.iter().flatten().map(|t| t.activated).max()?;
+    let authority = || all.iter().filter(|e| e.activated == highest || !authority_rule);
+    let holders = |version| all.iter().any(|e| e.copy == Some(version));
+    let gives_up = |e: &Entry| (e.uncertain.is_some() || !only_doubt_goes_back) && !holders(e.version);
+    let newest = |lost: bool| authority().filter(|e| gives_up(e) == lost).max_by_key(|e| e.version);
+    let Some(best) = newest(false) else {
+        return go_back(&all, newest(true)?, only_doubt_goes_back);
+    };
+    let doubts = authority().filter_map(|e| match e.missing {
+        true => e.uncertain.filter(|_| e.version == best.version),
+        false => Some(e.version).filter(|v| *v != best.version),
+    });
+    let uncertain = doubts.chain(best.uncertain).min();
+    let needed = Needed { version: best.version, uncertain };
+    Some(Choice { needed, forward: uncertain.is_some(), back: newest(true).is_some() })
+}
+
+fn go_back(all: &[Entry], lost: &Entry, only_doubt: bool) -> Option<Choice> {
+    let lowest = lost.uncertain.or((!only_doubt).then_some(Version::NONE))?;
+    let may = |v: Version| {
+        let between = lowest < v && v < lost.version && v.interval() == lost.version.interval();
+        v == lowest || between || (!only_doubt && v < lost.version)
+    };
+    let needed = match all.iter().filter_map(|e| e.copy).filter(|v| may(*v)).max() {
+        Some(version) => Needed { version, uncertain: Some(lowest).filter(|l| *l < version) },
+        // Whoever holds an older state may come back.
+        None => Needed { version: lost.version, uncertain: lost.uncertain },
+    };
+    Some(Choice { needed, forward: false, back: needed.version != lost.version })
+}
+
+/// Whether a member that told so has the object as it should be.
+pub fn has_it(told: &Told, needed: &Needed) -> bool {
+    entry(told).is_some_and(|e| e.copy == Some(needed.version))
+}
