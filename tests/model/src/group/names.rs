@@ -50,7 +50,8 @@ fn alone(s: &State, o: u8) -> u64 {
         h.write_u8(u8::from(has(map.up, o)) | u8::from(has(map.placed, o)) << 1);
     }
     for i in &s.monitors.intervals {
-        h.write_u8(u8::from(has(i.acting, o)) | u8::from(i.primary == o) << 1);
+        // A record that was forgotten names nobody.
+        h.write_u8(u8::from(has(i.acting, o)) | u8::from(i.acting != 0 && i.primary == o) << 1);
     }
     h.write_u8(u8::from(has(s.monitors.suspects, o)));
     for r in s.requests.iter().flatten().filter(|r| r.to == o) {
@@ -87,7 +88,6 @@ fn renamed(s: &State, names: &Names) -> State {
         (map.up, map.placed) = (set(map.up), set(map.placed));
     }
     for i in &mut r.monitors.intervals {
-        // A record that was forgotten names nobody.
         if i.acting != 0 {
             (i.acting, i.primary) = (set(i.acting), one(i.primary));
         }
@@ -165,4 +165,44 @@ pub fn describe(s: &State, osds: u8) -> String {
         }
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::explore::Model;
+    use crate::group::{Group, Next};
+    use std::collections::HashSet;
+
+    /// Along many paths: other names, the same fingerprint; and no two states of one path that differ in more share it.
+    #[test]
+    fn names_do_not_matter_and_everything_else_does() {
+        let script = &[(0, 0), (1, 1)];
+        let next_holders = &[Next::TakeOver];
+        let group = Group { changes: 3, script, sends: 2, next_holders, osds: 3, moves: true, ..Group::TWO };
+        let (mut steps, mut choice) = (Vec::new(), 1u64);
+        let mut found = 0;
+        for _ in 0..300 {
+            let mut state = group.initial();
+            let (mut seen, mut states) = (HashSet::new(), HashSet::new());
+            for _ in 0..60 {
+                let all: HashSet<State> = ALL.iter().map(|names| renamed(&state, names)).collect();
+                let fingerprints: HashSet<u64> = all.iter().map(|s| fingerprint(s, 3)).collect();
+                assert_eq!(fingerprints.len(), 1, "{}", describe(&state, 3));
+                if !states.contains(&state) {
+                    assert!(seen.insert(fingerprints.into_iter().next()), "{}", describe(&state, 3));
+                    states.extend(all);
+                }
+                found += 1;
+                group.next(&state, &mut steps);
+                if steps.is_empty() {
+                    break;
+                }
+                choice = choice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = steps.swap_remove((choice >> 33) as usize % steps.len()).state;
+                steps.clear();
+            }
+        }
+        assert!(found > 5_000, "{found} states");
+    }
 }
