@@ -64,6 +64,16 @@ impl fmt::Debug for PgId {
     }
 }
 
+impl std::str::FromStr for PgId {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || format!("a group is POOL.NUMBER with the number in hexadecimal, as 1.3f, got {s:?}");
+        let (pool, index) = s.split_once('.').ok_or_else(bad)?;
+        let pool = PoolId(pool.parse().map_err(|_| bad())?);
+        Ok(PgId { pool, index: u32::from_str_radix(index, 16).map_err(|_| bad())? })
+    }
+}
+
 /// One layer of one object-sized piece of a volume. The store keeps one record per `ObjectId`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ObjectId {
@@ -83,6 +93,22 @@ impl fmt::Display for ObjectId {
 impl fmt::Debug for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::str::FromStr for ObjectId {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let bad = || format!("an object is VOLUME.INDEX.LAYER in hexadecimal, as 7.1f.0, got {s:?}");
+        let mut parts = s.split('.');
+        let mut next = || parts.next().ok_or_else(bad);
+        let volume = VolumeId(u64::from_str_radix(next()?, 16).map_err(|_| bad())?);
+        let index = u32::from_str_radix(next()?, 16).map_err(|_| bad())?;
+        let layer = LayerId(u32::from_str_radix(next()?, 16).map_err(|_| bad())?);
+        if parts.next().is_some() {
+            return Err(bad());
+        }
+        Ok(ObjectId { volume, index, layer })
     }
 }
 
@@ -168,5 +194,24 @@ impl std::str::FromStr for ClusterId {
             *b = u8::from_str_radix(&s[2 * i..2 * i + 2], 16).map_err(|_| bad())?;
         }
         Ok(ClusterId(out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_can_be_typed() {
+        let pg = PgId { pool: PoolId(12), index: 0x3f };
+        let object = ObjectId { volume: VolumeId(u64::MAX), index: 31, layer: LayerId(2) };
+        assert_eq!(pg.to_string().parse(), Ok(pg));
+        assert_eq!(object.to_string().parse(), Ok(object));
+        for bad in ["", ".", "1", "1.", "1.g", "1.2.3", "x.1", "1.100000000"] {
+            assert!(bad.parse::<PgId>().is_err(), "{bad}");
+        }
+        for bad in ["", "1.2", "1.2.3.4", "1.2.", "vol1.2.3", "1.2.100000000"] {
+            assert!(bad.parse::<ObjectId>().is_err(), "{bad}");
+        }
     }
 }
