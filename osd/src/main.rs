@@ -1,16 +1,17 @@
 //! `gabion-osd`: the storage daemon of one disk, and the offline tools for it.
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use gabion_common::metrics::{Endpoint, MetricsArgs};
 use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::{ListenArgs, Role, TlsArgs};
-use gabion_osd::{server, store};
+use gabion_osd::server;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 mod format;
+mod offline;
 
 /// The store stopped for good (invariant 9): whoever supervises this daemon must not start it again.
 const EXIT_FATAL: u8 = 3;
@@ -69,15 +70,8 @@ enum Command {
         #[command(flatten)]
         tls: TlsArgs,
     },
-    /// Checks a stopped OSD; exit status 1 when something is wrong.
-    Fsck {
-        /// Also reads every block and checks it against its checksum.
-        #[arg(long)]
-        deep: bool,
-        data_dir: PathBuf,
-    },
-    /// Shows what a stopped OSD's disk is.
-    Info { data_dir: PathBuf },
+    #[command(flatten)]
+    Offline(offline::Offline),
 }
 
 fn main() -> ExitCode {
@@ -117,18 +111,7 @@ fn run(command: Command) -> Result<ExitCode> {
             })?;
             println!("{id} is ready in {}", data_dir.display());
         }
-        Command::Fsck { deep, data_dir } => {
-            let report = store::fsck(&data_dir, deep)
-                .with_context(|| format!("cannot check {}", data_dir.display()))?;
-            println!("{report}");
-            if !report.is_clean() {
-                return Ok(ExitCode::FAILURE);
-            }
-        }
-        Command::Info { data_dir } => match store::info(&data_dir) {
-            Ok(info) => println!("{info}"),
-            Err(e) => bail!("{}: {e}", data_dir.display()),
-        },
+        Command::Offline(command) => return offline::run(command),
     }
     Ok(ExitCode::SUCCESS)
 }

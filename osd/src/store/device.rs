@@ -89,10 +89,19 @@ pub trait Device: Send {
     fn traffic(&self) -> Traffic;
 }
 
+/// What a disk is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    Read,
+    ReadWrite,
+    /// The file is made if there is none.
+    Create,
+}
+
 /// Opens a disk past the page cache.
-pub fn open_direct(path: &Path, create: bool, extra_flags: i32) -> io::Result<File> {
+pub fn open_direct(path: &Path, access: Access, extra_flags: i32) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(create).truncate(false);
+    options.read(true).write(access != Access::Read).create(access == Access::Create).truncate(false);
     match options.clone().custom_flags(libc::O_DIRECT | extra_flags).open(path) {
         // File systems without direct I/O: the promise is kept, the page cache only costs memory.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => options.custom_flags(extra_flags).open(path),
@@ -104,8 +113,8 @@ pub fn open_direct(path: &Path, create: bool, extra_flags: i32) -> io::Result<Fi
 /// not permitted, and what the offline tools use.
 pub struct FileDevice {
     file: File,
-    /// The same, every write durable by itself.
-    durable: File,
+    /// The same, every write durable by itself; `None` when it is open for reading only.
+    durable: Option<File>,
     blocks: u64,
     done: VecDeque<Completion>,
     waker: Waker,
@@ -113,11 +122,14 @@ pub struct FileDevice {
 }
 
 impl FileDevice {
-    /// Opens an existing file or block device; `create` makes the file if there is none.
-    pub fn open(path: &Path, create: bool) -> Result<FileDevice, StoreError> {
+    /// Opens a file or block device. What is open for reading only answers every write and flush with an error.
+    pub fn open(path: &Path, access: Access) -> Result<FileDevice, StoreError> {
         let fatal = |e: io::Error| StoreError::Fatal(format!("{}: {e}", path.display()));
-        let file = open_direct(path, create, 0).map_err(fatal)?;
-        let durable = open_direct(path, false, libc::O_DSYNC).map_err(fatal)?;
+        let file = open_direct(path, access, 0).map_err(fatal)?;
+        let durable = match access {
+            Access::Read => None,
+            _ => Some(open_direct(path, Access::ReadWrite, libc::O_DSYNC).map_err(fatal)?),
+        };
         let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(fatal)?;
         Ok(FileDevice {
             file,
@@ -154,8 +166,11 @@ impl FileDevice {
                 });
                 (Some(buffer), result)
             }
+            Request::Write { .. } | Request::Flush if self.durable.is_none() => {
+                (None, Err(io::ErrorKind::ReadOnlyFilesystem.into()))
+            }
             Request::Write { mut block, data, durable } => {
-                let file = if durable { &self.durable } else { &self.file };
+                let file = self.durable.as_ref().filter(|_| durable).unwrap_or(&self.file);
                 let result = data.iter().try_for_each(|d| {
                     let at = offset(block);
                     block += d.count() as u64;

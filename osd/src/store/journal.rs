@@ -55,12 +55,17 @@ pub struct Record {
 /// Upper bound of what `changes` take as the head of a record, in bytes.
 pub fn head_bytes(prefixes: &[Key], images: usize, changes: &View) -> usize {
     let change = |(key, value): (&Key, &Option<Value>)| match value {
-        // What a prefix deletes takes no room of its own: a group of any size can be removed.
-        None if prefixes.iter().any(|p| key.starts_with(p)) => 0,
+        // Not named one by one: a group of any size can be removed.
+        None if covered(prefixes, key) => 0,
         Some(Value::Record(bytes)) => 2 + key.len() + 4 + bytes.len(),
         _ => 2 + key.len() + 4,
     };
     HEADER_BYTES + prefixes.len() * 32 + images * 11 + changes.iter().map(change).sum::<usize>()
+}
+
+/// What is deleted with everything that has one of the prefixes.
+fn covered(prefixes: &[Key], key: &Key) -> bool {
+    prefixes.iter().any(|p| key.starts_with(p))
 }
 
 fn put_key(out: &mut Vec<u8>, tag: u8, key: &Key) {
@@ -85,7 +90,7 @@ pub fn encode(header: Header, prefixes: &[Key], images: &[Image], changes: &mut 
     let mut data_blocks = 0;
     for (key, value) in changes.iter() {
         match value {
-            None if prefixes.iter().any(|p| key.starts_with(p)) => {}
+            None if covered(prefixes, key) => {}
             None => put_key(&mut head, tag::DELETE, key),
             Some(Value::Record(bytes)) => {
                 put_key(&mut head, tag::RECORD, key);

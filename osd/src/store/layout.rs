@@ -131,8 +131,13 @@ impl Superblock {
         }
         let version = from.u32().ok_or_else(short)?;
         if version != FORMAT_VERSION {
+            let way_out = if version > FORMAT_VERSION {
+                "use the newer one that wrote it"
+            } else {
+                "it is of an older one; take the OSD out, and format its disk anew when its data is elsewhere"
+            };
             return Err(format!(
-                "the disk has format {version}, this program needs format {FORMAT_VERSION}: format it anew"
+                "the disk has format {version}, this program needs format {FORMAT_VERSION}: {way_out}"
             ));
         }
         let mut fields = || {
@@ -266,8 +271,11 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
 
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError> {
     match bytes.split_first() {
-        Some((&VALUE_VERSION, rest)) => postcard::from_bytes(rest)
-            .map_err(|e| StoreError::Fatal(format!("a record of the index is damaged: {e}"))),
+        Some((&VALUE_VERSION, rest)) => match postcard::take_from_bytes(rest) {
+            Ok((value, [])) => Ok(value),
+            Ok(_) => Err(StoreError::Fatal("a record of the index is too long".into())),
+            Err(e) => Err(StoreError::Fatal(format!("a record of the index is damaged: {e}"))),
+        },
         Some((v, _)) => Err(StoreError::Fatal(format!("a record of the index has unknown version {v}"))),
         None => Err(StoreError::Fatal("a record of the index is empty".into())),
     }
@@ -300,6 +308,9 @@ pub fn parse_pending(bytes: &[u8]) -> Result<Option<(u32, &[u8])>, StoreError> {
     }
 }
 
+// Keys of a group, of an object, and of a chunk or block.
+pub const PG_KEY_BYTES: usize = 9;
+pub const OBJECT_KEY_BYTES: usize = 25;
 /// Longest key.
 pub const KEY_BYTES_MAX: usize = 29;
 
@@ -409,7 +420,7 @@ pub fn parse_key(key: &[u8]) -> Result<Parsed, StoreError> {
     let bad = || StoreError::Fatal("a key of the index is malformed".into());
     let u32_at = |at: usize| key.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
     let u64_at = |at: usize| key.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes);
-    if !matches!(key.len(), 9 | 25 | 29) {
+    if !matches!(key.len(), PG_KEY_BYTES | OBJECT_KEY_BYTES | KEY_BYTES_MAX) {
         return Err(bad());
     }
     let pg = PgId { pool: PoolId(u32_at(1).ok_or_else(bad)?), index: u32_at(5).ok_or_else(bad)? };
@@ -419,7 +430,7 @@ pub fn parse_key(key: &[u8]) -> Result<Parsed, StoreError> {
         }
         _ => None,
     };
-    let number = if key.len() == 29 { u32_at(25) } else { None };
+    let number = if key.len() == KEY_BYTES_MAX { u32_at(25) } else { None };
     if number.is_some_and(|n| n >= OBJECT_BLOCKS_MAX) {
         return Err(bad());
     }

@@ -11,6 +11,7 @@
 
 mod buffer;
 mod checkpoint;
+mod chunk_image;
 mod chunk_store;
 mod commit;
 #[cfg(test)]
@@ -18,9 +19,15 @@ mod crash_tests;
 #[cfg(test)]
 mod decoder_tests;
 mod device;
+mod dump;
 #[cfg(test)]
 mod fault_tests;
+mod frozen;
 mod fsck;
+#[cfg(test)]
+mod fsck_tests;
+#[cfg(test)]
+mod golden_tests;
 mod group;
 mod journal;
 mod kv;
@@ -32,14 +39,18 @@ mod read;
 mod recover;
 mod rocks;
 mod rules;
+#[cfg(test)]
+mod sector_tests;
 pub mod sim;
 mod slots;
 mod stage;
+mod synthetic;
 #[cfg(test)]
 mod tests;
 pub mod thread;
 #[cfg(test)]
 mod thread_tests;
+pub mod transfer;
 mod uring;
 mod view;
 mod wake;
@@ -47,7 +58,11 @@ mod watchdog;
 
 pub use chunk_store::{ChunkStore, Stats};
 pub use device::Traffic;
-pub use open::{DirStore, Engine, FsckReport, Info, ensure_blank, format, fsck, info, open, open_with};
+pub use dump::{ObjectDump, ObjectLine};
+pub use frozen::{DirFrozen, Frozen, open_damaged, open_frozen};
+pub use fsck::{FsckReport, fsck};
+pub use open::{DirStore, Engine, Info, ensure_blank, format, info, open, open_with};
+pub use synthetic::synthetic_index;
 pub use wake::Waker;
 
 use crate::erasure::ShardId;
@@ -180,6 +195,9 @@ pub enum StoreError {
     NotFound { object: ObjectId },
     #[error("malformed operation: {0}")]
     Invalid(String),
+    /// Of a whole store: as it is, it is not served.
+    #[error("{0}")]
+    Refused(String),
     #[error("the store stopped for good: {0}")]
     Fatal(String),
 }

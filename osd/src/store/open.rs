@@ -2,13 +2,14 @@
 
 use super::buffer::{Block, BlocksMut};
 use super::chunk_store::ChunkStore;
-use super::device::{Completion, Device, FileDevice, Request, Traffic};
-use super::layout::{Geometry, Superblock};
+use super::device::{Access, Completion, Device, FileDevice, Request, Traffic};
+use super::layout::{FORMAT_VERSION, Geometry, Superblock};
 use super::recover::{format_parts, read_superblock};
 use super::rocks::RocksKv;
+use super::transfer;
 use super::uring::UringDevice;
 use super::wake::Waker;
-use super::{Identity, Store, StoreError};
+use super::{Identity, StoreError};
 use gabion_proto::limits::{BLOCK_BYTES, CHUNK_BYTES};
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -17,6 +18,7 @@ use std::path::Path;
 /// What the superblock says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
+    pub format_version: u32,
     pub identity: Identity,
     pub size_bytes: u64,
     pub journal_bytes: u64,
@@ -29,6 +31,7 @@ impl fmt::Display for Info {
         writeln!(f, "cluster  {}", self.identity.cluster)?;
         writeln!(f, "osd      {}", self.identity.osd)?;
         writeln!(f, "disk     {}", self.identity.disk)?;
+        writeln!(f, "format   {}", self.format_version)?;
         writeln!(f, "size     {} bytes, {} chunks", self.size_bytes, self.chunks)?;
         write!(f, "journal  {} bytes", self.journal_bytes)
     }
@@ -41,6 +44,12 @@ pub type DirStore = ChunkStore<LockedDevice, RocksKv>;
 pub struct LockedDevice {
     device: Box<dyn Device>,
     _lock: File,
+}
+
+impl LockedDevice {
+    pub(super) fn new(device: Box<dyn Device>, lock: File) -> LockedDevice {
+        LockedDevice { device, _lock: lock }
+    }
 }
 
 impl Device for LockedDevice {
@@ -67,14 +76,22 @@ impl Device for LockedDevice {
     }
 }
 
-fn fatal(path: &Path, e: impl fmt::Display) -> StoreError {
+pub(super) fn fatal(path: &Path, e: impl fmt::Display) -> StoreError {
     StoreError::Fatal(format!("{}: {e}", path.display()))
 }
 
 fn lock(data_dir: &Path) -> Result<File, StoreError> {
+    lock_with(data_dir, OpenOptions::new().create(true).truncate(false).write(true))
+}
+
+/// Locks a directory that may be on a file system for reading only. Every formatted one has the file.
+pub(super) fn lock_existing(data_dir: &Path) -> Result<File, StoreError> {
+    lock_with(data_dir, OpenOptions::new().read(true))
+}
+
+fn lock_with(data_dir: &Path, options: &OpenOptions) -> Result<File, StoreError> {
     let path = data_dir.join("lock");
-    let options = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-    let file = options.map_err(|e| fatal(&path, e))?;
+    let file = options.open(&path).map_err(|e| fatal(&path, e))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(fatal(&path, "another process uses this store")),
@@ -104,7 +121,7 @@ pub fn ensure_blank(data_dir: &Path) -> Result<(), StoreError> {
     let block = data_dir.join("block");
     match block.try_exists() {
         Ok(false) => Ok(()),
-        Ok(true) => refuse_foreign(&mut FileDevice::open(&block, false)?, &block),
+        Ok(true) => refuse_foreign(&mut FileDevice::open(&block, Access::Read)?, &block),
         Err(e) => Err(fatal(&block, e)),
     }
 }
@@ -119,7 +136,7 @@ pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<()
     fs::create_dir_all(data_dir).map_err(|e| fatal(data_dir, e))?;
     let _lock = lock(data_dir)?;
     let block = data_dir.join("block");
-    let mut device = FileDevice::open(&block, true)?;
+    let mut device = FileDevice::open(&block, Access::Create)?;
     if device.blocks() > 0 && read_superblock(&mut device).is_ok() {
         return Err(StoreError::Invalid(format!("{} holds a store already", block.display())));
     }
@@ -158,7 +175,7 @@ fn open_device(block: &Path, engine: Engine) -> Result<Box<dyn Device>, StoreErr
             Err(e) => return Err(fatal(block, e)),
         }
     }
-    Ok(Box::new(FileDevice::open(block, false)?))
+    Ok(Box::new(FileDevice::open(block, Access::ReadWrite)?))
 }
 
 /// The kernel has no io_uring, or none for this process.
@@ -174,73 +191,31 @@ pub fn open(data_dir: &Path) -> Result<DirStore, StoreError> {
 /// The same through a chosen engine.
 pub fn open_with(data_dir: &Path, engine: Engine) -> Result<DirStore, StoreError> {
     let lock = lock(data_dir)?;
+    transfer::refuse_unfinished(data_dir)?;
+    open_locked(data_dir, engine, lock)
+}
+
+/// Also where an import has begun and not ended: for the one who ends it.
+pub(super) fn open_unfinished(data_dir: &Path, engine: Engine) -> Result<DirStore, StoreError> {
+    let lock = lock(data_dir)?;
+    transfer::refuse_retired(data_dir)?;
+    open_locked(data_dir, engine, lock)
+}
+
+fn open_locked(data_dir: &Path, engine: Engine, lock: File) -> Result<DirStore, StoreError> {
     let mut device = open_device(&data_dir.join("block"), engine)?;
     read_superblock(&mut *device)?;
     let index = data_dir.join("index");
     let kv = RocksKv::open(&index, false).map_err(|e| fatal(&index, e))?;
-    ChunkStore::open(LockedDevice { device, _lock: lock }, kv, rand::random())
+    ChunkStore::open(LockedDevice::new(device, lock), kv, rand::random())
 }
 
 /// Reads the superblock only.
 pub fn info(data_dir: &Path) -> Result<Info, StoreError> {
-    let mut device = FileDevice::open(&data_dir.join("block"), false)?;
+    let mut device = FileDevice::open(&data_dir.join("block"), Access::Read)?;
     let superblock = read_superblock(&mut device)?;
     let Superblock { generation, size, identity, journal_blocks, .. } = superblock;
     let journal_bytes = u64::from(journal_blocks) * u64::from(BLOCK_BYTES);
     let chunks = superblock.geometry().slots;
-    Ok(Info { identity, size_bytes: size, journal_bytes, chunks, generation })
-}
-
-/// What [`fsck`] found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FsckReport {
-    pub groups: u64,
-    pub objects: u64,
-    pub chunks_used: u64,
-    pub blocks_read: u64,
-    /// The first findings, at most `PROBLEMS_MAX`.
-    pub problems: Vec<String>,
-    pub problem_count: u64,
-}
-
-/// Findings that a report spells out.
-pub const PROBLEMS_MAX: usize = 1000;
-
-impl FsckReport {
-    pub fn is_clean(&self) -> bool {
-        self.problem_count == 0
-    }
-
-    pub(super) fn problem(&mut self, what: String) {
-        self.problem_count += 1;
-        if self.problems.len() < PROBLEMS_MAX {
-            self.problems.push(what);
-        }
-    }
-}
-
-impl fmt::Display for FsckReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for p in &self.problems {
-            writeln!(f, "{p}")?;
-        }
-        write!(
-            f,
-            "{} groups, {} objects, {} chunks in use, {} blocks read, {} problems",
-            self.groups, self.objects, self.chunks_used, self.blocks_read, self.problem_count
-        )
-    }
-}
-
-/// Checks a stopped store; `deep` also reads every block against its checksum.
-pub fn fsck(data_dir: &Path, deep: bool) -> Result<FsckReport, StoreError> {
-    let mut store = open(data_dir)?;
-    let mut report = FsckReport {
-        groups: store.pgs()?.len() as u64,
-        objects: store.usage().objects,
-        chunks_used: store.usage().used_bytes / u64::from(CHUNK_BYTES),
-        ..FsckReport::default()
-    };
-    store.check(deep, &mut report)?;
-    Ok(report)
+    Ok(Info { format_version: FORMAT_VERSION, identity, size_bytes: size, journal_bytes, chunks, generation })
 }

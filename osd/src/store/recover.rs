@@ -60,46 +60,62 @@ fn write_index(kv: &mut impl Kv, batch: super::kv::Batch) -> Result<(), StoreErr
     kv.finish().map_err(StoreError::Fatal)
 }
 
-/// The newest intact superblock of the two.
-pub fn read_superblock(device: &mut (impl Device + ?Sized)) -> Result<Superblock, StoreError> {
-    let (mut best, mut why) = (None::<Superblock>, String::new());
-    for block in SUPERBLOCKS {
+/// Both superblocks, as they are.
+pub fn read_superblocks(device: &mut (impl Device + ?Sized)) -> [Result<Superblock, String>; 2] {
+    SUPERBLOCKS.map(|block| {
         let mut buffer = BlocksMut::zeroed(1);
         let read = device.read_now(block, buffer.blocks_mut()).map_err(|e| e.to_string());
-        match read.and_then(|()| Superblock::decode(buffer.bytes())) {
-            Ok(s) if best.is_none_or(|b| b.generation < s.generation) => best = Some(s),
-            Ok(_) => {}
-            // The first says best what is wrong.
-            Err(e) if why.is_empty() => why = e,
-            Err(_) => {}
-        }
+        read.and_then(|()| Superblock::decode(buffer.bytes()))
+    })
+}
+
+/// The newest intact superblock of the two.
+pub fn read_superblock(device: &mut (impl Device + ?Sized)) -> Result<Superblock, StoreError> {
+    match read_superblocks(device) {
+        [Ok(a), Ok(b)] if b.generation > a.generation => Ok(b),
+        [Ok(a), _] => Ok(a),
+        [Err(_), Ok(b)] => Ok(b),
+        // The first says best what is wrong.
+        [Err(why), Err(_)] => Err(StoreError::Fatal(why)),
     }
-    best.ok_or(StoreError::Fatal(why))
+}
+
+/// Whether two intact superblocks can be of one store: a crash leaves them at most one generation apart.
+pub fn written_together(a: &Superblock, b: &Superblock) -> bool {
+    let (a, b) = if a.generation < b.generation { (a, b) } else { (b, a) };
+    let same = (a.identity, a.size, a.journal_blocks) == (b.identity, b.size, b.journal_blocks);
+    same && (a == b || a.generation + 1 == b.generation)
 }
 
 /// What is left in the journal.
-struct Replay {
+pub(super) struct Replay {
+    /// Those that the index does not hold yet.
     records: Vec<Record>,
-    end: Position,
+    pub end: Position,
+    /// Records behind the end were durable once, so what was acknowledged is not all there.
+    pub lost: Option<String>,
+    /// Behind the end begins the next record, which is not whole.
+    pub cut_short: bool,
+}
+
+impl Replay {
+    /// Applies the records to the index, in memory. True when some name fresh slots.
+    fn apply<K: Kv>(&mut self, index: &mut Index<K>) -> Result<bool, StoreError> {
+        let mut fresh = false;
+        for record in std::mem::take(&mut self.records) {
+            fresh |= !record.images.is_empty();
+            apply(index, record)?;
+        }
+        Ok(fresh)
+    }
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Opens a formatted store. `nonce` must never have been given before on this disk.
     pub fn open(mut device: D, kv: K, nonce: u64) -> Result<Self, StoreError> {
         let mut superblock = read_superblock(&mut device)?;
-        if device.blocks() * u64::from(BLOCK_BYTES) < superblock.size {
-            return Err(StoreError::Fatal(format!(
-                "the disk has {} bytes, its superblock says {}",
-                device.blocks() * u64::from(BLOCK_BYTES),
-                superblock.size
-            )));
-        }
-        let recorded = kv.get(&[kind::IDENTITY]).map_err(StoreError::Fatal)?;
-        let recorded =
-            recorded.ok_or_else(|| StoreError::Fatal("the index is not that of a store".into()))?;
-        if layout::decode::<Identity>(&recorded)? != superblock.identity {
-            return Err(StoreError::Fatal("the index belongs to another disk".into()));
-        }
+        check_size(&device, &superblock)?;
+        check_identity(&kv, &superblock)?;
         let mut index = Index::new(kv);
         replay_into(&mut device, &mut index, &mut superblock)?;
         superblock.generation += 1;
@@ -123,6 +139,57 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         })?;
         Ok(ChunkStore::assemble(Opened { device, index, superblock, slots, objects }))
     }
+
+    /// The store as opening it would find it, for reading only: what the journal holds lies in memory over the index,
+    /// and nothing is written. Commits fail, and slots are not counted. `damage` hears what would keep it
+    /// from being opened, and may let it pass.
+    pub(super) fn open_frozen(
+        mut device: D,
+        kv: K,
+        mut damage: impl FnMut(StoreError) -> Result<(), StoreError>,
+    ) -> Result<(Self, Replay), StoreError> {
+        let superblock = read_superblock(&mut device)?;
+        check_size(&device, &superblock).or_else(&mut damage)?;
+        check_identity(&kv, &superblock).or_else(&mut damage)?;
+        let mut index = Index::new(kv);
+        let applied = applied(&index.kv).or_else(|e| damage(e).map(|()| 0))?;
+        let mut replay = read_journal(&mut device, &superblock, applied)?;
+        if let Some(why) = &replay.lost {
+            damage(StoreError::Fatal(why.clone()))?;
+        }
+        replay.apply(&mut index)?;
+        let slots = Slots::new(superblock.geometry().slots);
+        let opened = Opened { device, index, superblock, slots, objects: 0 };
+        Ok((ChunkStore::assemble(opened), replay))
+    }
+}
+
+fn check_size(device: &impl Device, superblock: &Superblock) -> Result<(), StoreError> {
+    let size = device.blocks() * u64::from(BLOCK_BYTES);
+    if size < superblock.size {
+        return Err(StoreError::Fatal(format!(
+            "the disk has {size} bytes, its superblock says {}",
+            superblock.size
+        )));
+    }
+    Ok(())
+}
+
+fn check_identity(kv: &impl Kv, superblock: &Superblock) -> Result<(), StoreError> {
+    let recorded = kv.get(&[kind::IDENTITY]).map_err(StoreError::Fatal)?;
+    let recorded = recorded.ok_or_else(|| StoreError::Fatal("the index is not that of a store".into()))?;
+    if layout::decode::<Identity>(&recorded)? != superblock.identity {
+        return Err(StoreError::Fatal("the index belongs to another disk".into()));
+    }
+    Ok(())
+}
+
+/// Number of the last record that the index holds.
+fn applied(kv: &impl Kv) -> Result<u64, StoreError> {
+    match kv.get(&[kind::APPLIED]).map_err(StoreError::Fatal)? {
+        Some(value) => layout::decode(&value),
+        None => Ok(0),
+    }
 }
 
 /// Replays the journal into slots and index; `superblock` then has its end as the tail.
@@ -131,23 +198,13 @@ fn replay_into<D: Device, K: Kv>(
     index: &mut Index<K>,
     superblock: &mut Superblock,
 ) -> Result<(), StoreError> {
-    let applied: u64 = match index.kv.get(&[kind::APPLIED]).map_err(StoreError::Fatal)? {
-        Some(value) => layout::decode(&value)?,
-        None => 0,
-    };
-    let Replay { records, end } = read_journal(device, superblock, applied)?;
-    if end.seq < applied {
-        return Err(StoreError::Fatal(format!(
-            "the journal ends at record {}, the index knows record {applied}: acknowledged records are lost",
-            end.seq
-        )));
+    let applied = applied(&index.kv)?;
+    let mut replay = read_journal(device, superblock, applied)?;
+    if let Some(why) = replay.lost.take() {
+        return Err(StoreError::Fatal(why));
     }
-    let mut fresh = false;
-    let applied = if holds(Rule::AppliedOnce) { applied } else { 0 };
-    for record in records.into_iter().filter(|r| r.header.seq > applied) {
-        fresh |= !record.images.is_empty();
-        apply(index, record)?;
-    }
+    let end = replay.end;
+    let fresh = replay.apply(index)?;
     if end.seq == superblock.tail.seq {
         return Ok(());
     }
@@ -181,7 +238,7 @@ fn apply<K: Kv>(index: &mut Index<K>, record: Record) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// The chain of intact records from the tail on, without those whose slots are not as they say.
+/// The chain of intact records from the tail on, without those whose slots are not as they say or that are applied.
 fn read_journal(
     device: &mut impl Device,
     superblock: &Superblock,
@@ -219,8 +276,45 @@ fn read_journal(
         end = position;
         out.push(record);
     }
-    refuse_lost_records(device, superblock, end.seq)?;
-    Ok(Replay { records: out, end })
+    let lost = match lost_record(device, superblock, end.seq)? {
+        Some(seq) => Some(format!(
+            "the journal ends at record {}, but record {seq} was acknowledged: the disk lost it",
+            end.seq
+        )),
+        None => (end.seq < applied).then(|| {
+            format!(
+                "the journal ends at record {}, the index knows record {applied}: acknowledged records are lost",
+                end.seq
+            )
+        }),
+    };
+    let applied = if holds(Rule::AppliedOnce) { applied } else { 0 };
+    out.retain(|r| r.header.seq > applied);
+    let cut_short = begins_after(device, superblock, end)?;
+    Ok(Replay { records: out, end, lost, cut_short })
+}
+
+/// Whether the head of the record after `end` is there.
+fn begins_after(
+    device: &mut impl Device,
+    superblock: &Superblock,
+    end: Position,
+) -> Result<bool, StoreError> {
+    for block in [end.block, 0] {
+        let room = superblock.journal_blocks.saturating_sub(block);
+        if room == 0 {
+            continue;
+        }
+        let mut head = BlocksMut::zeroed(1);
+        device
+            .read_now(JOURNAL_FIRST + u64::from(block), head.blocks_mut())
+            .map_err(disk("reading the journal"))?;
+        let next = journal::peek(head.bytes(), room).map(|(header, _)| header);
+        if next.is_some_and(|h| h.nonce == superblock.nonce && h.seq == end.seq + 1) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The intact record of this journal at `block` of the ring, if there is one.
@@ -266,13 +360,13 @@ fn images_hold(
     Ok(true)
 }
 
-/// A record that comes after the end and says that the end was not the end of what was durable: the disk lied
-/// about a flush, or lost what it had.
-fn refuse_lost_records(
+/// A record behind the end that was durable, as one that came after it or the superblock says: the disk lied about a
+/// flush, or lost what it had.
+fn lost_record(
     device: &mut impl Device,
     superblock: &Superblock,
     end: u64,
-) -> Result<(), StoreError> {
+) -> Result<Option<u64>, StoreError> {
     const PIECE_BLOCKS: u32 = 256;
     let mut block = 0;
     while block < superblock.journal_blocks {
@@ -290,19 +384,10 @@ fn refuse_lost_records(
                 continue;
             }
             if read_record(device, superblock, block + i)?.is_some_and(|r| r.header.flushed > end) {
-                return Err(StoreError::Fatal(format!(
-                    "the journal ends at record {end}, but record {} was acknowledged: the disk lost it",
-                    header.flushed
-                )));
+                return Ok(Some(header.flushed));
             }
         }
         block += count;
     }
-    if superblock.flushed > end {
-        return Err(StoreError::Fatal(format!(
-            "the journal ends at record {end}, but record {} was acknowledged: the disk lost it",
-            superblock.flushed
-        )));
-    }
-    Ok(())
+    Ok(Some(superblock.flushed).filter(|flushed| *flushed > end))
 }

@@ -35,24 +35,37 @@ pub struct RocksKv {
     thread: Option<JoinHandle<()>>,
 }
 
+fn options() -> Result<Options, String> {
+    let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES).map_err(|e| e.to_string())?;
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(&cache);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&table);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_max_write_buffer_number(WRITE_BUFFERS);
+    options.set_max_open_files(OPEN_FILES_MAX);
+    options.set_keep_log_file_num(LOG_FILES_MAX);
+    options.set_level_zero_file_num_compaction_trigger(TABLES_BEFORE_COMPACTION);
+    // Checksums do not compress.
+    options.set_compression_type(DBCompressionType::None);
+    Ok(options)
+}
+
 impl RocksKv {
+    /// Opens the database in `dir` without changing a file there; every batch is refused.
+    pub fn open_read_only(dir: &Path) -> Result<RocksKv, String> {
+        // What is left of a log is of no account: the store never writes one.
+        let db = DB::open_for_read_only(&options()?, dir, false).map_err(|e| e.to_string())?;
+        let waker = Arc::new(Mutex::new(None));
+        Ok(RocksKv { db: Arc::new(db), batches: None, results: channel().1, waker, thread: None })
+    }
+
     /// Opens the database in `dir`, or makes a new one with `create`.
     pub fn open(dir: &Path, create: bool) -> Result<RocksKv, String> {
-        let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES).map_err(|e| e.to_string())?;
-        let mut table = BlockBasedOptions::default();
-        table.set_block_cache(&cache);
-        table.set_cache_index_and_filter_blocks(true);
-        table.set_bloom_filter(BLOOM_BITS_PER_KEY, false);
-        let mut options = Options::default();
+        let mut options = options()?;
         options.create_if_missing(create);
-        options.set_block_based_table_factory(&table);
-        options.set_write_buffer_size(WRITE_BUFFER_BYTES);
-        options.set_max_write_buffer_number(WRITE_BUFFERS);
-        options.set_max_open_files(OPEN_FILES_MAX);
-        options.set_keep_log_file_num(LOG_FILES_MAX);
-        options.set_level_zero_file_num_compaction_trigger(TABLES_BEFORE_COMPACTION);
-        // Checksums do not compress.
-        options.set_compression_type(DBCompressionType::None);
         let db = Arc::new(DB::open(&options, dir).map_err(|e| e.to_string())?);
         let (batches, incoming) = channel::<Batch>();
         let (outgoing, results) = channel();
@@ -91,7 +104,7 @@ fn write(db: &DB, batch: Batch) -> Result<(), String> {
     db.flush_opt(&flush).map_err(|e| e.to_string())
 }
 
-const GONE: &str = "the index's thread is gone";
+const GONE: &str = "nobody writes the index: its thread is gone, or it is open for reading only";
 
 impl Kv for RocksKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, String> {

@@ -490,6 +490,16 @@ impl Kv for SimKv {
 /// The memory of a simulated disk, for tests that look at it.
 #[cfg(test)]
 impl SimDisk {
+    pub(super) fn frozen(&self) -> Result<super::Frozen<SimDevice, SimKv>, StoreError> {
+        let (device, kv) = self.parts()?;
+        super::Frozen::open(device, kv)
+    }
+
+    pub(super) fn fsck(&self, deep: bool) -> super::FsckReport {
+        let (device, kv) = self.parts().expect("an eventfd");
+        super::fsck::check_parts(device, kv, deep)
+    }
+
     pub(super) fn block(&self, block: u64) -> Vec<u8> {
         let mut out = vec![0; BLOCK];
         self.0.lock().image.read(block, &mut out);

@@ -171,6 +171,7 @@ fn a_directory_store_keeps_its_contents() {
     format(dir.path(), 16 << 20, IDENTITY).expect("formats");
     assert!(matches!(format(dir.path(), 16 << 20, IDENTITY), Err(StoreError::Invalid(_))));
     let mut store = open(dir.path()).expect("opens");
+    assert_eq!(store.commit(vec![txn(TxnOp::SetMeta(PgMeta::default()))]), [Ok(())]);
     assert!(open(dir.path()).is_err(), "the lock is held");
     let (acked, _) = workload(&mut store, 5, 30);
     assert_eq!(dump(&mut store), acked);

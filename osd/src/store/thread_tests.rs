@@ -26,6 +26,10 @@ fn engines(dir: &std::path::Path) -> Vec<Engine> {
 fn many_writers_and_readers_at_once() {
     let dir = tempfile::tempdir().expect("temporary directory");
     format(dir.path(), 64 << 20, IDENTITY).expect("formats");
+    let mut store = open(dir.path()).expect("opens");
+    let make = Txn { pg: PG, ops: vec![TxnOp::SetMeta(PgMeta::default())], reserve: false };
+    assert_eq!(store.commit(vec![make]), [Ok(())]);
+    drop(store);
     let mut version = 0;
     for engine in engines(dir.path()) {
         let store = open_with(dir.path(), engine).expect("opens");

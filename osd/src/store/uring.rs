@@ -3,7 +3,7 @@
 //! A request's buffers lie in `pending` until all its completions have come, whatever happens to the store.
 
 use super::buffer::{Block, Blocks, BlocksMut};
-use super::device::{Completion, Device, Request, Traffic, open_direct};
+use super::device::{Access, Completion, Device, Request, Traffic, open_direct};
 use super::wake::Waker;
 use gabion_proto::limits::BLOCK_BYTES;
 use io_uring::{IoUring, opcode, squeue, types};
@@ -62,7 +62,7 @@ impl UringDevice {
     /// Opens an existing file or block device. An error of kind `PermissionDenied` or `Unsupported` means that
     /// io_uring is not to be had here.
     pub fn open(path: &Path) -> io::Result<UringDevice> {
-        let file = open_direct(path, false, 0)?;
+        let file = open_direct(path, Access::ReadWrite, 0)?;
         let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
         let ring = IoUring::builder().build(ENTRIES)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;

@@ -156,6 +156,15 @@ impl<K: Kv> Index<K> {
         Ok(value)
     }
 
+    /// The same without remembering it, for those who look at everything once.
+    pub fn peek(&self, key: &Key) -> Result<Option<Value>, StoreError> {
+        match self.in_memory(key) {
+            Some(value) => Ok(value.clone()),
+            None if key.kind() == kind::OVERLAY => Ok(None),
+            None => Ok(self.kv.get(key).map_err(StoreError::Fatal)?.map(Value::from)),
+        }
+    }
+
     /// The newest durable value that is not in the index yet.
     pub fn in_memory(&self, key: &Key) -> Option<&Option<Value>> {
         self.dirty.get(key).or_else(|| self.frozen.get(key))
