@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod cpu;
 pub mod fio;
 pub mod harness;
+pub mod index;
 pub mod job;
 pub mod report;
 pub mod store;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use gabion_bench::cluster::{self, ClusterOptions};
 use gabion_bench::harness::{self, Plan};
+use gabion_bench::index;
 use gabion_bench::job::{Job, Pattern};
 use gabion_bench::store::{self, StoreOptions};
 use gabion_bench::target::{Pids, Target};
@@ -62,6 +63,9 @@ enum Command {
         #[command(flatten)]
         options: StoreOptions,
     },
+    /// Open a store once and say what it took; `store --index` runs it.
+    #[command(hide = true)]
+    StoreOpen { dir: PathBuf },
     /// Start a development cluster, export volumes by NBD and vhost-user, and run the jobs on them and on a raw file.
     Cluster {
         #[command(flatten)]
@@ -87,6 +91,7 @@ fn main() -> Result<()> {
             let result = load::run(&Load { socket, job, secs, size_bytes: size, flush_every })?;
             writeln!(out, "{}", serde_json::to_string(&result)?)?;
         }
+        Command::StoreOpen { dir } => index::open(&dir, &mut out)?,
         Command::Store { options } => store::run(&options, &mut out)?,
         Command::Cluster { cluster, plan } => cluster::run(&cluster, &plan, &mut out)?,
     }

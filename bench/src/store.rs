@@ -22,6 +22,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::cpu;
 use crate::fio;
+use crate::index;
 use crate::job::{Job, Pattern};
 use crate::report::{Measured, median};
 
@@ -47,6 +48,9 @@ pub struct StoreOptions {
     /// Plain reads and writes instead of io_uring.
     #[arg(long)]
     pub plain: bool,
+    /// Instead: start-up and memory with the index records of so many GiB, which are made without their payload.
+    #[arg(long, value_name = "GIB", num_args = 0..=1, default_missing_value = "100")]
+    pub index: Option<u32>,
 }
 
 fn jobs() -> Vec<Job> {
@@ -72,6 +76,9 @@ struct Run {
 }
 
 pub fn run(options: &StoreOptions, out: &mut impl Write) -> Result<()> {
+    if let Some(gib) = options.index {
+        return index::run(&options.dir, gib, out);
+    }
     let mut jobs = jobs();
     jobs.retain(|job| options.only.is_empty() || options.only.contains(&job.name));
     if jobs.is_empty() || options.rounds == 0 || options.size < 64 << 20 {
