@@ -112,6 +112,11 @@ pub enum Command {
         #[command(subcommand)]
         verb: RebuildVerb,
     },
+    /// Comparing copies and reading what nobody reads
+    Scrub {
+        #[command(subcommand)]
+        verb: ScrubVerb,
+    },
     /// The cluster's certificate authority: files, used offline
     Ca {
         #[command(subcommand)]
@@ -662,4 +667,50 @@ pub enum RebuildVerb {
         #[arg(long)]
         forever: bool,
     },
+}
+
+#[derive(Subcommand, Debug)]
+pub enum ScrubVerb {
+    /// Has placement groups scrubbed now: all, those of a pool, or one
+    Start {
+        /// Only of this pool.
+        #[arg(long, conflicts_with = "pg")]
+        pool: Option<String>,
+        /// Only this placement group, as POOL.INDEX.
+        #[arg(long)]
+        pg: Option<String>,
+        /// Also read every block against its checksum, and parity against data.
+        #[arg(long)]
+        deep: bool,
+    },
+    /// When placement groups were scrubbed, what runs, and what was found
+    Status {
+        /// Only of this pool.
+        #[arg(long)]
+        pool: Option<String>,
+    },
+    /// Changes how often scrubs run by themselves, and how fast
+    Set {
+        /// How often versions and checksums are compared, as 90s, 45m, 24h or 7d; 0: never by itself.
+        #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+        interval: Option<u64>,
+        /// How often everything is read.
+        #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+        deep_interval: Option<u64>,
+        /// Bytes per second at each OSD, at least 1M.
+        #[arg(long, value_parser = size::parse, value_name = "S")]
+        max_rate: Option<u64>,
+    },
+}
+
+fn parse_seconds(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text:?} is not a time: use a whole number with s, m, h or d, such as 24h");
+    let units = [("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)];
+    let unit = units.iter().find_map(|(unit, length)| Some((text.strip_suffix(unit)?, *length)));
+    let (digits, length) = unit.unwrap_or((text, 1));
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(bad());
+    }
+    let n: u64 = digits.parse().map_err(|_| bad())?;
+    n.checked_mul(length).ok_or_else(|| format!("{text:?} is too long"))
 }

@@ -19,6 +19,18 @@ pub const FRAME_DATA_BYTES_MAX: u32 = OBJECT_BYTES_MAX;
 pub const FRAME_META_BYTES_MAX: u32 = 1 << 20;
 /// Object entries in one peering list or activation message.
 pub const LIST_ENTRIES_MAX: usize = 4096;
+/// Objects in one answer to a scrub.
+pub const SCRUB_ENTRIES_MAX: usize = 64;
+/// Objects without a good copy that one group names to the monitors; more are only counted.
+pub const DAMAGED_NAMED_MAX: usize = 16;
+/// What a scrub reads per second from one OSD (settable; this is the default and the least).
+pub const SCRUB_RATE_DEFAULT: u64 = 64 << 20;
+pub const SCRUB_RATE_MIN: u64 = 1 << 20;
+/// Every group is scrubbed that often, and read as a whole that often (settable).
+pub const SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(24 * 3600);
+pub const DEEP_SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Groups that one OSD is told to scrub at once, as their primary.
+pub const SCRUB_ORDERS_MAX: usize = 4;
 /// Largest client operation; longer requests are split by the gateway.
 pub const OP_DATA_BYTES_MAX: u32 = 1 << 20;
 

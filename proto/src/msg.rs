@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 3;
+pub const PROTOCOL_VERSION: u8 = 4;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -224,12 +224,13 @@ pub enum PeerBody {
         image: Result<ObjectImage, SubResult>,
     },
     /// The primary brings a member that misses the object to `version`; conditional on the member
-    /// still missing it (rule P4).
+    /// still missing it (rule P4), or on still holding what a scrub found wrong: a copy at `over`.
     Push {
         tid: u64,
         object: ObjectId,
         version: Version,
         image: ObjectImage,
+        over: Option<Version>,
     },
     PushAck {
         tid: u64,
@@ -257,6 +258,18 @@ pub enum PeerBody {
     CommitAck {
         objects: Vec<(ObjectId, Version)>,
     },
+    /// Scrub: asks what the receiver's store has of the objects in a range; `deep`: every block is read.
+    ScrubRead {
+        tid: u64,
+        range: ScrubRange,
+        deep: bool,
+    },
+    /// The answer, at most [`crate::limits::SCRUB_ENTRIES_MAX`] objects in order; `last`: there are no more in the range.
+    ScrubInfo {
+        tid: u64,
+        entries: Vec<ScrubEntry>,
+        last: bool,
+    },
     /// The receiver promised a newer interval.
     Refused {
         promised: Epoch,
@@ -264,6 +277,36 @@ pub enum PeerBody {
     /// A member to its primary, again and again while it is so: its store has too little room for clients'
     /// writes (rule P7).
     Full,
+}
+
+/// Objects that a scrub looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ScrubRange {
+    /// All that come after this one; all there are.
+    After(Option<ObjectId>),
+    One(ObjectId),
+}
+
+impl ScrubRange {
+    pub fn contains(&self, object: &ObjectId) -> bool {
+        match self {
+            ScrubRange::After(after) => after.is_none_or(|a| *object > a),
+            ScrubRange::One(one) => object == one,
+        }
+    }
+}
+
+/// A copy as a scrub finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubEntry {
+    pub object: ObjectId,
+    /// The newest one, pending or not; `ZERO`: the store has nothing of an object that should be here.
+    pub version: Version,
+    pub deleted: bool,
+    /// Which blocks are data and which zeros, and the data's checksums; 0 of a shard, which is like no other one.
+    pub digest: u64,
+    /// Deep: a block that cannot be read, or does not match its checksum.
+    pub unreadable: Option<u32>,
 }
 
 /// The change of a [`PeerBody::SubWrite`].

@@ -1,17 +1,31 @@
 //! What must be true once everything has healed.
 
 use crate::world::World;
-use gabion_osd::store::{ObjectState, Store, StoreError};
+use gabion_osd::store::{ObjectState, Store};
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use gabion_proto::map::Redundancy;
 
-type Whole = Vec<(ObjectId, ObjectState, Option<Content>)>;
+type Whole = Vec<(ObjectId, ObjectState, Content)>;
 
 impl World {
     pub fn all_clean(&self) -> bool {
         let width = self.plan.width();
         self.monitor.state.map.pgs.values().all(|r| r.clean && r.activated && r.members().count() == width)
+    }
+
+    /// Everything that was asked of scrubs is done.
+    pub fn scrubs_done(&self) -> bool {
+        self.monitor.state.scrubs.values().all(|r| r.requested().is_none())
+    }
+
+    /// With so little rot every object has a good copy.
+    pub fn nothing_is_damaged(&self) -> Result<(), String> {
+        let scrubs = &self.monitor.state.scrubs;
+        match scrubs.iter().find(|(_, r)| r.damaged_objects > 0) {
+            Some((pg, r)) => Err(format!("a scrub of group {pg} found {:?} damaged", r.damaged)),
+            None => Ok(()),
+        }
     }
 
     /// Objects of removed volumes and layers that a member still holds.
@@ -36,7 +50,7 @@ impl World {
         for (pg, record) in self.monitor.state.map.pgs.clone() {
             let mut reference: Option<(OsdId, Whole)> = None;
             for member in record.members() {
-                let whole = self.whole_group(pg, member, record.primary == Some(member))?;
+                let whole = self.whole_group(pg, member)?;
                 match &reference {
                     None => reference = Some((member, whole)),
                     Some((first, r)) => same(r, &whole)
@@ -53,7 +67,7 @@ impl World {
         for (pg, record) in self.monitor.state.map.pgs.clone() {
             let mut reference: Option<(OsdId, Vec<(ObjectId, Version)>)> = None;
             for member in record.members() {
-                let whole = self.whole_group(pg, member, record.primary == Some(member))?;
+                let whole = self.whole_group(pg, member)?;
                 let versions: Vec<(ObjectId, Version)> =
                     whole.iter().map(|(o, s, _)| (*o, s.pending.unwrap_or(s.version))).collect();
                 match &reference {
@@ -68,13 +82,11 @@ impl World {
         Ok(())
     }
 
-    /// Everything that a member holds of a group. A block that rotted and was not read since may be bad, if
-    /// the member is not primary.
-    fn whole_group(&mut self, pg: PgId, member: OsdId, is_primary: bool) -> Result<Whole, String> {
+    /// Everything that a member holds of a group: a scrub has replaced what rotted.
+    fn whole_group(&mut self, pg: PgId, member: OsdId) -> Result<Whole, String> {
         let Some(n) = self.nodes.iter_mut().find(|n| n.id == member) else {
             return Err(format!("group {pg} is clean on {member}, which does not exist"));
         };
-        let rotten = n.disk.rotten && !is_primary;
         let store = n.disk.store().ok_or(format!("group {pg} is clean, but {member} does not run"))?;
         let missing = store.list_missing(pg, None, 10).map_err(|e| e.to_string())?;
         if !missing.is_empty() {
@@ -83,8 +95,7 @@ impl World {
         let mut whole = Vec::new();
         for (object, state) in store.list(pg, None, usize::MAX).map_err(|e| e.to_string())? {
             match store.read_object(pg, object) {
-                Ok((_, content)) => whole.push((object, state, Some(content))),
-                Err(StoreError::Unreadable { .. }) if rotten => whole.push((object, state, None)),
+                Ok((_, content)) => whole.push((object, state, content)),
                 Err(e) => return Err(format!("group {pg} on {member}: {e}")),
             }
         }
@@ -100,9 +111,7 @@ fn same(a: &Whole, b: &Whole) -> Result<(), String> {
         if (oa, sa) != (ob, sb) {
             return Err(format!("{oa} {sa:?} and {ob} {sb:?}"));
         }
-        if let (Some(ca), Some(cb)) = (ca, cb)
-            && ca != cb
-        {
+        if ca != cb {
             return Err(format!("the content of {oa} at {}", sa.version));
         }
     }

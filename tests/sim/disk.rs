@@ -14,15 +14,13 @@ pub struct Disk {
     machine: SimDisk,
     store: Option<SimStore>,
     filled: bool,
-    /// Some block of it may be bad.
-    pub rotten: bool,
 }
 
 impl Disk {
     pub fn new(identity: Identity, chunks: u32, seed: u64) -> Disk {
         let machine = SimDisk::new((chunks as usize + 1) * CHUNK_BYTES as usize, seed);
         machine.format(identity).unwrap_or_else(|e| panic!("cannot format: {e}"));
-        Disk { machine, store: None, filled: false, rotten: false }
+        Disk { machine, store: None, filled: false }
     }
 
     /// Opens the store; an error is a finding.
@@ -54,8 +52,17 @@ impl Disk {
     }
 
     pub fn rot_under_reads(&mut self, reads: u64) {
-        self.rotten |= reads > 0;
         self.machine.rot_under_reads(reads);
+    }
+
+    /// What was written long ago rots where it lies; nobody reads it. False: not now.
+    pub fn rot_cold(&mut self, blocks: usize) -> bool {
+        // A record of the journal that is still to be replayed must find what it names: that would be a write that was lost.
+        if !matches!(self.store.as_mut().map(|s| s.background()), Some(Ok(_))) {
+            return false;
+        }
+        self.machine.rot_written(blocks);
+        true
     }
 
     /// Somebody else fills the disk, as far as clients (or recovery) could.

@@ -2,12 +2,13 @@
 
 use crate::client::ClientEvent;
 use crate::network::Place;
+use crate::nodes::Node;
 use crate::world::{Ev, World};
 use gabion_monitor::state::Command;
 use gabion_proto::map::Redundancy;
 
 /// Kinds of faults and how often each is drawn.
-const KINDS: [(&str, u64); 25] = [
+const KINDS: [(&str, u64); 26] = [
     ("crash", 24),
     ("disk error", 6),
     ("pause", 9),
@@ -20,6 +21,7 @@ const KINDS: [(&str, u64); 25] = [
     ("crash of all", 3),
     ("disk loss", 2),
     ("bit rot", 6),
+    ("cold rot", 3),
     ("full disk", 4),
     ("out", 3),
     ("in", 4),
@@ -37,6 +39,10 @@ const KINDS: [(&str, u64); 25] = [
 
 impl World {
     pub fn fault(&mut self) {
+        self.rotting &= !self.scrubs_done();
+        if self.rotting {
+            return self.at(200, Ev::Fault);
+        }
         let total: u64 = KINDS.iter().map(|(_, n)| n).sum();
         let mut drawn = self.rng.below(total);
         let kind = KINDS.iter().find(|(_, n)| {
@@ -134,9 +140,19 @@ impl World {
                 if !self.plan.rot || !all_run || !self.all_clean() {
                     return false;
                 }
+                self.rotten = true;
                 let reads = self.rng.range(1, 4);
                 self.log(|| format!("the disk of osd.0 rots under its next {reads} reads"));
                 self.nodes[0].disk.rot_under_reads(reads);
+            }
+            "cold rot" => {
+                let well = |n: &Node| n.lost || (n.core.is_some() && n.paused_until <= self.now);
+                let all_well = self.nodes.iter().all(well) && self.network.cut.is_empty();
+                if !all_well || !self.monitor_runs() || !self.all_clean() {
+                    return false;
+                }
+                self.rotting = self.rot_cold();
+                return self.rotting;
             }
             "full disk" => {
                 let (reserve, ms) = (self.rng.chance(500), self.rng.range(1_000, 20_000));
@@ -184,6 +200,24 @@ impl World {
             _ => return false,
         }
         true
+    }
+
+    /// Blocks that nobody reads rot, on as few disks that every object still has a good copy, and a scrub is asked for.
+    pub fn rot_cold(&mut self) -> bool {
+        let spare = match self.plan.redundancy {
+            Redundancy::Replicated { size } => size - 1,
+            Redundancy::Erasure { m, .. } => m,
+        };
+        let disks = self.rng.range(1, u64::from(spare) + 1) as usize;
+        let mut rots = false;
+        for node in self.some_running(disks) {
+            let blocks = self.rng.range(1, 40) as usize;
+            self.log(|| format!("{blocks} blocks of osd.{node} rot"));
+            rots |= self.nodes[node].disk.rot_cold(blocks);
+        }
+        self.rotten |= rots;
+        self.command(Command::RequestScrub { pool: None, pg: None, deep: true });
+        rots
     }
 
     /// The primary of a group and another member of it cannot talk any more; everything else is well.

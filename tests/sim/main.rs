@@ -87,6 +87,7 @@ fn finish(mut w: World) -> Result<Tally, String> {
     if w.leftovers() > 0 {
         return Err(format!("{} objects of removed volumes are still there", w.leftovers()));
     }
+    scrub_all(&mut w)?;
     read_all(&mut w)?;
     // What the last reads found bad is repaired meanwhile.
     let next = w.now + 5_000;
@@ -112,6 +113,24 @@ fn finish(mut w: World) -> Result<Tally, String> {
     w.tally.reads_checked = w.oracle.reads_checked;
     w.tally.virtual_ms = w.now;
     Ok(w.tally)
+}
+
+/// What nobody reads rots; a deep scrub of everything must find it, and what rotted before.
+fn scrub_all(w: &mut World) -> Result<(), String> {
+    w.nodes[0].disk.rot_under_reads(0);
+    w.rot_cold();
+    let deadline = w.now + HEAL_MS;
+    while w.now < deadline && !w.scrubs_done() {
+        let next = w.now + 500;
+        w.run_until(next);
+        if let Some(f) = w.finding.take() {
+            return Err(format!("{f} (at {} ms)", w.now));
+        }
+    }
+    match w.scrubs_done() {
+        true => w.nothing_is_damaged(),
+        false => Err(format!("scrubs do not end\n{}", w.describe())),
+    }
 }
 
 /// Reads back everything that was ever written.
@@ -196,6 +215,7 @@ fn main() -> ExitCode {
     );
     println!("at least {} operations and {} faults each", sum.least_ops, sum.least_faults);
     println!("seeds: {:?}, {} read back without shards", sum.by_redundancy, sum.degraded_checks);
+    println!("scrubs: {} passes, {} findings, {} repaired", sum.scrubs, sum.scrub_findings, sum.scrub_repaired);
     println!("faults: {:?}", sum.by_kind);
     ExitCode::SUCCESS
 }

@@ -7,7 +7,10 @@ use crate::world::{Ev, World};
 use gabion_monitor::decide::{self, FailureDetector, Timing};
 use gabion_monitor::state::intervals::earlier_primaries;
 use gabion_monitor::state::{Command, MonitorState, Reply};
-use gabion_osd::core::{Event, MonitorRefused, MonitorRequest, Token};
+use gabion_monitor::state::scrubs::{DamagedObject, ScrubResult};
+use gabion_osd::core::{
+    Damage, Event, MonitorRefused, MonitorRequest, ScrubOrder, ScrubReport, Token,
+};
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
 use std::collections::BTreeMap;
@@ -30,10 +33,27 @@ pub struct Beat {
     pub incarnation: Incarnation,
     pub acked: Epoch,
     pub stuck: Vec<gabion_proto::pb::StuckPeer>,
+    /// Groups that it leads.
+    pub led: Vec<PgId>,
 }
 
 fn detector() -> FailureDetector {
     FailureDetector::new(Timing { down_out_ms: DOWN_OUT_MS, ..Timing::default() })
+}
+
+fn scrub_result(r: &ScrubReport) -> ScrubResult {
+    let damaged = r.damaged.iter();
+    let damaged =
+        damaged.map(|(object, d)| DamagedObject { object: *object, inconsistent: *d == Damage::Inconsistent });
+    ScrubResult {
+        number: r.number,
+        deep: r.deep,
+        objects: r.objects,
+        findings: r.findings,
+        repaired: r.repaired,
+        damaged_objects: r.damaged_objects,
+        damaged: damaged.collect(),
+    }
 }
 
 impl Monitor {
@@ -142,7 +162,9 @@ impl World {
     pub fn heartbeat(&mut self, node: usize, run: u64) {
         let n = &self.nodes[node];
         let Some(core) = &n.core else { return };
-        let beat = Beat { incarnation: n.incarnation, acked: core.acked_epoch(), stuck: core.stuck_peers() };
+        let led = core.pg_statuses().iter().map(|s| PgId { pool: PoolId(s.pool), index: s.index }).collect();
+        let (acked, stuck) = (core.acked_epoch(), core.stuck_peers());
+        let beat = Beat { incarnation: n.incarnation, acked, stuck, led };
         let (behind, full) = (n.epoch < self.monitor.published.epoch, n.disk.is_full());
         let (delay, sent) = (self.delay(), self.now);
         if !self.lost_between(Place::Node(node), Place::Monitor) {
@@ -183,7 +205,18 @@ impl World {
         let (delay, epoch) = (self.delay(), self.monitor.state.map.epoch);
         if !self.lost_between(Place::Monitor, Place::Node(node)) && (granted || !ok) {
             self.at(delay, Ev::Lease { node, run, until: sent + LEASE_MS, epoch, ok });
+            if ok {
+                let orders = self.scrub_orders(beat.led);
+                let rate_bytes_per_s = self.monitor.state.scrub_settings.rate_bytes_per_s;
+                let event = Event::Scrub { orders, rate_bytes_per_s };
+                self.at(delay, Ev::Core { node, run, event });
+            }
         }
+    }
+
+    fn scrub_orders(&self, led: Vec<PgId>) -> Vec<ScrubOrder> {
+        let due = self.monitor.state.scrub_orders(self.now, led.into_iter());
+        due.into_iter().map(|o| ScrubOrder { pg: o.pg, number: o.number, deep: o.deep }).collect()
     }
 
     /// A process says goodbye: nothing is served under its lease any more.
@@ -228,6 +261,16 @@ impl World {
                 Command::PgActivated { osd, incarnation, pg, interval }
             }
             MonitorRequest::Clean { pg, interval } => Command::PgClean { osd, incarnation, pg, interval },
+            MonitorRequest::Scrubbed { pg, interval, ref report } => {
+                if report.findings > 0 && !self.rotten {
+                    self.finding = Some(format!("a scrub found what is not there: {report:?} in {pg}"));
+                }
+                self.tally.scrubs += 1;
+                self.tally.scrub_findings += report.findings;
+                self.tally.scrub_repaired += report.repaired;
+                let result = scrub_result(report);
+                Command::PgScrubbed { osd, incarnation, pg, interval, result }
+            }
         };
         let result = self.command(command).map(|_| ()).ok_or(MonitorRefused);
         if self.lost_between(Place::Monitor, Place::Node(node)) {

@@ -282,6 +282,9 @@ impl World {
             Effect::ReadObject { token, pg, object } => {
                 Event::ObjectRead { token, result: store.read_object(pg, object) }
             }
+            Effect::Digest { token, pg, object } => {
+                Event::Digested { token, result: store.digest(pg, object) }
+            }
             Effect::List { token, pg } => {
                 let objects = store.list(pg, None, usize::MAX);
                 let missing = store.list_missing(pg, None, usize::MAX);
@@ -312,6 +315,7 @@ fn is_fatal(event: &Event) -> bool {
         Event::Committed { result, .. } => result.as_ref().err(),
         Event::ReadDone { result, .. } => result.as_ref().err(),
         Event::ObjectRead { result, .. } => result.as_ref().err(),
+        Event::Digested { result, .. } => result.as_ref().err(),
         Event::Listed { result, .. } => result.as_ref().err(),
         _ => None,
     };

@@ -18,6 +18,8 @@ pub struct Plan {
     pub fault_every_ms: u64,
     /// Bits rot on the first OSD's disk. Such a run loses no disk for good: the other copies must last.
     pub rot: bool,
+    /// Light and deep scrubs, in seconds.
+    pub scrub_every_s: (u64, u64),
     /// Chunks of each disk.
     pub chunks: u32,
     pub rules: Rules,
@@ -67,6 +69,7 @@ impl Plan {
             fault_every_ms: rng.range(1_500, 6_000),
             // With one spare shard a member that was away is one failure already.
             rot: rng.chance(300) && !matches!(redundancy, Redundancy::Erasure { m: 1, .. }),
+            scrub_every_s: (rng.range(5, 30), rng.range(10, 90)),
             chunks: 300,
             rules: Rules::default(),
             scenario: Scenario::Faults,
@@ -103,6 +106,9 @@ pub struct Tally {
     /// Runs whose last reads were repeated without as many shards as the code can spare.
     pub degraded_checks: u64,
     /// Seeds by redundancy.
+    pub scrubs: u64,
+    pub scrub_findings: u64,
+    pub scrub_repaired: u64,
     pub by_redundancy: std::collections::BTreeMap<String, u64>,
 }
 
@@ -121,6 +127,9 @@ impl Tally {
         self.map_epochs += other.map_epochs;
         self.virtual_ms += other.virtual_ms;
         self.degraded_checks += other.degraded_checks;
+        self.scrubs += other.scrubs;
+        self.scrub_findings += other.scrub_findings;
+        self.scrub_repaired += other.scrub_repaired;
         for (redundancy, n) in &other.by_redundancy {
             *self.by_redundancy.entry(redundancy.clone()).or_default() += n;
         }

@@ -9,6 +9,7 @@ use crate::plan::{Plan, Scenario, Tally};
 use crate::rng::Rng;
 use crate::snapshots::Snapshot;
 use bytes::Bytes;
+use gabion_monitor::state::scrubs::ScrubSettings;
 use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_osd::core::*;
 use gabion_proto::ids::*;
@@ -124,6 +125,10 @@ pub struct World {
     pub pool: PoolId,
     /// A disk was lost since all groups were clean.
     pub lost_one: bool,
+    /// Something rots, and nothing else goes wrong before scrubs have replaced it.
+    pub rotting: bool,
+    /// Some bit rotted in this run: what scrubs find otherwise is not there.
+    pub rotten: bool,
 }
 
 impl World {
@@ -140,6 +145,9 @@ impl World {
             object_bytes: 1 << 20,
         });
         let Reply::Pool(pool) = pool else { panic!("a pool has an id") };
+        let (interval_s, deep_interval_s) = plan.scrub_every_s;
+        let rate_bytes_per_s = 16 << 20;
+        must(Command::SetScrub(ScrubSettings { interval_s, deep_interval_s, rate_bytes_per_s }));
         let mut world = World {
             now: 1_000,
             rng,
@@ -160,6 +168,8 @@ impl World {
             next_connection: 1,
             pool,
             lost_one: false,
+            rotting: false,
+            rotten: false,
             plan,
         };
         world.log(|| format!("{:?}", world.plan));

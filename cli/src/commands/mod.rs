@@ -10,6 +10,7 @@ mod osd;
 mod pg;
 mod pool;
 mod rebuild;
+mod scrub;
 mod snapshot;
 mod transfer;
 mod vm;
@@ -68,6 +69,7 @@ pub async fn run(cx: &Context, command: Command) -> Result<()> {
         Command::Host { verb } => host::run(cx, verb).await,
         Command::Vm { verb } => vm::run(cx, verb).await,
         Command::Rebuild { verb } => rebuild::run(cx, verb).await,
+        Command::Scrub { verb } => scrub::run(cx, verb).await,
         // Handled before: they need no monitors.
         Command::Dev { .. } | Command::Completions { .. } | Command::Manual { .. } => Ok(()),
     }

@@ -23,16 +23,22 @@ pub async fn run(cx: &Context, verb: PgVerb) -> Result<()> {
             cx.out.list("pgs", rows, &columns)
         }
         PgVerb::Show { pg } => {
-            let parts = pg.split_once('.').and_then(|(p, i)| Some((p.parse().ok()?, i.parse().ok()?)));
-            let Some((pool, index)): Option<(u32, u32)> = parts else {
-                bail!("pg {pg}: not a placement group; write POOL.INDEX as gabion pg ls shows them");
-            };
+            let (pool, index) = parse_pg(&pg)?;
             let pgs = rpc!(monitors, "pg list", admin.list_pgs, ListPgsRequest::default())?.pgs;
             match pgs.iter().find(|p| p.pool == pool && p.index == index) {
                 Some(found) => cx.out.show(&pg_json(found)),
                 None => bail!("pg {pg}: there is no such group; see gabion pg ls"),
             }
         }
+    }
+}
+
+/// `POOL.INDEX`
+pub fn parse_pg(pg: &str) -> Result<(u32, u32)> {
+    let parts = pg.split_once('.').and_then(|(p, i)| Some((p.parse().ok()?, i.parse().ok()?)));
+    match parts {
+        Some(parts) => Ok(parts),
+        None => bail!("pg {pg}: not a placement group; write POOL.INDEX as gabion pg ls shows them"),
     }
 }
 

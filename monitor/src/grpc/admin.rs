@@ -3,6 +3,7 @@
 use super::leadership::open;
 use super::monitors::member;
 use super::{Monitor, invalid, refused, view};
+use crate::state::scrubs::ScrubSettings;
 use crate::state::{Command, DiskRequest, ExportKind, Nic, Reply, Vm, VmAction};
 use gabion_proto::admission::{self, Resources};
 use gabion_proto::convert;
@@ -187,6 +188,44 @@ impl pb::admin_service_server::AdminService for Monitor {
         };
         let pgs = view::pgs(&state, &self.0.volatile.lock(), pool);
         Ok(Response::new(pb::ListPgsReply { pgs }))
+    }
+
+    async fn start_scrub(&self, request: Request<pb::StartScrubRequest>) -> Answer<pb::StartScrubReply> {
+        let (id, r) = open(request)?;
+        let command = Command::RequestScrub {
+            pool: Some(r.pool).filter(|name| !name.is_empty()),
+            pg: r.pg.map(|pg| PgId { pool: PoolId(pg.pool), index: pg.index }),
+            deep: r.deep,
+        };
+        match self.propose_for(id, command).await? {
+            Reply::Scrubs(pgs) => Ok(Response::new(pb::StartScrubReply { pgs })),
+            other => Err(Status::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+
+    async fn list_scrubs(&self, request: Request<pb::ListPgsRequest>) -> Answer<pb::ListScrubsReply> {
+        self.confirm().await?;
+        let state = self.state();
+        let pool = match request.into_inner().pool.as_str() {
+            "" => None,
+            name => Some(state.pool_named(name).map_err(refused)?),
+        };
+        let settings = Some(view::scrub_settings(&state));
+        let pgs = view::scrubs(&state, &self.0.volatile.lock(), pool);
+        Ok(Response::new(pb::ListScrubsReply { settings, pgs }))
+    }
+
+    async fn set_scrub(&self, request: Request<pb::SetScrubRequest>) -> Answer<pb::ScrubSettings> {
+        let (id, r) = open(request)?;
+        self.confirm().await?;
+        let now = self.state().scrub_settings;
+        let settings = ScrubSettings {
+            interval_s: r.interval_s.unwrap_or(now.interval_s),
+            deep_interval_s: r.deep_interval_s.unwrap_or(now.deep_interval_s),
+            rate_bytes_per_s: r.max_rate_bytes_per_s.unwrap_or(now.rate_bytes_per_s),
+        };
+        self.propose_for(id, Command::SetScrub(settings)).await?;
+        Ok(Response::new(view::scrub_settings(&self.state())))
     }
 
     async fn create_volume(&self, request: Request<pb::CreateVolumeRequest>) -> Answer<pb::VolumeInfo> {

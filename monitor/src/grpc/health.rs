@@ -81,6 +81,9 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
     let of = |pick: &dyn Fn(&OsdDetail) -> Option<String>| osds.iter().filter_map(pick).collect::<Vec<_>>();
 
     let (mut inactive, mut degraded, mut undersized, mut unfound) = (vec![], vec![], vec![], vec![]);
+    let (mut damaged, mut late) = (vec![], vec![]);
+    let mut damaged_objects = 0;
+    let unix_ms = view::unix_ms();
     for (id, record) in &state.map.pgs {
         let (words, status) = view::pg_state(state, volatile, *id, record);
         let width = state.map.pools.get(&id.pool).map_or(0, |p| p.redundancy.width());
@@ -93,6 +96,12 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
         let places = record.up.iter().filter(|o| **o != OsdId::NONE).count();
         if places < width {
             undersized.push(format!("group {id} has {places} of {width} places"));
+        }
+        let (count, named) = view::damaged(state, volatile, *id);
+        damaged_objects += count;
+        damaged.extend(named.into_iter().map(|words| format!("group {id}: {words}")));
+        if state.scrubs.get(id).is_some_and(|r| r.is_late(&state.scrub_settings, unix_ms)) {
+            late.push(format!("group {id}"));
         }
         if let Some(n) = status.map(|s| s.unfound_objects).filter(|n| *n > 0) {
             unfound.push(format!("group {id}: {n} objects"));
@@ -152,6 +161,13 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
             unfound,
         ),
         check(
+            "OBJECT_DAMAGED",
+            Error,
+            &format!("Scrubs and reads found {damaged_objects} objects without a good copy: what cannot be read fails with EIO"),
+            "Restore or rewrite what is lost, for instance from a snapshot or a backup; then `gabion scrub start --deep` looks again.",
+            damaged,
+        ),
+        check(
             "PG_INACTIVE",
             Error,
             "{n} groups serve nothing, so I/O to their volumes waits",
@@ -185,6 +201,13 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
             "{n} groups have too few places for their copies",
             "Add OSDs in more failure domains, or make the pool with fewer copies.",
             undersized,
+        ),
+        check(
+            "PG_NOT_SCRUBBED",
+            Warn,
+            "{n} groups were not read as a whole for twice the deep scrub interval",
+            "Look at `gabion scrub status`: groups that are not clean are not scrubbed, and `gabion scrub set --max-rate` may be too low.",
+            late,
         ),
         check(
             "OSD_NEARFULL",

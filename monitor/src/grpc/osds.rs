@@ -1,15 +1,17 @@
 //! `OsdService`: boots, leases, reports of groups.
 
 use super::leadership::open;
+use super::view::{damaged_object, unix_ms};
 use super::{Monitor, invalid};
 use crate::decide::Event;
 use crate::raft::ConsensusError;
 use crate::state::intervals::earlier_primaries;
+use crate::state::scrubs::ScrubResult;
 use crate::state::{Command, Reply};
 use gabion_common::clock::boottime_ms;
 use gabion_proto::convert;
 use gabion_proto::ids::*;
-use gabion_proto::limits::LEASE;
+use gabion_proto::limits::{DAMAGED_NAMED_MAX, LEASE};
 use gabion_proto::pb::{self, Empty};
 use tonic::{Request, Response, Status};
 
@@ -107,11 +109,24 @@ impl pb::osd_service_server::OsdService for Monitor {
         if !renewed {
             return Err(Status::aborted(format!("{osd} is not up as {incarnation}: boot again")));
         }
+        let led = r.pgs.iter().map(|s| PgId { pool: PoolId(s.pool), index: s.index });
+        let scrubs = state.scrub_orders(unix_ms(), led).into_iter().map(|o| pb::ScrubOrder {
+            pool: o.pg.pool.0,
+            index: o.pg.index,
+            number: o.number,
+            deep: o.deep,
+        });
+        let scrubs = scrubs.collect();
         let stuck = std::mem::take(&mut r.stuck);
         self.0.volatile.lock().heartbeat(&state, osd, r);
         self.0.osd_reports.send_modify(|n| *n += 1);
         self.report_stuck(osd, incarnation, stuck);
-        Ok(Response::new(pb::HeartbeatReply { lease_ms: LEASE.as_millis() as u64, epoch: state.map.epoch.0 }))
+        Ok(Response::new(pb::HeartbeatReply {
+            lease_ms: LEASE.as_millis() as u64,
+            epoch: state.map.epoch.0,
+            scrubs,
+            scrub_rate_bytes_per_s: state.scrub_settings.rate_bytes_per_s,
+        }))
     }
 
     async fn pg_activated(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
@@ -140,6 +155,28 @@ impl pb::osd_service_server::OsdService for Monitor {
             incarnation: Incarnation(r.incarnation),
             pg: PgId { pool: PoolId(r.pool), index: r.index },
             interval: Epoch(r.interval),
+        })
+        .await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn pg_scrubbed(&self, request: Request<pb::PgScrubReport>) -> Answer<Empty> {
+        let r = request.into_inner();
+        let damaged = r.damaged.into_iter().take(DAMAGED_NAMED_MAX).map(damaged_object).collect();
+        self.propose(Command::PgScrubbed {
+            osd: OsdId(r.osd),
+            incarnation: Incarnation(r.incarnation),
+            pg: PgId { pool: PoolId(r.pool), index: r.index },
+            interval: Epoch(r.interval),
+            result: ScrubResult {
+                number: r.number,
+                deep: r.deep,
+                objects: r.objects,
+                findings: r.findings,
+                repaired: r.repaired,
+                damaged_objects: r.damaged_objects,
+                damaged,
+            },
         })
         .await?;
         Ok(Response::new(Empty {}))

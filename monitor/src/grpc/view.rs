@@ -2,10 +2,13 @@
 
 use super::rebuild::Totals;
 use super::volatile::Volatile;
+use crate::state::scrubs::DamagedObject;
 use crate::state::{Export, ExportKind, MonitorState, Vm, VmAction};
 use gabion_proto::ids::*;
+use gabion_proto::limits::DAMAGED_NAMED_MAX;
 use gabion_proto::map::{FailureDomain, PgRecord};
 use gabion_proto::pb;
+use std::collections::BTreeMap;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(super) fn unix_ms() -> u64 {
@@ -107,6 +110,81 @@ pub(super) fn pgs(state: &MonitorState, volatile: &Volatile, pool: Option<PoolId
                 degraded_objects: s.degraded_objects,
                 unfound_objects: s.unfound_objects,
                 waiting_for: s.waiting_for,
+            }
+        })
+        .collect()
+}
+
+pub(super) fn damaged_object(d: pb::DamagedObject) -> DamagedObject {
+    let object = ObjectId { volume: VolumeId(d.volume), index: d.index, layer: LayerId(d.layer) };
+    DamagedObject { object, inconsistent: d.inconsistent }
+}
+
+/// Objects of a group without a good copy: how many, and the first of them in words. Those of the last passes, and those that reads
+/// have met since.
+pub(super) fn damaged(state: &MonitorState, volatile: &Volatile, id: PgId) -> (u64, Vec<String>) {
+    let met = volatile.pgs.get(&id);
+    let record = state.scrubs.get(&id);
+    let mut named: BTreeMap<ObjectId, bool> =
+        record.into_iter().flat_map(|r| &r.damaged).map(|d| (d.object, d.inconsistent)).collect();
+    let since = met.into_iter().flat_map(|s| s.damaged.iter().cloned().map(damaged_object));
+    named.extend(since.map(|d| (d.object, d.inconsistent)));
+    let count = record.map_or(0, |r| r.damaged_objects).max(met.map_or(0, |s| s.damaged_objects));
+    let of = |v: &VolumeId| match state.volumes.get(v) {
+        Some(volume) => format!(" of volume {}", volume.name),
+        None => String::new(),
+    };
+    let words = named.iter().take(DAMAGED_NAMED_MAX).map(|(o, inconsistent)| {
+        let what = match inconsistent {
+            true => "copies differ and there is no majority",
+            false => "no copy can be read whole",
+        };
+        format!("object {o}{}: {what}", of(&o.volume))
+    });
+    (count.max(named.len() as u64), words.collect())
+}
+
+fn depth(deep: Option<bool>) -> String {
+    match deep {
+        None => "none",
+        Some(false) => "light",
+        Some(true) => "deep",
+    }
+    .into()
+}
+
+pub(super) fn scrub_settings(state: &MonitorState) -> pb::ScrubSettings {
+    let s = state.scrub_settings;
+    pb::ScrubSettings {
+        interval_s: s.interval_s,
+        deep_interval_s: s.deep_interval_s,
+        max_rate_bytes_per_s: s.rate_bytes_per_s,
+    }
+}
+
+pub(super) fn scrubs(state: &MonitorState, volatile: &Volatile, pool: Option<PoolId>) -> Vec<pb::PgScrub> {
+    let chosen = state.map.pgs.keys().filter(|id| pool.is_none_or(|p| id.pool == p));
+    chosen
+        .map(|id| {
+            let record = state.scrubs.get(id).cloned().unwrap_or_default();
+            let running = volatile.pgs.get(id).and_then(|s| s.scrub);
+            let (damaged_objects, damaged) = damaged(state, volatile, *id);
+            let (objects, findings, repaired) = match &running {
+                Some(p) => (p.objects_done, p.findings, p.repaired),
+                None => (record.last.objects, record.last.findings, record.last.repaired),
+            };
+            pb::PgScrub {
+                pool: id.pool.0,
+                index: id.index,
+                last_unix_ms: record.last_unix_ms,
+                last_deep_unix_ms: record.last_deep_unix_ms,
+                requested: depth(record.requested()),
+                running: depth(running.map(|p| p.deep)),
+                objects,
+                findings,
+                repaired,
+                damaged_objects,
+                damaged,
             }
         })
         .collect()

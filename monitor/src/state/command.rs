@@ -4,6 +4,7 @@
 //! applying one reads no clock, no random number and nothing outside the state.
 
 use super::Nic;
+use super::scrubs::{ScrubResult, ScrubSettings};
 use gabion_proto::ids::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
 use serde::{Deserialize, Serialize};
@@ -240,6 +241,22 @@ pub enum Command {
     Announce {
         text: String,
     },
+
+    SetScrub(ScrubSettings),
+    /// An operator wants groups to be scrubbed: all, those of a pool, or one.
+    RequestScrub {
+        pool: Option<String>,
+        pg: Option<PgId>,
+        deep: bool,
+    },
+    /// The primary of `interval` has scrubbed the whole group.
+    PgScrubbed {
+        osd: OsdId,
+        incarnation: Incarnation,
+        pg: PgId,
+        interval: Epoch,
+        result: ScrubResult,
+    },
 }
 
 /// A command with what it was proposed under.
@@ -281,6 +298,8 @@ pub enum Reply {
         epoch: Epoch,
     },
     Export(u64),
+    /// So many groups will be scrubbed.
+    Scrubs(u32),
 }
 
 /// Why a command was refused, as gRPC distinguishes it.

@@ -11,10 +11,12 @@ mod osds;
 mod pgs;
 mod pools;
 mod requests;
+pub mod scrubs;
 mod snapshots;
 mod volumes;
 
 pub use command::*;
+use scrubs::{ScrubRecord, ScrubSettings};
 
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
@@ -171,12 +173,14 @@ pub struct MonitorState {
     /// Grows with every change of exports or VMs.
     pub host_revision: u64,
     pub events: VecDeque<Event>,
+    pub scrub_settings: ScrubSettings,
+    pub scrubs: BTreeMap<PgId, ScrubRecord>,
     answered: requests::Answered,
     counters: Counters,
 }
 
 impl MonitorState {
-    /// Carries out one command. `unix_ms` only stamps events and snapshots.
+    /// Carries out one command. `unix_ms` only stamps events, snapshots and scrubs.
     pub fn apply(&mut self, unix_ms: u64, command: Command) -> CommandResult {
         let first_new_event = self.counters.event + 1;
         let result = self.dispatch(unix_ms, command);
@@ -201,10 +205,17 @@ impl MonitorState {
             Command::ReweightOsd { osd, weight } => self.reweight_osd(osd, weight),
             Command::RemoveOsd { osd, force } => self.remove_osd(osd, force),
             Command::CreatePool { name, redundancy, min_size, failure_domain, pg_count, object_bytes } => {
-                self.create_pool(name, redundancy, min_size, failure_domain, pg_count, object_bytes)
+                let made =
+                    self.create_pool(name, redundancy, min_size, failure_domain, pg_count, object_bytes)?;
+                self.keep_scrub_records(unix_ms);
+                Ok(made)
             }
             Command::SetPool { name, min_size } => self.set_pool(&name, min_size),
-            Command::RemovePool { name } => self.remove_pool(&name),
+            Command::RemovePool { name } => {
+                let removed = self.remove_pool(&name)?;
+                self.keep_scrub_records(unix_ms);
+                Ok(removed)
+            }
             Command::PgActivated { osd, incarnation, pg, interval } => {
                 self.pg_activated(osd, incarnation, pg, interval)
             }
@@ -257,6 +268,11 @@ impl MonitorState {
             Command::VmStopped { name, action_number } => self.vm_stopped(&name, action_number),
             Command::DiskReleased { vm, volume } => self.disk_released(&vm, volume),
             Command::RemoveVm { name } => self.remove_vm(&name),
+            Command::SetScrub(settings) => self.set_scrub(settings),
+            Command::RequestScrub { pool, pg, deep } => self.request_scrub(pool, pg, deep),
+            Command::PgScrubbed { osd, incarnation, pg, interval, result } => {
+                self.pg_scrubbed(unix_ms, (osd, incarnation), pg, interval, result)
+            }
             Command::Announce { text } => {
                 self.event(EventSeverity::Ok, text);
                 Ok(Reply::Done)

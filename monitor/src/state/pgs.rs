@@ -10,7 +10,7 @@ use gabion_proto::map::{PgRecord, Redundancy};
 type Suspect = (OsdId, Incarnation);
 
 impl MonitorState {
-    fn current_group(
+    pub(super) fn current_group(
         &self,
         osd: OsdId,
         incarnation: Incarnation,

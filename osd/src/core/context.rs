@@ -1,5 +1,6 @@
 //! What a placement group needs from its surroundings during one step.
 
+use super::scrub_budget::ScrubBudget;
 use super::{Effect, Millis, Rule, Rules, Token};
 use bytes::Bytes;
 use gabion_proto::ids::*;
@@ -51,6 +52,8 @@ pub struct Context<'a, T> {
     pub full: bool,
     /// What recovery of all other groups may be moving.
     pub recovery_bytes_elsewhere: u64,
+    /// What scrubs may still read here.
+    pub scrub: &'a mut ScrubBudget,
     pub rules: Rules,
     pub tokens: &'a mut Tokens<T>,
     pub out: &'a mut Vec<Effect>,

@@ -15,8 +15,10 @@ mod recovery_tests;
 mod rules;
 #[cfg(test)]
 mod scenarios;
+mod scrub_budget;
 
 pub use osd::{Boot, OsdCore};
+pub use pg::damaged_object;
 pub use rules::{Rule, Rules};
 
 use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
@@ -56,6 +58,8 @@ pub enum Event {
     ReadDone { token: Token, result: Result<Content, StoreError> },
     /// Answer to `Effect::ReadObject`.
     ObjectRead { token: Token, result: Result<(ObjectState, Content), StoreError> },
+    /// Answer to `Effect::Digest`.
+    Digested { token: Token, result: Result<(ObjectState, u64), StoreError> },
     /// Answer to `Effect::List`.
     Listed { token: Token, result: Result<Listing, StoreError> },
     /// Answer to `Effect::Monitor`.
@@ -65,8 +69,43 @@ pub enum Event {
     ClientGone { token: ClientToken },
     /// Whether the store has too little room for clients' writes.
     Full(bool),
+    /// The monitors want these groups, which this OSD leads, to be scrubbed, and let scrubs read so much here.
+    Scrub { orders: Vec<ScrubOrder>, rate_bytes_per_s: u64 },
     /// Time passes; at least every 100 ms.
     Tick,
+}
+
+/// The monitors' word that a group is to be scrubbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScrubOrder {
+    pub pg: PgId,
+    /// Grows with every pass and every request; the report names it.
+    pub number: u64,
+    pub deep: bool,
+}
+
+/// How a pass over a whole group ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubReport {
+    /// Of the order under which it began.
+    pub number: u64,
+    pub deep: bool,
+    pub objects: u64,
+    /// Copies that were lacking, wrong or unreadable, and how many of them were replaced.
+    pub findings: u64,
+    pub repaired: u64,
+    /// Objects left without a good copy, and the first of them.
+    pub damaged_objects: u64,
+    pub damaged: Vec<(ObjectId, Damage)>,
+}
+
+/// Why an object has no good copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// None can be read whole.
+    Unreadable,
+    /// Copies of one version differ, each matches its checksums, and there is no majority.
+    Inconsistent,
 }
 
 /// All that a store knows of one group.
@@ -84,12 +123,14 @@ pub struct Listing {
 pub struct MonitorRefused;
 
 /// What to tell the monitors; durable there when answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MonitorRequest {
     /// This primary is about to serve the interval (invariant 2).
     Activated { pg: PgId, interval: Epoch },
     /// Every acting member holds everything (invariant 8).
     Clean { pg: PgId, interval: Epoch },
+    /// The whole group was scrubbed.
+    Scrubbed { pg: PgId, interval: Epoch, report: ScrubReport },
 }
 
 /// What to do. Effects are executed in order; store effects of one core are executed in order.
@@ -126,6 +167,12 @@ pub enum Effect {
         block_count: u32,
     },
     ReadObject {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+    },
+    /// State and digest of one object, from the store's records alone.
+    Digest {
         token: Token,
         pg: PgId,
         object: ObjectId,

@@ -2,6 +2,7 @@
 
 use super::context::{Context, Tokens};
 use super::pg::{Pg, What};
+use super::scrub_budget::ScrubBudget;
 use super::*;
 use gabion_proto::limits::CONN_OPS_MAX;
 use gabion_proto::msg::RetryWhy;
@@ -37,8 +38,9 @@ pub struct OsdCore {
     stats: pb::OsdStats,
     /// Client operations in all groups.
     client_ops: usize,
-    /// What recovery of all groups may be moving.
+    /// What recovery of all groups may be moving, and scrubs reading.
     recovery_bytes: u64,
+    scrub_budget: ScrubBudget,
     now: Millis,
 }
 
@@ -60,6 +62,7 @@ impl OsdCore {
             stats: pb::OsdStats::default(),
             client_ops: 0,
             recovery_bytes: 0,
+            scrub_budget: ScrubBudget::new(now),
             now,
         }
     }
@@ -72,6 +75,7 @@ impl OsdCore {
     /// Takes in one event; what is to be done is appended to `out`.
     pub fn step(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.now = now;
+        self.scrub_budget.refill(now);
         match event {
             Event::Map(map) => self.new_map(map, out),
             Event::Lease { until, epoch } => {
@@ -98,6 +102,19 @@ impl OsdCore {
             }
             Event::ObjectRead { token, result } => {
                 self.answer(token, out, |pg, cx, what| pg.object_read(cx, what, result));
+            }
+            Event::Digested { token, result } => {
+                self.answer(token, out, |pg, cx, what| {
+                    if let What::ScrubCopy { tid, object } = what {
+                        pg.copy_digested(cx, (tid, object), result);
+                    }
+                });
+            }
+            Event::Scrub { orders, rate_bytes_per_s } => {
+                self.scrub_budget.set_rate(rate_bytes_per_s);
+                for order in orders {
+                    self.with_pg(order.pg, out, |pg, cx| pg.order_scrub(cx, order.number, order.deep));
+                }
             }
             Event::Listed { token, result } => {
                 self.answer(token, out, |pg, cx, what| pg.listed(cx, what, result))
@@ -143,6 +160,10 @@ impl OsdCore {
             sum.write_bytes += c.write_bytes;
             sum.recovered_objects += c.recovered_objects;
             sum.recovered_bytes += c.recovered_bytes;
+            sum.scrubbed_objects += c.scrubbed_objects;
+            sum.scrubbed_bytes += c.scrubbed_bytes;
+            sum.scrub_findings += c.scrub_findings;
+            sum.scrub_repaired += c.scrub_repaired;
         }
         sum
     }
@@ -161,6 +182,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            scrub: &mut self.scrub_budget,
             rules: self.rules,
             tokens: &mut self.tokens,
             out,
@@ -189,6 +211,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            scrub: &mut self.scrub_budget,
             rules: self.rules,
             tokens: &mut self.tokens,
             out,

@@ -53,10 +53,12 @@ pub enum Rule {
     AllShards,
     /// Erasure coding: rows are computed from shards of one version only (E2).
     OneVersion,
+    /// A copy that a scrub finds bad is replaced.
+    ScrubRepairs,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 24] = [
+    pub const ALL: [Rule; 25] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -81,6 +83,7 @@ impl Rule {
         Rule::TwoPhases,
         Rule::AllShards,
         Rule::OneVersion,
+        Rule::ScrubRepairs,
     ];
 }
 

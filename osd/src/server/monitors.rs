@@ -1,18 +1,35 @@
 //! What this daemon says to the monitors: boot, heartbeats, reports, goodbye.
 
 use super::run::ServerError;
-use crate::core::{MonitorRefused, MonitorRequest};
+use crate::core::{MonitorRefused, MonitorRequest, ScrubReport, damaged_object};
 use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::LEASE;
-use gabion_proto::pb::{BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport};
+use gabion_proto::pb::{BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport, PgScrubReport};
 use std::time::Duration;
 use tonic::Status;
 use tracing::warn;
 
 /// A monitor that holds a heartbeat for longer is taken for gone.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(1);
+
+fn scrub_report(of: PgIntervalReport, r: ScrubReport) -> PgScrubReport {
+    PgScrubReport {
+        osd: of.osd,
+        incarnation: of.incarnation,
+        pool: of.pool,
+        index: of.index,
+        interval: of.interval,
+        number: r.number,
+        deep: r.deep,
+        objects: r.objects,
+        findings: r.findings,
+        repaired: r.repaired,
+        damaged_objects: r.damaged_objects,
+        damaged: r.damaged.into_iter().map(damaged_object).collect(),
+    }
+}
 
 /// The monitors, as one OSD sees them. Cheap to clone.
 #[derive(Clone)]
@@ -64,7 +81,9 @@ impl Monitors {
         incarnation: Incarnation,
         request: MonitorRequest,
     ) -> Result<(), MonitorRefused> {
-        let (MonitorRequest::Activated { pg, interval } | MonitorRequest::Clean { pg, interval }) = request;
+        let (MonitorRequest::Activated { pg, interval }
+        | MonitorRequest::Clean { pg, interval }
+        | MonitorRequest::Scrubbed { pg, interval, .. }) = request;
         let report = PgIntervalReport {
             osd: osd.0,
             incarnation: incarnation.0,
@@ -72,10 +91,16 @@ impl Monitors {
             index: pg.index,
             interval: interval.0,
         };
-        let call = |m: MonitorClient| async move {
-            match request {
-                MonitorRequest::Activated { .. } => m.osd().pg_activated(report).await,
-                MonitorRequest::Clean { .. } => m.osd().pg_clean(report).await,
+        let call = |m: MonitorClient| {
+            let request = request.clone();
+            async move {
+                match request {
+                    MonitorRequest::Activated { .. } => m.osd().pg_activated(report).await,
+                    MonitorRequest::Clean { .. } => m.osd().pg_clean(report).await,
+                    MonitorRequest::Scrubbed { report: r, .. } => {
+                        m.osd().pg_scrubbed(scrub_report(report, r)).await
+                    }
+                }
             }
         };
         self.client.until_answered("report", call).await.map(|_| ()).map_err(|_| MonitorRefused)

@@ -13,7 +13,7 @@ use gabion_common::clock::boottime_ms;
 use gabion_common::metrics::Endpoint;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
-use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE};
+use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE, SCRUB_ORDERS_MAX};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
 use gabion_proto::pb::{BootRequest, HeartbeatReply, HeartbeatRequest, OsdStats};
@@ -178,6 +178,15 @@ pub async fn serve(
     }
 }
 
+fn scrub_orders(r: &HeartbeatReply) -> Event {
+    let orders = r.scrubs.iter().take(SCRUB_ORDERS_MAX).map(|o| ScrubOrder {
+        pg: PgId { pool: PoolId(o.pool), index: o.index },
+        number: o.number,
+        deep: o.deep,
+    });
+    Event::Scrub { orders: orders.collect(), rate_bytes_per_s: r.scrub_rate_bytes_per_s }
+}
+
 struct Shell {
     identity: Identity,
     figures: Figures,
@@ -251,6 +260,7 @@ impl Shell {
                             // Counted from when the request was sent (rule P6).
                             let lease = r.lease_ms.min(LEASE.as_millis() as u64);
                             self.step(&mut run, Event::Lease { until: sent_ms + lease, epoch: Epoch(r.epoch) });
+                            self.step(&mut run, scrub_orders(&r));
                         }
                         Err(s) if s.code() == tonic::Code::Aborted => return Ok(End::Deposed),
                         Err(s) => warn!(osd = %id, error = s.message(), "heartbeat not answered"),
@@ -391,6 +401,9 @@ impl Shell {
                 Effect::ReadObject { token, pg, object } => {
                     self.store
                         .read_object(pg, object, move |result| answer(Event::ObjectRead { token, result }));
+                }
+                Effect::Digest { token, pg, object } => {
+                    self.store.digest(pg, object, move |result| answer(Event::Digested { token, result }));
                 }
                 Effect::List { token, pg } => {
                     self.store.list(pg, move |result| answer(Event::Listed { token, result }));

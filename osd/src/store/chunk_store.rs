@@ -406,6 +406,15 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
         }
     }
 
+    fn digest(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, u64), StoreError> {
+        let tag = self.own_tag();
+        self.start(tag, Work::Digest { pg, object });
+        match self.finish_own(tag) {
+            Done::Digest(result) => result,
+            _ => unreachable!("a digest ends as a digest"),
+        }
+    }
+
     fn list(
         &mut self,
         pg: PgId,

@@ -19,6 +19,7 @@ mod crash_tests;
 #[cfg(test)]
 mod decoder_tests;
 mod device;
+mod digest;
 mod dump;
 #[cfg(test)]
 mod fault_tests;
@@ -58,6 +59,7 @@ mod watchdog;
 
 pub use chunk_store::{ChunkStore, Stats};
 pub use device::Traffic;
+pub use digest::digest_of;
 pub use dump::{ObjectDump, ObjectLine};
 pub use frozen::{DirFrozen, Frozen, open_damaged, open_frozen};
 pub use fsck::{FsckReport, fsck};
@@ -243,6 +245,8 @@ pub trait Store: Send {
     fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError>;
     /// A whole object with its state, for recovery: only its own layer.
     fn read_object(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError>;
+    /// An object's state and the digest of its committed version ([`digest_of`]), from its records alone.
+    fn digest(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, u64), StoreError>;
     /// Up to `limit` objects of a group in order, after `after`.
     fn list(&mut self, pg: PgId, after: Option<ObjectId>, limit: usize)
     -> Result<Vec<ListEntry>, StoreError>;
@@ -296,6 +300,11 @@ pub enum Work {
         pg: PgId,
         object: ObjectId,
     },
+    /// As [`Store::digest`].
+    Digest {
+        pg: PgId,
+        object: ObjectId,
+    },
     /// Brings everything to its final place.
     Settle,
 }
@@ -306,6 +315,7 @@ impl Work {
             Work::Commit(txns) => Done::Commit(vec![Err(e); txns.len()]),
             Work::Read { .. } => Done::Read(Err(e)),
             Work::ReadObject { .. } => Done::ReadObject(Err(e)),
+            Work::Digest { .. } => Done::Digest(Err(e)),
             Work::Settle => Done::Settled(Err(e)),
         }
     }
@@ -317,6 +327,7 @@ pub enum Done {
     Commit(Vec<Result<(), StoreError>>),
     Read(Result<Content, StoreError>),
     ReadObject(Result<(ObjectState, Content), StoreError>),
+    Digest(Result<(ObjectState, u64), StoreError>),
     Settled(Result<(), StoreError>),
 }
 

@@ -55,7 +55,8 @@ impl ReadJob {
 impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Starts a read, now or when the commits before it that it overlaps are durable.
     pub(super) fn start_read(&mut self, tag: u64, work: Work) {
-        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object }) = work else {
+        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object } | Work::Digest { pg, object }) = work
+        else {
             unreachable!("only reads are started here")
         };
         if self.is_touched(pg, object) {
@@ -87,6 +88,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 *pending,
             ),
             Work::ReadObject { pg, object } => self.plan_object(tag, *pg, *object),
+            Work::Digest { pg, object } => {
+                let result = self.recorded_digest(*pg, *object);
+                let result = self.watch(result);
+                return self.finish(tag, Done::Digest(result));
+            }
             _ => unreachable!("only reads are started here"),
         };
         let (mut job, buffer) = match self.watch(result) {

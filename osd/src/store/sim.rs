@@ -260,6 +260,19 @@ impl SimDisk {
         self.0.lock().rot = reads;
     }
 
+    /// Flips bits of so many blocks of slots that were ever written, by chance.
+    pub fn rot_written(&self, count: usize) {
+        let mut state = self.0.lock();
+        let State { image, blocks, rng, .. } = &mut *state;
+        let slots = Geometry::for_size(*blocks * BLOCK as u64).slot_block(0);
+        let mut written: Vec<u64> = image.blocks.keys().copied().filter(|b| *b >= slots).collect();
+        written.sort_unstable();
+        for _ in 0..count.min(written.len()) {
+            let block = written.swap_remove(rng.random_range(0..written.len()));
+            image.corrupt(block as usize * BLOCK + rng.random_range(0..BLOCK));
+        }
+    }
+
     /// From now on reads of this block fail, or succeed again.
     pub fn set_unreadable(&self, block: u64, unreadable: bool) {
         let mut state = self.0.lock();

@@ -36,6 +36,7 @@ enum Request {
         answer: Answer<Content>,
     },
     ReadObject(PgId, ObjectId, Answer<(ObjectState, Content)>),
+    Digest(PgId, ObjectId, Answer<(ObjectState, u64)>),
     List(PgId, Answer<Listing>),
     Pgs(Answer<Vec<(PgId, PgMeta)>>),
     Settle(Answer<Stats>),
@@ -47,6 +48,7 @@ impl Request {
             Request::Commit(_, answer) => answer(Err(e)),
             Request::Read { answer, .. } => answer(Err(e)),
             Request::ReadObject(_, _, answer) => answer(Err(e)),
+            Request::Digest(_, _, answer) => answer(Err(e)),
             Request::List(_, answer) => answer(Err(e)),
             Request::Pgs(answer) => answer(Err(e)),
             Request::Settle(answer) => answer(Err(e)),
@@ -109,6 +111,16 @@ impl StoreHandle {
         self.send(Request::ReadObject(pg, object, Box::new(answer)));
     }
 
+    /// As [`super::Store::digest`].
+    pub fn digest(
+        &self,
+        pg: PgId,
+        object: ObjectId,
+        answer: impl FnOnce(Result<(ObjectState, u64), StoreError>) + Send + 'static,
+    ) {
+        self.send(Request::Digest(pg, object, Box::new(answer)));
+    }
+
     pub fn list(&self, pg: PgId, answer: impl FnOnce(Result<Listing, StoreError>) + Send + 'static) {
         self.send(Request::List(pg, Box::new(answer)));
     }
@@ -141,6 +153,7 @@ enum Pending {
     Commit(Answer<()>),
     Read(Answer<Content>),
     ReadObject(Answer<(ObjectState, Content)>),
+    Digest(Answer<(ObjectState, u64)>),
     Settle(Option<Answer<Stats>>),
 }
 
@@ -276,6 +289,9 @@ impl<S: ConcurrentStore> Worker<S> {
             Request::ReadObject(pg, object, answer) => {
                 self.start(Work::ReadObject { pg, object }, Pending::ReadObject(answer));
             }
+            Request::Digest(pg, object, answer) => {
+                self.start(Work::Digest { pg, object }, Pending::Digest(answer));
+            }
             Request::List(pg, answer) => {
                 let result = self.list(pg);
                 answer(self.watch(result));
@@ -300,6 +316,7 @@ impl<S: ConcurrentStore> Worker<S> {
                 }
                 (Some(Pending::Read(answer)), Done::Read(result)) => answer(self.watch(result)),
                 (Some(Pending::ReadObject(answer)), Done::ReadObject(result)) => answer(self.watch(result)),
+                (Some(Pending::Digest(answer)), Done::Digest(result)) => answer(self.watch(result)),
                 (Some(Pending::Settle(answer)), Done::Settled(result)) => {
                     let result = self.watch(result).map(|()| self.store.stats());
                     match answer {

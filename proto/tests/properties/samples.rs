@@ -194,7 +194,7 @@ pub fn frame(seed: u64) -> Frame {
         })
     };
     let mut data = Bytes::new();
-    let message = match n.below(10) {
+    let message = match n.below(12) {
         0 => Message::Hello(Hello {
             cluster: ClusterId([n.any() as u8; 16]),
             role: Role::Client { id: ClientId(n.any()) },
@@ -251,6 +251,23 @@ pub fn frame(seed: u64) -> Frame {
         }
         8 => {
             let body = PeerBody::Commit { objects: vec![(object, version); n.below(50) as usize] };
+            peer(n, body)
+        }
+        9 => {
+            let range = if n.flag() { ScrubRange::One(object) } else { ScrubRange::After(Some(object)) };
+            let body = PeerBody::ScrubRead { tid: n.any(), range, deep: n.flag() };
+            peer(n, body)
+        }
+        10 => {
+            let entry = ScrubEntry {
+                object,
+                version,
+                deleted: n.flag(),
+                digest: n.any(),
+                unreadable: n.flag().then(|| n.any() as u32),
+            };
+            let entries = vec![entry; n.below(SCRUB_ENTRIES_MAX as u64 + 1) as usize];
+            let body = PeerBody::ScrubInfo { tid: n.any(), entries, last: n.flag() };
             peer(n, body)
         }
         _ => {

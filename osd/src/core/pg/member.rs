@@ -45,6 +45,8 @@ pub struct Member {
     pub serving: BTreeSet<(OsdId, u64)>,
     /// When the primary was last told that the store is full.
     told_full: Option<Millis>,
+    /// Objects that a scrub of the primary asks for.
+    pub scrub: Option<scrub::Reading>,
 }
 
 impl Pg {
@@ -339,15 +341,14 @@ impl Pg {
         self.send(cx, primary, PeerBody::SubWriteAck { tid, result }, Bytes::new());
     }
 
-    /// Rule P4: conditional on the object being missed here at exactly that version, in this interval.
-    #[allow(clippy::too_many_arguments)]
+    /// Rule P4: conditional on the object being missed here at exactly that version, in this interval; or on what is here being
+    /// what a scrub found wrong. Writes wait until that is answered, so whatever is newer came after an earlier one of the same.
     pub(super) fn push(
         &mut self,
         cx: &mut Cx<'_>,
         from: OsdId,
         tid: u64,
-        object: ObjectId,
-        version: Version,
+        (object, version, over): (ObjectId, Version, Option<Version>),
         image: ObjectImage,
         data: Bytes,
     ) {
@@ -362,6 +363,7 @@ impl Pg {
             Some(n) if n.version == version && n.deleted == image.deleted => None,
             // A shard that this member could not read, computed from the others.
             None if coded && have == version && !image.deleted => None,
+            None if over.is_some_and(|over| have <= version || have == over) => None,
             None if have >= version => Some(SubResult::Ok),
             _ => Some(SubResult::VersionMismatch),
         };
@@ -381,7 +383,8 @@ impl Pg {
             (true, Some(base)) => self.beside_ops(cx, object, base, version, content),
             (true, None) => replace_ops(object, version, image.deleted, content),
         };
-        self.submit(cx, What::PushApplied { tid, object, version, beside }, ops);
+        let deleted = image.deleted;
+        self.submit(cx, What::PushApplied { tid, object, version, deleted, beside }, ops);
     }
 
     pub(super) fn push_applied(
@@ -389,7 +392,7 @@ impl Pg {
         cx: &mut Cx<'_>,
         tid: u64,
         object: ObjectId,
-        (version, beside): (Version, Option<Version>),
+        (version, deleted, beside): (Version, bool, Option<Version>),
         result: Result<(), StoreError>,
     ) {
         let Some(primary) = self.record.primary else { return };
@@ -398,9 +401,8 @@ impl Pg {
         }
         let result = match result {
             Ok(()) => {
-                if let Some(needed) = self.index.missing.remove(&object) {
-                    self.index.hold(object, needed);
-                }
+                self.index.missing.remove(&object);
+                self.index.hold(object, Needed::certain(version, deleted));
                 if let Some(h) = self.index.objects.get_mut(&object).filter(|h| h.version == version) {
                     h.base = beside;
                 }

@@ -40,6 +40,7 @@ mod member;
 mod ops;
 mod peering;
 mod recovery;
+mod scrub;
 mod shards;
 mod status;
 mod writes;
@@ -56,6 +57,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 pub use ops::ClientWork;
+pub use status::damaged_object;
 
 type Cx<'a> = Context<'a, What>;
 
@@ -87,6 +89,7 @@ pub enum What {
         tid: u64,
         object: ObjectId,
         version: Version,
+        deleted: bool,
         beside: Option<Version>,
     },
     Recovered {
@@ -110,6 +113,12 @@ pub enum What {
     Removed,
     ReportActivated,
     ReportClean,
+    ReportScrubbed,
+    /// A copy that a scrub looks at.
+    ScrubCopy {
+        tid: u64,
+        object: ObjectId,
+    },
     /// Nothing depends on it beyond its success.
     Housekeeping,
 }
@@ -148,6 +157,10 @@ pub struct Counters {
     pub write_bytes: u64,
     pub recovered_objects: u64,
     pub recovered_bytes: u64,
+    pub scrubbed_objects: u64,
+    pub scrubbed_bytes: u64,
+    pub scrub_findings: u64,
+    pub scrub_repaired: u64,
 }
 
 /// How far the group has come in its interval, on this member.
@@ -221,10 +234,11 @@ impl Pg {
         }
     }
 
-    /// Bytes that recovery may be moving for this group.
+    /// Bytes that recovery may be moving for this group, and scrubs reading.
     pub fn recovery_bytes(&self) -> u64 {
         match &self.phase {
-            Phase::Active(a) => a.recovery.bytes(),
+            Phase::Active(a) => a.recovery.bytes() + a.scrub.bytes(),
+            Phase::Member(m) => m.scrub.as_ref().map_or(0, scrub::Reading::bytes),
             _ => 0,
         }
     }
@@ -380,8 +394,8 @@ impl Pg {
             What::Removed if result.is_ok() => self.load(cx),
             What::Write { tid } => self.own_write_done(cx, tid, result),
             What::SubWrite { tid, object, version } => self.sub_write_done(cx, tid, object, version, result),
-            What::PushApplied { tid, object, version, beside } => {
-                self.push_applied(cx, tid, object, (version, beside), result);
+            What::PushApplied { tid, object, version, deleted, beside } => {
+                self.push_applied(cx, tid, object, (version, deleted, beside), result);
             }
             What::Recovered { object, beside } => self.own_recovered(cx, object, beside, result),
             What::Housekeeping if result.is_ok() => {}
@@ -410,6 +424,7 @@ impl Pg {
                     a.clean_confirmed = true;
                 }
             }
+            (What::ReportScrubbed, _) => self.scrub_reported(),
             // Refused: the interval is over; the map will say so.
             _ => {}
         }
@@ -426,13 +441,18 @@ impl Pg {
         match self.phase {
             Phase::Peering(_) => self.peer_on(cx),
             Phase::Activating(_) => self.activate_on(cx),
-            Phase::Member(_) => self.tell_full(cx),
+            Phase::Member(_) => {
+                self.tell_full(cx);
+                self.look_on(cx);
+            }
             Phase::Active(_) => {
                 self.resend_writes(cx);
                 self.gather_again(cx);
                 self.commit_lazily(cx);
                 self.recover(cx);
                 self.resume(cx);
+                self.look_on(cx);
+                self.scrub_on(cx);
             }
             _ => {}
         }
@@ -450,8 +470,13 @@ impl Pg {
             PeerBody::SubWrite { tid, object, version, prev, write } if is_primary => {
                 self.sub_write(cx, from, member::Early { tid, object, version, prev, write, data });
             }
-            PeerBody::Push { tid, object, version, image } if is_primary => {
-                self.push(cx, from, tid, object, version, image, data);
+            PeerBody::Push { tid, object, version, image, over } if is_primary => {
+                self.push(cx, from, tid, (object, version, over), image, data);
+            }
+            PeerBody::ScrubRead { tid, range, deep } if is_primary => self.scrub_asked(cx, tid, range, deep),
+            PeerBody::ScrubInfo { tid, entries, last } => {
+                self.copies_came(cx, from, tid, entries, last);
+                self.scrub_on(cx);
             }
             PeerBody::Pull { tid, object, version } if is_primary => {
                 self.serve_pull(cx, from, tid, object, version)

@@ -67,6 +67,7 @@ pub struct Active {
     pub(super) shards: shards::Shards,
     next_tid: u64,
     pub recovery: recovery::Recovery,
+    pub scrub: scrub::Scrub,
     /// Members that have too little room for clients' writes, and when they last said so (rule P7).
     full: BTreeMap<OsdId, Millis>,
     /// The monitors know that the interval is clean.
@@ -86,6 +87,7 @@ impl Active {
             shards: shards::Shards::new(pending, now),
             next_tid: 0,
             recovery,
+            scrub: scrub::Scrub::default(),
             full: BTreeMap::new(),
             clean_confirmed: false,
             clean_reported: false,
@@ -294,6 +296,9 @@ impl Pg {
             return true;
         }
         let same = a.writes.values().filter(|w| w.object == op.object).count();
+        if a.scrub.holds(&op.object) {
+            return false;
+        }
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
             return false;
         }
@@ -367,7 +372,10 @@ impl Pg {
             Err(StoreError::Unreadable { object, block, why }) => {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
                 let Phase::Active(a) = &self.phase else { return };
-                if a.has_writes(&object) {
+                if a.scrub.damaged.contains_key(&object) {
+                    // Nobody has it: a scrub looked everywhere, or recovery did.
+                    self.reply(cx, token, OpReply::Failed(OpError::Io));
+                } else if a.has_writes(&object) {
                     // The version that the others must have is not theirs yet: asked again when it is.
                     self.retry(cx, token, RetryWhy::Busy);
                 } else if !self.lose_own_copy(cx, object) {

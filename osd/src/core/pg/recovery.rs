@@ -6,6 +6,7 @@
 
 use super::member::{replace_ops, sub_result};
 use super::*;
+use crate::core::Damage;
 use crate::store::ObjectState;
 use gabion_proto::blocks::Content;
 
@@ -13,7 +14,7 @@ use gabion_proto::blocks::Content;
 const AT_ONCE: usize = 4;
 /// Bytes that this OSD moves at once for all its groups: recovery must not fill the queues that clients' operations
 /// wait in. What clients wait for may exceed it.
-const BYTES_AT_ONCE: u64 = 32 << 20;
+pub const BYTES_AT_ONCE: u64 = 32 << 20;
 /// What went wrong is tried again after this long.
 const AGAIN_MS: Millis = 2_000;
 /// What the own disk cannot read is left alone for longer: every try costs it seconds.
@@ -70,6 +71,10 @@ pub struct Recovery {
     /// What one object under way may move.
     object_bytes: u64,
     coded: Option<Coded>,
+    /// Copies that a scrub found wrong, and the version that they are at.
+    repairs: BTreeMap<(ObjectId, OsdId), Version>,
+    /// Members that could not read an object that the own store cannot read either.
+    unreadable: BTreeSet<(ObjectId, OsdId)>,
     /// Erasure coding: shards of acting members of which some row could not be read.
     damaged: BTreeSet<(ObjectId, OsdId)>,
 }
@@ -104,6 +109,8 @@ impl Recovery {
             forgotten: (0, 0),
             object_bytes: 0,
             coded,
+            repairs: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             damaged: BTreeSet::new(),
         }
     }
@@ -198,6 +205,25 @@ impl Recovery {
         }
     }
 
+    /// A member's copy is wrong, at whatever version it is held.
+    pub fn replace_copy(&mut self, member: OsdId, object: ObjectId, held: Version, missing: Option<Needed>) {
+        self.repairs.insert((object, member), held);
+        if let Some(needed) = missing {
+            self.missing.entry(member).or_default().insert(object, needed);
+        }
+    }
+
+    /// Whose copies of an object are wrong, and the versions that they are at.
+    pub fn repairs_of(&self, object: &ObjectId) -> BTreeMap<OsdId, Version> {
+        let repairs = self.repairs.range((*object, OsdId(0))..=(*object, OsdId::NONE));
+        repairs.map(|((_, o), v)| (*o, *v)).collect()
+    }
+
+    /// Whether somebody misses an object that is not one of these.
+    pub fn misses_more_than<T>(&self, known: &BTreeMap<ObjectId, T>) -> bool {
+        self.missing.values().flat_map(|m| m.keys()).any(|o| !known.contains_key(o))
+    }
+
     /// Whether an operation on the object must wait.
     pub fn blocks(&self, own: OsdId, object: &ObjectId, doubts: bool, is_read: bool) -> bool {
         let lacks = |o: OsdId| self.missing.get(&o).is_some_and(|m| m.contains_key(object));
@@ -264,7 +290,8 @@ impl Recovery {
         *last = now;
     }
 
-    fn settle(&mut self, member: OsdId, object: &ObjectId) {
+    /// True: a scrub had found the copy wrong.
+    fn settle(&mut self, member: OsdId, object: &ObjectId) -> bool {
         if let Some(m) = self.missing.get_mut(&member) {
             m.remove(object);
         }
@@ -276,7 +303,9 @@ impl Recovery {
             self.own_bad.remove(object);
             self.not_before.remove(object);
             self.bad.retain(|(o, _)| o != object);
+            self.unreadable.retain(|(o, _)| o != object);
         }
+        self.repairs.remove(&(*object, member)).is_some()
     }
 
     /// The next object to start: in demand first, then uncertain ones, then the one that most members lack.
@@ -434,6 +463,7 @@ impl Pg {
         if !expected || needed.version != version {
             return;
         }
+        let unreadable = image == Err(SubResult::Io);
         let content = match image {
             Ok(image) if image.deleted == needed.deleted => Some(Content { extents: image.extents, data }),
             _ => None,
@@ -451,7 +481,11 @@ impl Pg {
             None => {
                 r.bad.insert((object, from));
                 r.work.remove(&object);
+                if unreadable {
+                    r.unreadable.insert((object, from));
+                }
                 tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
+                self.keep_if_damaged(cx, object, needed);
                 self.recover(cx);
             }
         }
@@ -478,7 +512,8 @@ impl Pg {
         match result {
             Ok(()) => {
                 let needed = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
-                r.settle(cx.id, &object);
+                let repaired = r.settle(cx.id, &object);
+                self.counters.scrub_repaired += u64::from(repaired);
                 self.index.missing.remove(&object);
                 if let Some(n) = needed {
                     self.index.hold(object, n);
@@ -514,6 +549,7 @@ impl Pg {
             What::ServePull { to, tid, object, version } => {
                 self.pull_read(cx, (to, tid, object, version), result)
             }
+            What::ScrubCopy { tid, object } => self.copy_read(cx, (tid, object), result),
             What::PushRead { object } => match result {
                 Ok((state, content)) => {
                     let held = self.index.objects.get(&object).copied();
@@ -558,13 +594,15 @@ impl Pg {
         for (o, _) in &lacking {
             r.asked(*o, cx.now);
         }
+        let repairs = r.repairs_of(&object);
         let Some(w) = r.work.get_mut(&object) else { return };
         w.stage = Stage::Pushing { waiting };
         w.since = cx.now;
         let tid = w.tid;
         for (o, version) in lacking {
             let image = ObjectImage { deleted, extents: content.extents.clone() };
-            self.send(cx, o, PeerBody::Push { tid, object, version, image }, content.data.clone());
+            let over = repairs.get(&o).copied();
+            self.send(cx, o, PeerBody::Push { tid, object, version, image, over }, content.data.clone());
         }
         let bytes = content.data.len() as u64;
         self.recovered_bytes += bytes;
@@ -585,7 +623,8 @@ impl Pg {
             r.work.remove(&object);
         }
         if result == SubResult::Ok {
-            r.settle(from, &object);
+            let repaired = r.settle(from, &object);
+            self.counters.scrub_repaired += u64::from(repaired);
             self.commit_recovered(cx, object);
             self.count_recovered();
         } else {
@@ -626,7 +665,41 @@ impl Pg {
         true
     }
 
-    fn replace_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId, holders: BTreeSet<OsdId>) {
+    /// No acting member can read an object, and there is nobody else: it is damaged, and not missing any more, so that what can be
+    /// read of the own copy is served. That copy never left; it is at the version that was wanted.
+    fn keep_if_damaged(&mut self, cx: &mut Cx<'_>, object: ObjectId, needed: Needed) {
+        let strays = self.record.all_known().iter().any(|o| !self.record.acting.contains(o));
+        let alone = !strays && needed.uncertain.is_none() && !needed.deleted;
+        let held = self.index.objects.get(&object).map(|h| h.version);
+        let held = held.or(self.index.beneath.get(&object).copied()) == Some(needed.version);
+        let others = self.others(cx);
+        let Phase::Active(a) = &mut self.phase else { return };
+        let r = &mut a.recovery;
+        let cannot = |o: &OsdId| {
+            r.unreadable.contains(&(object, *o)) || r.missing.get(o).is_some_and(|m| m.contains_key(&object))
+        };
+        if !alone || !held || !others.iter().all(cannot) {
+            return;
+        }
+        tracing::error!(pg = %self.id, %object, "no copy can be read whole");
+        if let Some(m) = r.missing.get_mut(&cx.id) {
+            m.remove(&object);
+        }
+        r.work.remove(&object);
+        r.sources.remove(&object);
+        r.demanded.remove(&object);
+        r.not_before.remove(&object);
+        r.repairs.remove(&(object, cx.id));
+        r.bad.retain(|(o, _)| *o != object);
+        r.unreadable.retain(|(o, _)| *o != object);
+        a.scrub.damaged.insert(object, Damage::Unreadable);
+        self.index.missing.remove(&object);
+        self.index.hold(object, needed);
+        self.submit(cx, What::Housekeeping, vec![TxnOp::DropMissing { object }]);
+        self.resume(cx);
+    }
+
+    pub(super) fn replace_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId, holders: BTreeSet<OsdId>) {
         let Some(held) = self.index.objects.get(&object).copied() else { return };
         let own = cx.id;
         let Phase::Active(a) = &mut self.phase else { return };
@@ -662,6 +735,8 @@ impl Pg {
             r.demanded.remove(&o);
             r.uncertain.remove(&o);
             r.own_bad.remove(&o);
+            r.repairs.retain(|(object, _), _| *object != o);
+            r.unreadable.retain(|(object, _)| *object != o);
             r.damaged.retain(|(object, _)| *object != o);
         }
     }

@@ -1,8 +1,19 @@
 //! What the group tells the monitors.
 
 use super::*;
+use crate::core::Damage;
 use gabion_proto::limits::SUBOP_STUCK;
 use gabion_proto::pb;
+
+/// As the monitors hear of it.
+pub fn damaged_object((object, damage): (ObjectId, Damage)) -> pb::DamagedObject {
+    pb::DamagedObject {
+        volume: object.volume.0,
+        index: object.index,
+        layer: object.layer.0,
+        inconsistent: damage == Damage::Inconsistent,
+    }
+}
 
 impl Pg {
     /// From its primary only.
@@ -42,6 +53,9 @@ impl Pg {
                 let k = self.code.as_ref().map_or(1, |c| u64::from(c.geometry().k));
                 status.degraded_bytes = status.degraded_objects * u64::from(pool.object_bytes) / k;
                 status.unfound_objects = a.recovery.unfound(own);
+                status.scrub = a.scrub.progress(self.counters.scrub_repaired);
+                status.damaged_objects = a.scrub.damaged.len() as u64;
+                status.damaged = a.scrub.damaged_named().into_iter().map(damaged_object).collect();
                 let state = if !a.recovery.is_done() {
                     pb::PgState::ActiveRecovering
                 } else if self.record.members().count() < width {

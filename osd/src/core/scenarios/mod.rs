@@ -10,6 +10,7 @@ mod full;
 mod maps;
 mod places;
 mod removed;
+mod scrub;
 mod stops;
 mod strays;
 mod stuck;
@@ -77,6 +78,7 @@ pub struct Rig {
     /// Reads and whole-object reads that wait for their answer.
     pub reads: VecDeque<(Token, ObjectId)>,
     pub object_reads: VecDeque<(Token, ObjectId)>,
+    pub digests: VecDeque<(Token, ObjectId)>,
     pub reports: Vec<MonitorRequest>,
     next_client: u64,
     /// Whom messages and operations are about.
@@ -134,6 +136,7 @@ impl Rig {
             replies: Vec::new(),
             reads: VecDeque::new(),
             object_reads: VecDeque::new(),
+            digests: VecDeque::new(),
             reports: Vec::new(),
             next_client: 0,
             pg: PG,
@@ -184,6 +187,7 @@ impl Rig {
                 self.reads.push_back((token, object))
             }
             Effect::ReadObject { token, object, .. } => self.object_reads.push_back((token, object)),
+            Effect::Digest { token, object, .. } => self.digests.push_back((token, object)),
             Effect::WantMap { .. } => {}
         }
         None

@@ -2,6 +2,7 @@
 
 use super::super::member::sub_result;
 use super::*;
+use crate::core::Damage;
 use crate::erasure::{Rows, content_of, rows_of};
 use gabion_proto::blocks::Content;
 
@@ -193,7 +194,7 @@ impl Pg {
     }
 
     /// Rows of the own shard, which holds `version`, perhaps still pending.
-    fn read_own_rows(
+    pub(in super::super) fn read_own_rows(
         &mut self,
         cx: &mut Cx<'_>,
         what: What,
@@ -257,6 +258,9 @@ impl Pg {
     }
 
     fn rows_here(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: Result<Content, SubResult>) {
+        if self.parity_rows(cx, from, tid, &result) {
+            return;
+        }
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
         let Some(n) = g.asked.iter().find(|(_, a)| a.member == from).map(|(n, _)| *n) else { return };
@@ -306,7 +310,12 @@ impl Pg {
                 }
             }
             For::Write { tid } => self.withdraw_write(cx, tid),
-            For::Recovery => a.recovery.gathering_failed(g.object, cx.now + AGAIN_MS),
+            For::Recovery => {
+                if damaged && !away {
+                    a.scrub.damaged.insert(g.object, Damage::Unreadable);
+                }
+                a.recovery.gathering_failed(g.object, cx.now + AGAIN_MS);
+            }
         }
     }
 
@@ -398,12 +407,14 @@ impl Pg {
     ) {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some((tid, lacking)) = a.recovery.begin_pushing(&object, version, cx.now) else { return };
+        let over = a.recovery.repairs_of(&object);
         for (n, member) in lacking {
             let Some(rows) = parts.get(&n) else { continue };
             let content = crate::erasure::sparse_content((0..).zip(rows.iter().cloned()));
             let bytes = content.data.len() as u64;
             self.recovered_bytes += bytes;
             self.counters.recovered_bytes += bytes;
+            let over = over.get(&member).copied();
             if member == cx.id {
                 let beside = self.kept_beside(&object);
                 let ops = match beside {
@@ -413,7 +424,7 @@ impl Pg {
                 self.submit(cx, What::Recovered { object, beside }, ops);
             } else {
                 let image = ObjectImage { deleted: false, extents: content.extents };
-                self.send(cx, member, PeerBody::Push { tid, object, version, image }, content.data);
+                self.send(cx, member, PeerBody::Push { tid, object, version, image, over }, content.data);
             }
         }
     }

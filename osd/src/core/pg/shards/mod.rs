@@ -136,6 +136,9 @@ impl Pg {
             a.recovery.demand(object);
             return false;
         }
+        if a.scrub.holds(&object) {
+            return false;
+        }
         let read = |r: &ops::Read| {
             let range = range_of(r.op(), OBJECT_BLOCKS).unwrap_or((0, OBJECT_BLOCKS));
             r.op().object == object && overlap(geometry.rows(range.0, range.1))

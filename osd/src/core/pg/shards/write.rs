@@ -216,6 +216,12 @@ impl Pg {
     pub(in super::super) fn commit_recovered(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
         let held = self.index.objects.get(&object).map(|h| h.version);
         let Phase::Active(a) = &self.phase else { return };
+        if !a.recovery.is_missing(&object)
+            && let Phase::Active(a) = &mut self.phase
+        {
+            a.scrub.recovered(&object);
+        }
+        let Phase::Active(a) = &self.phase else { return };
         let idle = !a.recovery.is_missing(&object) && !a.has_writes(&object);
         if let (Some(version), true, true) = (held, idle, self.code.is_some()) {
             self.commit_later(cx, object, version);
