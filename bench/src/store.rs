@@ -237,13 +237,7 @@ impl State {
         let skip = data.as_ptr().align_offset(BLOCK_BYTES as usize);
         let data = Bytes::from(data).slice(skip..skip + (1 << 20));
         let objects = size.div_ceil(u64::from(OBJECT_BYTES_DEFAULT)) as usize;
-        State {
-            handle,
-            size,
-            load: Mutex::new(None),
-            versions: Mutex::new(vec![0; objects]),
-            data,
-        }
+        State { handle, size, load: Mutex::new(None), versions: Mutex::new(vec![0; objects]), data }
     }
 
     fn settle(&self) -> Result<()> {

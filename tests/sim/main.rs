@@ -215,7 +215,10 @@ fn main() -> ExitCode {
     );
     println!("at least {} operations and {} faults each", sum.least_ops, sum.least_faults);
     println!("seeds: {:?}, {} read back without shards", sum.by_redundancy, sum.degraded_checks);
-    println!("scrubs: {} passes, {} findings, {} repaired", sum.scrubs, sum.scrub_findings, sum.scrub_repaired);
+    println!(
+        "scrubs: {} passes, {} findings, {} repaired",
+        sum.scrubs, sum.scrub_findings, sum.scrub_repaired
+    );
     println!("faults: {:?}", sum.by_kind);
     ExitCode::SUCCESS
 }

@@ -6,11 +6,9 @@ use crate::network::Place;
 use crate::world::{Ev, World};
 use gabion_monitor::decide::{self, FailureDetector, Timing};
 use gabion_monitor::state::intervals::earlier_primaries;
-use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_monitor::state::scrubs::{DamagedObject, ScrubResult};
-use gabion_osd::core::{
-    Damage, Event, MonitorRefused, MonitorRequest, ScrubOrder, ScrubReport, Token,
-};
+use gabion_monitor::state::{Command, MonitorState, Reply};
+use gabion_osd::core::{Damage, Event, MonitorRefused, MonitorRequest, ScrubOrder, ScrubReport, Token};
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
 use std::collections::BTreeMap;
@@ -43,8 +41,8 @@ fn detector() -> FailureDetector {
 
 fn scrub_result(r: &ScrubReport) -> ScrubResult {
     let damaged = r.damaged.iter();
-    let damaged =
-        damaged.map(|(object, d)| DamagedObject { object: *object, inconsistent: *d == Damage::Inconsistent });
+    let damaged = damaged
+        .map(|(object, d)| DamagedObject { object: *object, inconsistent: *d == Damage::Inconsistent });
     ScrubResult {
         number: r.number,
         deep: r.deep,

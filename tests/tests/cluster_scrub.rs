@@ -41,8 +41,11 @@ fn read(client: &mut Nbd, block: usize) -> std::io::Result<Vec<u8>> {
 
 fn data_dir(cluster: &Cluster, osd: &str) -> Result<PathBuf> {
     let daemons = cluster.daemons()?;
-    let found = daemons.iter().find(|d| d["kind"] == "osd" && osd == format!("osd.{}", d["id"].as_str().unwrap_or("")));
-    let dir = found.and_then(|d| d["data_dir"].as_str()).with_context(|| format!("{osd} has no directory"))?;
+    let found = daemons
+        .iter()
+        .find(|d| d["kind"] == "osd" && osd == format!("osd.{}", d["id"].as_str().unwrap_or("")));
+    let dir =
+        found.and_then(|d| d["data_dir"].as_str()).with_context(|| format!("{osd} has no directory"))?;
     Ok(dir.into())
 }
 
@@ -163,7 +166,10 @@ fn what_rots_is_replaced_and_what_is_lost_is_never_read() -> Result<()> {
     let pgs = scrub(&cluster)?;
     ensure!(sum(&pgs, "damaged_objects") == 1 && sum(&pgs, "repaired") == 0, "{pgs:?}");
     let damage = damage_in_health(&cluster)?.context("health does not list it")?;
-    ensure!(damage["severity"] == "error" && damage["details"].to_string().contains("of volume v"), "{damage}");
+    ensure!(
+        damage["severity"] == "error" && damage["details"].to_string().contains("of volume v"),
+        "{damage}"
+    );
     for block in (0..BLOCKS).filter(|b| *b != lost) {
         ensure!(read(&mut client, block)? == pattern(block), "block {block}");
     }

@@ -163,7 +163,9 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
         check(
             "OBJECT_DAMAGED",
             Error,
-            &format!("Scrubs and reads found {damaged_objects} objects without a good copy: what cannot be read fails with EIO"),
+            &format!(
+                "Scrubs and reads found {damaged_objects} objects without a good copy: what cannot be read fails with EIO"
+            ),
             "Restore or rewrite what is lost, for instance from a snapshot or a backup; then `gabion scrub start --deep` looks again.",
             damaged,
         ),

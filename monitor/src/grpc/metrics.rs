@@ -70,10 +70,18 @@ impl Source for Monitor {
         let scrubs = view::scrubs(&state, &volatile, None);
         let total = |of: &dyn Fn(&pb::PgScrub) -> u64| scrubs.iter().map(of).sum();
         page.gauge("damaged_objects", "Objects without a good copy", total(&|s| s.damaged_objects))?;
-        page.gauge("pgs_scrubbing", "Placement groups that are being scrubbed", total(&|s| u64::from(s.running != "none")))?;
+        page.gauge(
+            "pgs_scrubbing",
+            "Placement groups that are being scrubbed",
+            total(&|s| u64::from(s.running != "none")),
+        )?;
         let now = view::unix_ms();
         let late = state.scrubs.values().filter(|r| r.is_late(&state.scrub_settings, now)).count() as u64;
-        page.gauge("pgs_not_scrubbed", "Placement groups that were not read as a whole for two deep intervals", late)?;
+        page.gauge(
+            "pgs_not_scrubbed",
+            "Placement groups that were not read as a whole for two deep intervals",
+            late,
+        )?;
 
         for (name, help, n) in [
             ("pools", "Pools", state.map.pools.len()),

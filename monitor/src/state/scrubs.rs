@@ -146,7 +146,12 @@ impl MonitorState {
         Ok(Reply::Done)
     }
 
-    pub(super) fn request_scrub(&mut self, pool: Option<String>, pg: Option<PgId>, deep: bool) -> CommandResult {
+    pub(super) fn request_scrub(
+        &mut self,
+        pool: Option<String>,
+        pg: Option<PgId>,
+        deep: bool,
+    ) -> CommandResult {
         let pool = pool.map(|name| self.pool_named(&name)).transpose()?;
         if let Some(pg) = pg.filter(|pg| !self.map.pgs.contains_key(pg)) {
             return Err(Refusal::not_found(format!("there is no group {pg}")));

@@ -36,9 +36,17 @@ impl Source for Figures {
         page.counter("osd_written_bytes", "Bytes written by clients", stats.write_bytes)?;
         page.counter("osd_recovered_objects", "Objects recovered as primary", stats.recovered_objects)?;
         page.counter("osd_recovered_bytes", "Bytes of them", stats.recovered_bytes)?;
-        page.counter("osd_scrubbed_objects", "Objects that scrubs of this primary looked at", stats.scrubbed_objects)?;
+        page.counter(
+            "osd_scrubbed_objects",
+            "Objects that scrubs of this primary looked at",
+            stats.scrubbed_objects,
+        )?;
         page.counter("osd_scrubbed_bytes", "Bytes that scrubs read from this disk", stats.scrubbed_bytes)?;
-        page.counter("osd_scrub_findings", "Copies that scrubs of this primary found bad", stats.scrub_findings)?;
+        page.counter(
+            "osd_scrub_findings",
+            "Copies that scrubs of this primary found bad",
+            stats.scrub_findings,
+        )?;
         page.counter("osd_scrub_repaired", "Of them replaced", stats.scrub_repaired)?;
         page.counter(
             "osd_checksum_errors",

@@ -6,7 +6,9 @@ use gabion_common::monitor_client::MonitorClient;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::LEASE;
-use gabion_proto::pb::{BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport, PgScrubReport};
+use gabion_proto::pb::{
+    BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport, PgScrubReport,
+};
 use std::time::Duration;
 use tonic::Status;
 use tracing::warn;

@@ -55,7 +55,8 @@ impl ReadJob {
 impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Starts a read, now or when the commits before it that it overlaps are durable.
     pub(super) fn start_read(&mut self, tag: u64, work: Work) {
-        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object } | Work::Digest { pg, object }) = work
+        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object } | Work::Digest { pg, object }) =
+            work
         else {
             unreachable!("only reads are started here")
         };

@@ -320,13 +320,11 @@ fn a_member_takes_a_replacement_only_for_what_was_found() {
     rig.hear(2, PeerBody::ScrubRead { tid: 7, range: ScrubRange::After(None), deep: true });
     rig.answer_object(Err(unreadable(0)));
     let (_, answer) = rig.take_sent().pop().expect("answers");
-    assert_eq!(
-        answer,
-        PeerBody::ScrubInfo { tid: 7, entries: vec![rotten(0, version(5, 1))], last: true }
-    );
+    assert_eq!(answer, PeerBody::ScrubInfo { tid: 7, entries: vec![rotten(0, version(5, 1))], last: true });
     let c = content(1);
     let image = ObjectImage { deleted: false, extents: c.extents };
-    let push = |version, over| PeerBody::Push { tid: 8, object: object(0), version, image: image.clone(), over };
+    let push =
+        |version, over| PeerBody::Push { tid: 8, object: object(0), version, image: image.clone(), over };
     let replaced = |rig: &Rig| rig.ops().filter(|op| matches!(op, TxnOp::Replace { .. })).count();
     rig.hear_data(2, push(version(5, 1), None), c.data.clone());
     assert_eq!(replaced(&rig), 0, "without a finding it has it already");
@@ -384,10 +382,8 @@ fn reads_keep_to_the_rate() {
             let ScrubRange::After(after) = range else { panic!("in order") };
             let first = after.map_or(0, |o| o.index + 1);
             let digest = digest_of(&Content::data(0, vec![1; 1 << 20].into()));
-            let entries: Vec<_> = (first..200)
-                .take(4)
-                .map(|n| ScrubEntry { digest, ..copy(n, version(5, 1)) })
-                .collect();
+            let entries: Vec<_> =
+                (first..200).take(4).map(|n| ScrubEntry { digest, ..copy(n, version(5, 1)) }).collect();
             let last = entries.last().is_some_and(|e| e.object.index == 199);
             rig.hear(2, PeerBody::ScrubInfo { tid, entries, last });
         }

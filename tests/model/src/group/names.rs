@@ -198,7 +198,8 @@ mod tests {
                 if steps.is_empty() {
                     break;
                 }
-                choice = choice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                choice =
+                    choice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 state = steps.swap_remove((choice >> 33) as usize % steps.len()).state;
                 steps.clear();
             }

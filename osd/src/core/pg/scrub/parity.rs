@@ -85,7 +85,9 @@ impl Pg {
         }
         let Some(geometry) = self.code.as_ref().map(|c| c.geometry()) else { return true };
         let held = self.index.objects.get(&object).filter(|h| !h.deleted);
-        let Some(version) = held.map(|h| h.version).filter(|_| !is_removed(cx.map, &object)) else { return true };
+        let Some(version) = held.map(|h| h.version).filter(|_| !is_removed(cx.map, &object)) else {
+            return true;
+        };
         let object_bytes = cx.map.pools.get(&self.id.pool).map_or(0, |p| p.object_bytes);
         let row_count = geometry.all_rows(object_bytes / BLOCK_BYTES);
         let places = self.record.acting.iter().copied().zip(0u8..).filter(|(o, _)| *o != OsdId::NONE);

@@ -210,7 +210,8 @@ impl Pg {
             return self.begin_batch(cx, range, deep);
         }
         // The one that has waited longest.
-        let Some((object, again)) = pass.again.iter().min_by_key(|(_, a)| a.due).map(|(o, a)| (*o, *a)) else {
+        let Some((object, again)) = pass.again.iter().min_by_key(|(_, a)| a.due).map(|(o, a)| (*o, *a))
+        else {
             return self.report_scrub(cx);
         };
         if cx.now < again.due {
@@ -283,7 +284,8 @@ impl Pg {
         // As far as everybody's answer goes.
         let ends = batch.copies.values().filter(|c| !c.last);
         let upto = ends.filter_map(|c| c.entries.keys().next_back().copied()).min();
-        let objects: BTreeSet<ObjectId> = batch.copies.values().flat_map(|c| c.entries.keys().copied()).collect();
+        let objects: BTreeSet<ObjectId> =
+            batch.copies.values().flat_map(|c| c.entries.keys().copied()).collect();
         match batch.range {
             ScrubRange::One(o) => _ = pass.again.get_mut(&o).map(|a| a.due = cx.now),
             ScrubRange::After(_) => (pass.reached, pass.at_end) = (upto, upto.is_none()),
