@@ -21,7 +21,7 @@ const KINDS: [(&str, u64); 26] = [
     ("crash of all", 3),
     ("disk loss", 2),
     ("bit rot", 6),
-    ("cold rot", 3),
+    ("cold rot", 12),
     ("full disk", 4),
     ("out", 3),
     ("in", 4),

@@ -23,6 +23,9 @@ use world::World;
 /// Everything must be clean this long after the last fault.
 const HEAL_MS: u64 = 120_000;
 
+/// Longer than any pause.
+const QUIET_MS: u64 = 10_000;
+
 /// A broken link must be worked around within this time (rule P8).
 const LINK_MS: u64 = 30_000;
 
@@ -117,6 +120,16 @@ fn finish(mut w: World) -> Result<Tally, String> {
 
 /// What nobody reads rots; a deep scrub of everything must find it, and what rotted before.
 fn scrub_all(w: &mut World) -> Result<(), String> {
+    // What was paused when everything healed sleeps on: nobody may be away when only one good copy is left.
+    let quiet = w.now + QUIET_MS;
+    let deadline = w.now + HEAL_MS;
+    while w.now < deadline && (w.now < quiet || !w.all_clean()) {
+        let next = w.now + 500;
+        w.run_until(next);
+        if let Some(f) = w.finding.take() {
+            return Err(format!("{f} (at {} ms)", w.now));
+        }
+    }
     w.nodes[0].disk.rot_under_reads(0);
     w.rot_cold();
     let deadline = w.now + HEAL_MS;
@@ -261,6 +274,13 @@ mod tests {
     #[test]
     fn a_zombie_that_writes_a_frozen_layer_is_noticed() {
         let noticed = crate::mutants::noticed(gabion_osd::core::Rule::FrozenLayers, 30);
+        println!("{:?}", noticed.expect("nobody noticed"));
+    }
+
+    /// Without repair, what rots where nobody reads is still bad at the end.
+    #[test]
+    fn scrubs_that_replace_nothing_are_noticed() {
+        let noticed = crate::mutants::noticed(gabion_osd::core::Rule::ScrubRepairs, 5);
         println!("{:?}", noticed.expect("nobody noticed"));
     }
 

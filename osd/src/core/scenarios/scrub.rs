@@ -391,3 +391,55 @@ fn reads_keep_to_the_rate() {
     }
     assert!((29..=32).contains(&read), "{read} MiB in 30 s at 1 MiB/s");
 }
+
+/// Four members of a 2+2 group. Shard 2 is not what the others give, though it matches its checksums: it is computed anew.
+#[test]
+fn a_wrong_shard_is_computed_from_the_others() {
+    use crate::erasure::{Block, Geometry, ReedSolomon, sparse_content};
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+    }
+    let acting = [1, 2, 3, 4];
+    rig.interval(10, &acting, vec![past(5, &acting)]);
+    acting[1..].iter().for_each(|o| rig.tells(*o, 5, &[has(0, version(5, 1))]));
+    acting[1..].iter().for_each(|o| rig.activates(*o));
+    let block = |fill: u8| Block::of(vec![fill; 4096].into());
+    let mut shards: BTreeMap<u8, crate::erasure::Rows> = [(0, vec![block(1)]), (1, vec![block(2)])].into();
+    let code = ReedSolomon::shared(Geometry { k: 2, m: 2 }).unwrap();
+    shards.extend(code.compute(&shards, &[2, 3]).unwrap());
+    let shard = |n: u8| sparse_content((0..).zip(shards[&n].iter().cloned()));
+    rig.order(1, true);
+    let entry = |version| ScrubEntry { digest: 0, ..copy(0, version) };
+    rig.own_copies(version(5, 1));
+    acting[1..].iter().for_each(|o| rig.tell_copies(*o, &[entry(version(5, 1))]));
+    // All shards are read, then those that the wrong one is computed from.
+    for round in 0..2 {
+        let asked: Vec<(OsdId, u64)> = rig
+            .take_sent()
+            .into_iter()
+            .filter_map(|(to, b)| match b {
+                PeerBody::ShardRead { tid, .. } => Some((to, tid)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(asked.len(), if round == 0 { 3 } else { 1 }, "{asked:?}");
+        rig.answer_read(Ok(shard(0)));
+        for (to, tid) in asked {
+            let n = (to.0 - 1) as u8;
+            assert!(round == 0 || n != 2, "not from itself");
+            let content = if n == 2 { content(77) } else { shard(n) };
+            rig.hear_data(to.0, PeerBody::ShardData { tid, result: Ok(content.extents) }, content.data);
+        }
+    }
+    let pushed = rig.take_sent().into_iter().find_map(|(to, b)| match b {
+        PeerBody::Push { tid, image, over, .. } => Some((to, tid, image.extents, over)),
+        _ => None,
+    });
+    let (to, tid, extents, over) = pushed.expect("pushes");
+    assert_eq!((to, over, extents), (OsdId(3), Some(version(5, 1)), shard(2).extents));
+    rig.hear(3, PeerBody::PushAck { tid, result: SubResult::Ok });
+    rig.tick(100);
+    let report = rig.report().expect("reported");
+    assert_eq!((report.findings, report.repaired, report.damaged_objects), (1, 1, 0));
+}
