@@ -667,6 +667,12 @@ pub enum RebuildVerb {
         #[arg(long)]
         forever: bool,
     },
+    /// Changes how fast rebuilds may go, besides what clients leave
+    Set {
+        /// Bytes per second at each OSD, at least 4M; 0: no limit.
+        #[arg(long, value_parser = size::parse, value_name = "S")]
+        max_rate: u64,
+    },
 }
 
 #[derive(Subcommand, Debug)]

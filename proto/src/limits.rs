@@ -26,6 +26,8 @@ pub const DAMAGED_NAMED_MAX: usize = 16;
 /// What a scrub reads per second from one OSD (settable; this is the default and the least).
 pub const SCRUB_RATE_DEFAULT: u64 = 64 << 20;
 pub const SCRUB_RATE_MIN: u64 = 1 << 20;
+/// The least that recovery is slowed down to, in bytes per second at each OSD.
+pub const REBUILD_RATE_MIN: u64 = 4 << 20;
 /// Every group is scrubbed that often, and read as a whole that often (settable).
 pub const SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(24 * 3600);
 pub const DEEP_SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);

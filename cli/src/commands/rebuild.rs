@@ -6,13 +6,18 @@ use crate::output::printable;
 use crate::rpc;
 use crate::size::human;
 use anyhow::Result;
-use gabion_proto::pb::{RebuildStatus, WatchRebuildsRequest};
+use gabion_proto::pb::{RebuildStatus, SetRebuildRequest, WatchRebuildsRequest};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
 
 pub async fn run(cx: &Context, verb: RebuildVerb) -> Result<()> {
     let monitors = cx.monitors()?;
+    if let RebuildVerb::Set { max_rate } = verb {
+        let request = SetRebuildRequest { max_rate_bytes_per_s: max_rate };
+        let max_rate = rpc!(monitors, "rebuild", admin.set_rebuild, request)?.max_rate_bytes_per_s;
+        return cx.out.done(&limit_text(max_rate), json!({ "max_rate_bytes_per_s": max_rate }));
+    }
     let until_clean = !matches!(verb, RebuildVerb::Watch { forever: true, .. });
     let request = WatchRebuildsRequest { until_clean };
     let mut stream = rpc!(monitors, "rebuild", status.watch_rebuilds, request)?;
@@ -22,6 +27,9 @@ pub async fn run(cx: &Context, verb: RebuildVerb) -> Result<()> {
             return cx.out.value(&rebuild_json(&status));
         }
         let mut lines = vec![line(&status)];
+        if status.max_rate_bytes_per_s > 0 {
+            lines.push(limit_text(status.max_rate_bytes_per_s));
+        }
         lines.extend(status.pgs.iter().map(|p| {
             let waits = match p.waiting_for.as_str() {
                 "" => String::new(),
@@ -55,6 +63,13 @@ pub async fn run(cx: &Context, verb: RebuildVerb) -> Result<()> {
         cx.out.text("clean: every object has all its copies")?;
     }
     Ok(())
+}
+
+fn limit_text(bytes_per_s: u64) -> String {
+    match bytes_per_s {
+        0 => "rebuilds: as fast as clients allow".to_owned(),
+        limit => format!("rebuilds: as fast as clients allow, at most {}/s at each OSD", human(limit)),
+    }
 }
 
 /// The status in one line.
@@ -103,6 +118,7 @@ pub fn rebuild_json(s: &RebuildStatus) -> Value {
         "unfound_objects": s.unfound_objects,
         "recovered_objects": s.recovered_objects,
         "recovered_bytes": s.recovered_bytes,
+        "max_rate_bytes_per_s": s.max_rate_bytes_per_s,
         "rate_bytes_per_s": s.rate_bytes_per_s,
         "eta_s": s.eta_s,
         "pgs": pgs,

@@ -203,6 +203,13 @@ impl pb::admin_service_server::AdminService for Monitor {
         }
     }
 
+    async fn set_rebuild(&self, request: Request<pb::SetRebuildRequest>) -> Answer<pb::RebuildSettings> {
+        let (id, r) = open(request)?;
+        self.propose_for(id, Command::SetRebuildRate(r.max_rate_bytes_per_s)).await?;
+        let max_rate_bytes_per_s = self.state().rebuild_rate_bytes_per_s;
+        Ok(Response::new(pb::RebuildSettings { max_rate_bytes_per_s }))
+    }
+
     async fn list_scrubs(&self, request: Request<pb::ListPgsRequest>) -> Answer<pb::ListScrubsReply> {
         self.confirm().await?;
         let state = self.state();

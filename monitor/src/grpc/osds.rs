@@ -126,6 +126,7 @@ impl pb::osd_service_server::OsdService for Monitor {
             epoch: state.map.epoch.0,
             scrubs,
             scrub_rate_bytes_per_s: state.scrub_settings.rate_bytes_per_s,
+            rebuild_rate_bytes_per_s: state.rebuild_rate_bytes_per_s,
         }))
     }
 

@@ -228,6 +228,7 @@ pub(super) fn rebuild(state: &MonitorState, volatile: &Volatile) -> pb::RebuildS
         false => 0,
     };
     pb::RebuildStatus {
+        max_rate_bytes_per_s: state.rebuild_rate_bytes_per_s,
         unix_ms: unix_ms(),
         pgs_total: totals.pgs,
         pgs_not_clean: totals.not_clean,

@@ -243,6 +243,8 @@ pub enum Command {
     },
 
     SetScrub(ScrubSettings),
+    /// What each OSD may move for recovery, in bytes per second; 0: no limit.
+    SetRebuildRate(u64),
     /// An operator wants groups to be scrubbed: all, those of a pool, or one.
     RequestScrub {
         pool: Option<String>,

@@ -173,6 +173,8 @@ pub struct MonitorState {
     /// Grows with every change of exports or VMs.
     pub host_revision: u64,
     pub events: VecDeque<Event>,
+    /// What each OSD may move for recovery; 0: no limit.
+    pub rebuild_rate_bytes_per_s: u64,
     pub scrub_settings: ScrubSettings,
     pub scrubs: BTreeMap<PgId, ScrubRecord>,
     answered: requests::Answered,
@@ -268,6 +270,7 @@ impl MonitorState {
             Command::VmStopped { name, action_number } => self.vm_stopped(&name, action_number),
             Command::DiskReleased { vm, volume } => self.disk_released(&vm, volume),
             Command::RemoveVm { name } => self.remove_vm(&name),
+            Command::SetRebuildRate(bytes_per_s) => self.set_rebuild_rate(bytes_per_s),
             Command::SetScrub(settings) => self.set_scrub(settings),
             Command::RequestScrub { pool, pg, deep } => self.request_scrub(pool, pg, deep),
             Command::PgScrubbed { osd, incarnation, pg, interval, result } => {

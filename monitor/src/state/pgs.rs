@@ -4,12 +4,29 @@
 //! for the current interval (rule P9, invariant 8).
 
 use super::*;
+use gabion_proto::limits::REBUILD_RATE_MIN;
 use gabion_proto::map::{PgRecord, Redundancy};
 
 /// A run of an OSD.
 type Suspect = (OsdId, Incarnation);
 
 impl MonitorState {
+    pub(super) fn set_rebuild_rate(&mut self, bytes_per_s: u64) -> CommandResult {
+        if bytes_per_s > 0 && bytes_per_s < REBUILD_RATE_MIN {
+            return Err(Refusal::invalid(format!(
+                "rebuilds go at {REBUILD_RATE_MIN} bytes/s at least; 0 is no limit"
+            )));
+        }
+        if std::mem::replace(&mut self.rebuild_rate_bytes_per_s, bytes_per_s) != bytes_per_s {
+            let text = match bytes_per_s {
+                0 => "rebuilds: no limit".to_owned(),
+                limit => format!("rebuilds: at most {limit} bytes/s at each OSD"),
+            };
+            self.event(EventSeverity::Ok, text);
+        }
+        Ok(Reply::Done)
+    }
+
     pub(super) fn current_group(
         &self,
         osd: OsdId,

@@ -1,6 +1,7 @@
 //! What a placement group needs from its surroundings during one step.
 
 use super::scrub_budget::ScrubBudget;
+use super::throttle::Throttle;
 use super::{Effect, Millis, Rule, Rules, Token};
 use bytes::Bytes;
 use gabion_proto::ids::*;
@@ -52,6 +53,8 @@ pub struct Context<'a, T> {
     pub full: bool,
     /// What recovery of all other groups may be moving.
     pub recovery_bytes_elsewhere: u64,
+    /// How fast recovery may go.
+    pub throttle: &'a mut Throttle,
     /// What scrubs may still read here.
     pub scrub: &'a mut ScrubBudget,
     pub rules: Rules,

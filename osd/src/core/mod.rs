@@ -16,6 +16,7 @@ mod rules;
 #[cfg(test)]
 mod scenarios;
 mod scrub_budget;
+mod throttle;
 
 pub use osd::{Boot, OsdCore};
 pub use pg::damaged_object;
@@ -62,6 +63,8 @@ pub enum Event {
     Digested { token: Token, result: Result<(ObjectState, u64), StoreError> },
     /// Answer to `Effect::List`.
     Listed { token: Token, result: Result<Listing, StoreError> },
+    /// How much recovery may move in a second, at most; 0: no limit.
+    RebuildLimit { bytes_per_s: u64 },
     /// Answer to `Effect::Monitor`.
     Monitor { token: Token, result: Result<(), MonitorRefused> },
     /// Nobody waits for this operation's answer any more (its connection is gone): if it has not

@@ -3,6 +3,7 @@
 use super::context::{Context, Tokens};
 use super::pg::{Pg, What};
 use super::scrub_budget::ScrubBudget;
+use super::throttle::Throttle;
 use super::*;
 use gabion_proto::limits::CONN_OPS_MAX;
 use gabion_proto::msg::RetryWhy;
@@ -40,6 +41,7 @@ pub struct OsdCore {
     client_ops: usize,
     /// What recovery of all groups may be moving, and scrubs reading.
     recovery_bytes: u64,
+    throttle: Throttle,
     scrub_budget: ScrubBudget,
     now: Millis,
 }
@@ -62,6 +64,7 @@ impl OsdCore {
             stats: pb::OsdStats::default(),
             client_ops: 0,
             recovery_bytes: 0,
+            throttle: Throttle::new(now),
             scrub_budget: ScrubBudget::new(now),
             now,
         }
@@ -76,6 +79,16 @@ impl OsdCore {
     pub fn step(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.now = now;
         self.scrub_budget.refill(now);
+        self.throttle.elapse(now, self.client_ops, self.recovery_bytes);
+        let before = out.len();
+        self.take(event, out);
+        let ended = |e: &&Effect| {
+            matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })
+        };
+        self.throttle.ended(out[before..].iter().filter(ended).count() as u64);
+    }
+
+    fn take(&mut self, event: Event, out: &mut Vec<Effect>) {
         match event {
             Event::Map(map) => self.new_map(map, out),
             Event::Lease { until, epoch } => {
@@ -116,6 +129,7 @@ impl OsdCore {
                     self.with_pg(order.pg, out, |pg, cx| pg.order_scrub(cx, order.number, order.deep));
                 }
             }
+            Event::RebuildLimit { bytes_per_s } => self.throttle.set_limit(bytes_per_s),
             Event::Listed { token, result } => {
                 self.answer(token, out, |pg, cx, what| pg.listed(cx, what, result))
             }
@@ -182,6 +196,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            throttle: &mut self.throttle,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
             tokens: &mut self.tokens,
@@ -211,6 +226,7 @@ impl OsdCore {
             lease_until: self.lease_until,
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
+            throttle: &mut self.throttle,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
             tokens: &mut self.tokens,

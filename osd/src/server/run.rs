@@ -261,6 +261,8 @@ impl Shell {
                             let lease = r.lease_ms.min(LEASE.as_millis() as u64);
                             self.step(&mut run, Event::Lease { until: sent_ms + lease, epoch: Epoch(r.epoch) });
                             self.step(&mut run, scrub_orders(&r));
+                            let bytes_per_s = r.rebuild_rate_bytes_per_s;
+                            self.step(&mut run, Event::RebuildLimit { bytes_per_s });
                         }
                         Err(s) if s.code() == tonic::Code::Aborted => return Ok(End::Deposed),
                         Err(s) => warn!(osd = %id, error = s.message(), "heartbeat not answered"),

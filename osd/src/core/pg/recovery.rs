@@ -375,7 +375,9 @@ impl Pg {
             if r.work.len() >= 2 * AT_ONCE {
                 break;
             }
-            let taken = r.work.len() >= AT_ONCE || cx.recovery_bytes_elsewhere + r.bytes() >= BYTES_AT_ONCE;
+            let under_way = cx.recovery_bytes_elsewhere + r.bytes();
+            let taken =
+                r.work.len() >= AT_ONCE || under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way);
             let Some(object) = r.next(cx.id, cx.now, taken) else { break };
             if !self.start_recovery(cx, object) {
                 break;
@@ -473,8 +475,7 @@ impl Pg {
                 if let Some(w) = r.work.get_mut(&object) {
                     w.stage = Stage::Replacing;
                 }
-                self.recovered_bytes += content.data.len() as u64;
-                self.counters.recovered_bytes += content.data.len() as u64;
+                self.count_moved(cx, content.data.len() as u64);
                 let ops = replace_ops(object, version, needed.deleted, content);
                 self.submit(cx, What::Recovered { object, beside: None }, ops);
             }
@@ -599,14 +600,19 @@ impl Pg {
         w.stage = Stage::Pushing { waiting };
         w.since = cx.now;
         let tid = w.tid;
+        let bytes = content.data.len() as u64 * lacking.len() as u64;
         for (o, version) in lacking {
             let image = ObjectImage { deleted, extents: content.extents.clone() };
             let over = repairs.get(&o).copied();
             self.send(cx, o, PeerBody::Push { tid, object, version, image, over }, content.data.clone());
         }
-        let bytes = content.data.len() as u64;
+        self.count_moved(cx, bytes);
+    }
+
+    pub(super) fn count_moved(&mut self, cx: &mut Cx<'_>, bytes: u64) {
         self.recovered_bytes += bytes;
         self.counters.recovered_bytes += bytes;
+        cx.throttle.spend(bytes);
     }
 
     pub(super) fn push_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, tid: u64, result: SubResult) {

@@ -412,8 +412,7 @@ impl Pg {
             let Some(rows) = parts.get(&n) else { continue };
             let content = crate::erasure::sparse_content((0..).zip(rows.iter().cloned()));
             let bytes = content.data.len() as u64;
-            self.recovered_bytes += bytes;
-            self.counters.recovered_bytes += bytes;
+            self.count_moved(cx, bytes);
             let over = over.get(&member).copied();
             if member == cx.id {
                 let beside = self.kept_beside(&object);

@@ -1,0 +1,285 @@
+//! How fast recovery may go: as fast as it can while clients are idle, and under their load as fast as leaves an operation at
+//! most half as long again as without recovery. An operator's limit stands above both.
+//!
+//! How long operations take is not measured one by one: in a window of time the mean is the time that all of them spent here
+//! divided by how many ended (Little's law), which is exact however coarse the clock is. What is healthy
+//! depends on how many operations there are at a time, so it is kept for each power of two of that, and measured
+//! when nothing is being recovered; while something is, recovery pauses for that now and then. Objects that
+//! clients wait for do not pass through here.
+
+use super::Millis;
+use gabion_proto::limits::REBUILD_RATE_MIN;
+
+/// Latency is judged once in a window.
+const WINDOW_MS: Millis = 500;
+/// Fewer operations in a window are nobody's load.
+const OPERATIONS_MIN: u64 = 16;
+/// At most so many times the healthy latency, in percent.
+const TOLERATED_PERCENT: u64 = 150;
+/// Windows between two pauses to measure what is healthy.
+const PROBE_EVERY: u32 = 40;
+/// The first window of a pause lets end what is under way, the second one is measured.
+const PROBE_WINDOWS: u32 = 2;
+/// Classes of load: 1, 2, 3 to 4, 5 to 8, ... operations at a time.
+const LOADS: usize = 8;
+/// What may be under way: what the rate moves in this time.
+const AHEAD_MS: u64 = 250;
+
+/// Sums over one window.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    began: Millis,
+    /// Operations here times milliseconds.
+    spent_ms: u64,
+    ended: u64,
+    moved_bytes: u64,
+    /// Something was under way at some time of it.
+    recovering: bool,
+}
+
+/// See the module docs.
+#[derive(Clone, Debug)]
+pub struct Throttle {
+    /// The operator's limit.
+    limit: Option<u64>,
+    /// What clients leave, in bytes per second; none while they are idle.
+    fair: Option<u64>,
+    credit_bytes: i64,
+    at: Millis,
+    window: Window,
+    healthy_us: [Option<u64>; LOADS],
+    /// Windows until the next pause, and of the one that is going on.
+    probe_in: u32,
+    probing: u32,
+}
+
+impl Throttle {
+    pub fn new(now: Millis) -> Throttle {
+        Throttle {
+            limit: None,
+            fair: None,
+            credit_bytes: 0,
+            at: now,
+            window: Window { began: now, ..Window::default() },
+            healthy_us: [None; LOADS],
+            probe_in: PROBE_EVERY,
+            probing: 0,
+        }
+    }
+
+    /// 0: none.
+    pub fn set_limit(&mut self, bytes_per_s: u64) {
+        self.limit = (bytes_per_s > 0).then(|| bytes_per_s.max(REBUILD_RATE_MIN));
+    }
+
+    fn rate(&self) -> Option<u64> {
+        self.limit.into_iter().chain(self.fair).min()
+    }
+
+    /// Time passes; until now so many operations of clients were here, and so much recovery under way.
+    pub fn elapse(&mut self, now: Millis, operations: usize, recovery_bytes: u64) {
+        let ms = now.saturating_sub(self.at);
+        self.at = now;
+        self.window.spent_ms += ms.min(WINDOW_MS) * operations as u64;
+        self.window.recovering |= recovery_bytes > 0;
+        if let Some(rate) = self.rate() {
+            let full = (rate / 1_000).saturating_mul(AHEAD_MS).min(i64::MAX as u64) as i64;
+            let gain = u128::from(rate) * u128::from(ms.min(1_000)) / 1_000;
+            let gain = gain.min(i64::MAX as u128) as i64;
+            self.credit_bytes = self.credit_bytes.saturating_add(gain).min(full);
+        }
+        if now >= self.window.began + WINDOW_MS {
+            self.judge(now);
+        }
+    }
+
+    /// Operations of clients have ended.
+    pub fn ended(&mut self, operations: u64) {
+        self.window.ended += operations;
+    }
+
+    /// Recovery has moved so much.
+    pub fn spend(&mut self, bytes: u64) {
+        self.window.moved_bytes += bytes;
+        if self.rate().is_some() {
+            self.credit_bytes = self.credit_bytes.saturating_sub(bytes.min(i64::MAX as u64) as i64);
+        }
+    }
+
+    /// Whether another object that nobody waits for may be begun, with so much under way.
+    pub fn allows(&self, recovery_bytes: u64) -> bool {
+        let ahead = |rate: u64| recovery_bytes == 0 || recovery_bytes <= rate / 1_000 * AHEAD_MS;
+        self.probing == 0 && self.rate().is_none_or(|rate| self.credit_bytes > 0 && ahead(rate))
+    }
+
+    /// A window is over.
+    fn judge(&mut self, now: Millis) {
+        let w = std::mem::replace(&mut self.window, Window { began: now, ..Window::default() });
+        let window_ms = (now - w.began).max(1);
+        if w.ended < OPERATIONS_MIN {
+            (self.fair, self.probing) = (None, 0);
+            return;
+        }
+        let latency_us = w.spent_ms * 1_000 / w.ended;
+        let at_a_time = (w.spent_ms / window_ms).max(1);
+        let load = (at_a_time.next_power_of_two().trailing_zeros() as usize).min(LOADS - 1);
+        let healthy = &mut self.healthy_us[load];
+        if !w.recovering {
+            *healthy = Some(healthy.map_or(latency_us, |h| (3 * h + latency_us) / 4));
+            self.probing = self.probing.saturating_sub(1);
+            // Whatever begins now begins slowly.
+            let start = self.fair.unwrap_or(8 * REBUILD_RATE_MIN);
+            self.fair = Some(start);
+            return;
+        }
+        if self.probing > 0 {
+            self.probing -= 1;
+            return;
+        }
+        self.probe_in = self.probe_in.saturating_sub(1);
+        let Some(healthy) = *healthy else { return self.probe() };
+        if self.probe_in == 0 {
+            return self.probe();
+        }
+        let moved = w.moved_bytes * 1_000 / window_ms;
+        let tolerated = (healthy * TOLERATED_PERCENT / 100).max(1);
+        let now_fair = self.fair.unwrap_or(moved);
+        let next = if latency_us > tolerated {
+            // By as much as it is too slow, within bounds.
+            let percent = (100 * tolerated / latency_us.max(1)).clamp(30, 90);
+            now_fair.min(moved.max(REBUILD_RATE_MIN)) / 100 * percent
+        } else if moved >= now_fair / 2 {
+            now_fair + now_fair / 8 + (1 << 20)
+        } else {
+            now_fair
+        };
+        self.fair = Some(next.max(REBUILD_RATE_MIN));
+    }
+
+    fn probe(&mut self) {
+        (self.probing, self.probe_in) = (PROBE_WINDOWS, PROBE_EVERY);
+        self.fair = self.fair.or(Some(8 * REBUILD_RATE_MIN));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A disk that recovery and clients share. An operation alone takes `alone_us`; the disk's share that recovery takes makes
+    /// it longer. `depth` operations at a time, one millisecond a step.
+    struct Disk {
+        throttle: Throttle,
+        now: Millis,
+        full_bytes_per_ms: u64,
+        alone_us: u64,
+        depth: u64,
+        ended_us: u64,
+        moved: u64,
+        under_way: u64,
+        latency_us: u64,
+        ended: u64,
+    }
+
+    impl Disk {
+        fn new(depth: u64) -> Disk {
+            Disk {
+                throttle: Throttle::new(0),
+                now: 0,
+                full_bytes_per_ms: 500 * MIB / 1_000,
+                alone_us: 400,
+                depth,
+                ended_us: 0,
+                moved: 0,
+                under_way: 0,
+                latency_us: 0,
+                ended: 0,
+            }
+        }
+
+        /// How long operations take in the mean of the next `ms`.
+        fn mean_us(&mut self, ms: u64) -> u64 {
+            let before = self.ended;
+            self.run(ms, true);
+            ms * 1_000 * self.depth / (self.ended - before).max(1)
+        }
+
+        fn run(&mut self, ms: u64, recovering: bool) -> u64 {
+            let before = self.moved;
+            for _ in 0..ms {
+                self.now += 1;
+                let moving = self.under_way.min(self.full_bytes_per_ms);
+                let share = 100 * moving / self.full_bytes_per_ms;
+                self.latency_us = self.alone_us * self.depth.max(1) * 100 / (100 - share.min(95));
+                self.throttle.elapse(self.now, self.depth as usize, self.under_way);
+                self.ended_us += 1_000 * self.depth;
+                let ended = self.ended_us / self.latency_us;
+                self.ended_us -= ended * self.latency_us;
+                self.throttle.ended(ended);
+                self.ended += ended;
+                self.under_way -= moving;
+                self.moved += moving;
+                while recovering && self.under_way < 32 * MIB && self.throttle.allows(self.under_way) {
+                    self.under_way += 4 * MIB;
+                    self.throttle.spend(4 * MIB);
+                }
+            }
+            (self.moved - before) * 1_000 / ms
+        }
+    }
+
+    #[test]
+    fn idle_clients_leave_the_whole_disk() {
+        let mut disk = Disk::new(0);
+        let rate = disk.run(10_000, true);
+        assert!(rate > 495 * MIB, "{rate}");
+    }
+
+    #[test]
+    fn under_load_operations_take_at_most_half_as_long_again() {
+        for depth in [1, 6, 32] {
+            let mut disk = Disk::new(depth);
+            disk.run(3_000, false);
+            let healthy = disk.latency_us;
+            disk.run(20_000, true);
+            let slowest = (0..60).map(|_| disk.mean_us(1_000)).max().unwrap_or(0);
+            let (mean, rate) = (disk.mean_us(60_000), disk.run(10_000, true));
+            assert!(mean <= healthy * 3 / 2, "depth {depth}: {mean} us instead of {healthy}");
+            assert!(slowest <= healthy * 2, "depth {depth}: {slowest} us instead of {healthy}");
+            assert!(rate > 40 * MIB, "depth {depth}: {rate} bytes/s are left of 500 MiB/s");
+        }
+    }
+
+    /// An OSD that has just started knows nothing of its healthy time.
+    #[test]
+    fn what_is_healthy_is_found_out_during_recovery() {
+        let mut disk = Disk::new(4);
+        disk.run(20_000, true);
+        let mean = disk.mean_us(20_000);
+        assert!(mean <= 4 * 400 * 3 / 2, "{mean} us");
+    }
+
+    /// More operations at a time take longer by themselves.
+    #[test]
+    fn a_load_that_grows_is_not_taken_for_recovery() {
+        let mut disk = Disk::new(1);
+        disk.run(3_000, false);
+        disk.run(20_000, true);
+        disk.depth = 32;
+        disk.run(30_000, true);
+        let rate = disk.run(10_000, true);
+        assert!(rate > 40 * MIB, "{rate}");
+    }
+
+    #[test]
+    fn an_operators_limit_is_kept() {
+        let mut disk = Disk::new(0);
+        disk.throttle.set_limit(20 * MIB);
+        let rate = disk.run(20_000, true);
+        assert!((15 * MIB..=21 * MIB).contains(&rate), "{rate}");
+        disk.throttle.set_limit(0);
+        assert!(disk.run(5_000, true) > 450 * MIB);
+    }
+}
