@@ -120,9 +120,14 @@ impl Cluster {
                 crate::fio::run(args, &fill, plan.size, None)?;
             }
         }
-        let result = harness::run(&targets, plan, out).map(|_| ());
+        let runs = harness::run(&targets, plan, out);
         let _ = std::fs::remove_file(raw);
-        result
+        let runs = runs?;
+        let single = plan.jobs()?.into_iter().find(|job| job.pattern == Pattern::RandWrite && job.depth == 1);
+        if let Some(job) = single.filter(|_| options.ec.is_none()) {
+            crate::floor::compare(&options.dir, &job, &runs, (plan.rounds, plan.secs, plan.size), out)?;
+        }
+        Ok(())
     }
 
     fn export(&self, volume: &str, kind: &str, field: &str) -> Result<String> {

@@ -6,6 +6,7 @@
 pub mod cluster;
 pub mod cpu;
 pub mod fio;
+mod floor;
 pub mod harness;
 pub mod index;
 pub mod job;

@@ -64,9 +64,9 @@ fn foreign_programs_watch_a_rebuild() -> Result<()> {
     std::fs::write(&config, text)?;
 
     // An operator's limit: refused where it would stand still, else in the status that everybody sees.
-    let refused = cluster.gabion(&["rebuild", "set", "--max-rate", "1M"]);
+    let refused = cluster.run(&["rebuild", "set", "--max-rate", "1M"]);
     ensure!(refused.is_err_and(|e| format!("{e:#}").contains("4194304 bytes/s at least")), "1M is accepted");
-    cluster.gabion(&["rebuild", "set", "--max-rate", "400M"])?;
+    cluster.run(&["rebuild", "set", "--max-rate", "400M"])?;
     cluster.wait_for("the limit", Duration::from_secs(10), |s| {
         Some(s["rebuild"]["max_rate_bytes_per_s"].as_u64()? == 400 << 20)
     })?;
