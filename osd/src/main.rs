@@ -13,7 +13,8 @@ use std::process::ExitCode;
 mod format;
 mod offline;
 
-/// The store stopped for good (invariant 9): whoever supervises this daemon must not start it again.
+/// The store stopped for good (invariant 9), or the monitors have forgotten what it took part in: whoever supervises this daemon must
+/// not start it again.
 const EXIT_FATAL: u8 = 3;
 
 #[derive(Parser)]
@@ -82,7 +83,9 @@ fn main() -> ExitCode {
         Err(e) => {
             tracing::error!("{e:#}");
             match e.downcast_ref() {
-                Some(server::ServerError::Fatal(_)) => ExitCode::from(EXIT_FATAL),
+                Some(server::ServerError::Fatal(_) | server::ServerError::Forgotten { .. }) => {
+                    ExitCode::from(EXIT_FATAL)
+                }
                 _ => ExitCode::FAILURE,
             }
         }

@@ -23,6 +23,15 @@ pub struct Boot {
     pub epoch: Epoch,
 }
 
+impl Boot {
+    /// The newest interval that the store takes part in, if the monitors have not come to it yet: they have forgotten it, and
+    /// would give its versions out again (rule P3a). Never with monitors that remember: the promise came after its map.
+    pub fn forgotten(&self, start: &StartState) -> Option<Epoch> {
+        let promised = start.iter().map(|(_, meta)| meta.promised.max(meta.activated)).max()?;
+        Some(promised).filter(|p| *p > self.epoch)
+    }
+}
+
 /// See the module docs of [`crate::core`].
 pub struct OsdCore {
     boot: Boot,

@@ -53,6 +53,11 @@ pub enum ServerError {
     Store(#[from] StoreError),
     #[error("the monitors refused this OSD: {0}")]
     BootRefused(String),
+    #[error(
+        "the monitors are at epoch {epoch} and this disk has taken part in interval {interval}: they were set up from an old backup, and \
+         writes would be lost if this OSD went on; give them their newest data"
+    )]
+    Forgotten { interval: Epoch, epoch: Epoch },
     #[error("the store stopped for good: {0}")]
     Fatal(String),
     #[error("{context}: {source}")]
@@ -162,6 +167,10 @@ pub async fn serve(
         info!(osd = %identity.osd, %incarnation, %epoch, "up");
         current.store(incarnation.0, Ordering::Relaxed);
         let booted = Boot { cluster: identity.cluster, id: identity.osd, incarnation, epoch };
+        if let Some(interval) = booted.forgotten(&start) {
+            shell.monitors.goodbye(identity.osd, incarnation).await;
+            return Err(ServerError::Forgotten { interval, epoch });
+        }
         let span = info_span!("osd", osd = %identity.osd, %incarnation);
         match shell.run(booted, start, &mut stop).instrument(span).await? {
             End::Stop => {

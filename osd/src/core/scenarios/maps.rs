@@ -82,3 +82,16 @@ fn a_group_that_comes_back_is_listed_again() {
     rig.answer_read(Ok(Content::default()));
     assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
 }
+
+/// They would give versions out again that members have, who would take new writes for old ones.
+#[test]
+fn monitors_that_forgot_an_interval_are_noticed() {
+    let meta =
+        |promised, activated| PgMeta { promised: Epoch(promised), activated: Epoch(activated), shard: None };
+    let start = vec![(PG, meta(4, 4)), (PgId { index: 1, ..PG }, meta(9, 7))];
+    let boot =
+        |epoch| Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch: Epoch(epoch) };
+    assert_eq!(boot(8).forgotten(&start), Some(Epoch(9)));
+    assert_eq!(boot(10).forgotten(&start), None);
+    assert_eq!(boot(1).forgotten(&Vec::new()), None, "a new disk");
+}
