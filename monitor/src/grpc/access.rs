@@ -56,5 +56,8 @@ mod tests {
         assert!(rule("/gabion.v1.AdminService/GetVolume", Role::Gateway));
         assert!(rule("/gabion.v1.AdminService/ListOsds", Role::Viewer));
         assert!(!rule("/gabion.v1.AdminService/OutOsd", Role::Viewer));
+        assert!(rule("/gabion.v1.AdminService/ListScrubs", Role::Viewer));
+        assert!(!rule("/gabion.v1.AdminService/StartScrub", Role::Viewer));
+        assert!(!rule("/gabion.v1.AdminService/SetScrub", Role::Osd));
     }
 }
