@@ -223,7 +223,7 @@ impl<S: ConcurrentStore> Worker<S> {
             self.watchdog.working();
             let moved = self.store.progress(&mut done);
             self.hand_out(&mut done);
-            if moved || taken > 0 {
+            if moved || taken == TAKE_MAX {
                 continue;
             }
             if self.store.busy() {

@@ -51,6 +51,8 @@ pub struct UringDevice {
     waker: Waker,
     /// The waker is polled by the ring.
     polled: bool,
+    /// What is queued was left for `wait` once, which submits and waits in one system call.
+    deferred: bool,
     traffic: Traffic,
 }
 
@@ -75,6 +77,7 @@ impl UringDevice {
             overflow: VecDeque::new(),
             waker: Waker::new()?,
             polled: false,
+            deferred: false,
             traffic: Traffic::default(),
         })
     }
@@ -214,7 +217,10 @@ impl Device for UringDevice {
 
     fn complete(&mut self, out: &mut Vec<Completion>) {
         if !self.overflow.is_empty() || !self.ring.submission().is_empty() {
-            self.enter(0);
+            self.deferred = !self.deferred && self.overflow.is_empty();
+            if !self.deferred {
+                self.enter(0);
+            }
         }
         self.reap(out);
     }
@@ -227,6 +233,7 @@ impl Device for UringDevice {
             self.push(entry);
         }
         if self.ring.completion().is_empty() {
+            self.deferred = false;
             self.enter(1);
         }
     }
