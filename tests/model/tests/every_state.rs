@@ -29,7 +29,7 @@ fn nothing_that_clients_saw_is_ever_lost() {
 }
 
 #[test]
-#[ignore = "takes minutes and up to 8 GiB: see docs/protocol.md"]
+#[ignore = "takes minutes and gigabytes: see docs/protocol.md"]
 fn nothing_is_lost_in_longer_runs() {
     for c in all().into_iter().filter(|c| c.long) {
         search(&c, 400_000_000);
