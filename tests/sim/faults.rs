@@ -92,12 +92,15 @@ impl World {
             "pause" => {
                 let ms = self.rng.range(200, 9_000);
                 self.log(|| format!("osd.{node} pauses for {ms} ms"));
-                self.nodes[node].paused_until = self.now + ms;
+                // What came before sleeps as long as it was told.
+                let until = &mut self.nodes[node].paused_until;
+                *until = (*until).max(self.now + ms);
             }
             "client pause" => {
                 let ms = self.rng.range(200, 12_000);
                 self.log(|| format!("client {client} pauses for {ms} ms"));
-                self.clients[client].paused_until = self.now + ms;
+                let until = &mut self.clients[client].paused_until;
+                *until = (*until).max(self.now + ms);
             }
             "cut" => {
                 // One-way or full, between two nodes or a node and the monitor.
@@ -148,7 +151,11 @@ impl World {
             "cold rot" => {
                 let well = |n: &Node| n.lost || (n.core.is_some() && n.paused_until <= self.now);
                 let all_well = self.nodes.iter().all(well) && self.network.cut.is_empty();
-                if !all_well || !self.monitor_runs() || !self.all_clean() {
+                // The monitor may not have noticed yet that one is lost.
+                let lost: Vec<_> = self.nodes.iter().filter(|n| n.lost).map(|n| n.id).collect();
+                let mut members = self.monitor.state.map.pgs.values().flat_map(|r| &r.acting);
+                let away = members.any(|o| lost.contains(o));
+                if !all_well || away || !self.monitor_runs() || !self.all_clean() {
                     return false;
                 }
                 self.rotting = self.rot_cold();
