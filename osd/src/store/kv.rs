@@ -16,6 +16,8 @@ pub trait Kv: Send {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, String>;
     /// Up to `limit` pairs with `prefix`, in order, from `from` (inclusive) on.
     fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> Result<Vec<Pair>, String>;
+    /// Calls `each` with all pairs with `prefix`, in order, until it answers false: for those who look at very many.
+    fn sweep(&self, prefix: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), String>;
     /// Starts to apply all of `batch` or, if a crash intervenes, perhaps nothing. At most one at a time. What is
     /// read in between may be of before or after.
     fn start(&mut self, batch: Batch);

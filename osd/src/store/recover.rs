@@ -125,18 +125,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         for block in SUPERBLOCKS {
             write_superblock(&mut device, block, &superblock)?;
         }
-        let mut slots = Slots::new(superblock.geometry().slots);
-        for k in [kind::CHUNK, kind::PENDING_CHUNK] {
-            index.each(&[k], |_, value| match ChunkRecord::decode(value.record()?)?.slot {
-                Some(slot) => slots.mark(slot),
-                None => Ok(()),
-            })?;
-        }
-        let mut objects = 0;
-        index.each(&[kind::OBJECT], |_, _| {
-            objects += 1;
-            Ok(())
-        })?;
+        assert!(index.dirty.is_empty() && index.frozen.is_empty(), "the journal has been replayed");
+        let (slots, objects) = count(&index.kv, superblock.geometry())?;
         Ok(ChunkStore::assemble(Opened { device, index, superblock, slots, objects }))
     }
 
@@ -162,6 +152,25 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let opened = Opened { device, index, superblock, slots, objects: 0 };
         Ok((ChunkStore::assemble(opened), replay))
     }
+}
+
+/// The slots in use and the objects of an index with nothing on top.
+fn count(kv: &impl Kv, geometry: Geometry) -> Result<(Slots, u64), StoreError> {
+    let (mut slots, mut objects, mut result) = (Slots::new(geometry.slots), 0, Ok(()));
+    for k in [kind::CHUNK, kind::PENDING_CHUNK] {
+        let swept = kv.sweep(&[k], &mut |_, value| {
+            result = ChunkRecord::decode(value).and_then(|c| c.slot.map_or(Ok(()), |slot| slots.mark(slot)));
+            result.is_ok()
+        });
+        swept.map_err(StoreError::Fatal)?;
+        std::mem::replace(&mut result, Ok(()))?;
+    }
+    let swept = kv.sweep(&[kind::OBJECT], &mut |_, _| {
+        objects += 1;
+        true
+    });
+    swept.map_err(StoreError::Fatal)?;
+    Ok((slots, objects))
 }
 
 fn check_size(device: &impl Device, superblock: &Superblock) -> Result<(), StoreError> {

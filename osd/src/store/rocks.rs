@@ -21,6 +21,7 @@ const WRITE_BUFFER_BYTES: usize = 16 << 20;
 const WRITE_BUFFERS: i32 = 2;
 const OPEN_FILES_MAX: i32 = 256;
 const LOG_FILES_MAX: usize = 2;
+const SWEEP_BYTES: usize = 1 << 20;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// Every batch makes one small table: merging them late costs reads little and saves writes.
 const TABLES_BEFORE_COMPACTION: i32 = 8;
@@ -128,6 +129,25 @@ impl Kv for RocksKv {
             out.push((key.into_vec(), value.into_vec()));
         }
         Ok(out)
+    }
+
+    fn sweep(&self, prefix: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), String> {
+        let mut options = ReadOptions::default();
+        if let Some(end) = after_prefix(prefix) {
+            options.set_iterate_upper_bound(end);
+        }
+        // Once, in large pieces, and not in place of what is wanted again.
+        options.fill_cache(false);
+        options.set_readahead_size(SWEEP_BYTES);
+        let mut at = self.db.raw_iterator_opt(options);
+        at.seek(prefix);
+        while let (Some(key), Some(value)) = (at.key(), at.value()) {
+            if !key.starts_with(prefix) || !each(key, value) {
+                break;
+            }
+            at.next();
+        }
+        at.status().map_err(|e| e.to_string())
     }
 
     fn start(&mut self, batch: Batch) {

@@ -479,6 +479,12 @@ impl Kv for SimKv {
         Ok(pairs.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
+    fn sweep(&self, prefix: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), String> {
+        let all = self.scan(prefix, prefix, usize::MAX)?;
+        all.iter().all(|(key, value)| each(key, value));
+        Ok(())
+    }
+
     fn start(&mut self, batch: Batch) {
         let mut state = self.disk.0.lock();
         let result = state.burn();

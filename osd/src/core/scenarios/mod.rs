@@ -10,6 +10,7 @@ mod full;
 mod maps;
 mod places;
 mod removed;
+mod rescued;
 mod scrub;
 mod stops;
 mod strays;
