@@ -13,6 +13,8 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::cpu;
+
 const IDENTITY: Identity = Identity { cluster: ClusterId([1; 16]), osd: OsdId(0), disk: ClusterId([2; 16]) };
 const ROUNDS: usize = 3;
 /// Objects looked up one by one after the start.
@@ -23,6 +25,8 @@ const LOOKUPS: usize = 20_000;
 struct Opened {
     objects: u64,
     open_s: f64,
+    /// User and system time of it.
+    open_cpu_s: f64,
     resident_open_bytes: u64,
     list_s: f64,
     /// After everything was listed and many objects were looked up.
@@ -55,9 +59,10 @@ fn measure(dir: &Path, gib: u32, out: &mut impl Write) -> Result<()> {
             ensure!(opened.objects == objects, "{} objects were found, not {objects}", opened.objects);
             writeln!(
                 out,
-                "{round} {}: open {:.2} s, resident {:.1} MiB; listed in {:.2} s, then resident {:.1} MiB; peak {:.1} MiB",
+                "{round} {}: open {:.2} s ({:.2} s of CPU), resident {:.1} MiB; listed in {:.2} s, then resident {:.1} MiB; peak {:.1} MiB",
                 if cold { "cold" } else { "warm" },
                 opened.open_s,
+                opened.open_cpu_s,
                 opened.resident_open_bytes as f64 / f64::from(1 << 20),
                 opened.list_s,
                 opened.resident_used_bytes as f64 / f64::from(1 << 20),
@@ -81,9 +86,9 @@ fn open_in_a_process(dir: &Path) -> Result<Opened> {
 
 /// The other process: opens, lists, looks up.
 pub fn open(dir: &Path, out: &mut impl Write) -> Result<()> {
-    let begun = Instant::now();
+    let (begun, cpu) = (Instant::now(), cpu::of_self_s());
     let mut store = store::open(dir)?;
-    let open_s = begun.elapsed().as_secs_f64();
+    let (open_s, open_cpu_s) = (begun.elapsed().as_secs_f64(), cpu::of_self_s() - cpu);
     let resident_open_bytes = status_bytes("VmRSS:")?;
     let begun = Instant::now();
     let (mut objects, mut sample) = (0, Vec::new());
@@ -107,8 +112,15 @@ pub fn open(dir: &Path, out: &mut impl Write) -> Result<()> {
     }
     let resident_used_bytes = status_bytes("VmRSS:")?;
     let resident_peak_bytes = status_bytes("VmHWM:")?;
-    let opened =
-        Opened { objects, open_s, resident_open_bytes, list_s, resident_used_bytes, resident_peak_bytes };
+    let opened = Opened {
+        objects,
+        open_s,
+        open_cpu_s,
+        resident_open_bytes,
+        list_s,
+        resident_used_bytes,
+        resident_peak_bytes,
+    };
     Ok(writeln!(out, "{}", serde_json::to_string(&opened)?)?)
 }
 
