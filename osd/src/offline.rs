@@ -36,13 +36,13 @@ pub enum Offline {
         output: Output,
         data_dir: PathBuf,
     },
-    /// Shows everything that a stopped OSD knows of one object, or lists its objects; changes nothing.
+    /// Shows everything that a stopped OSD knows of one object, or lists its groups and objects; changes nothing.
     Dump {
-        /// The object, as VOLUME.INDEX.LAYER in hexadecimal; without it, all objects are listed.
+        /// The object, as VOLUME.INDEX.LAYER in hexadecimal; without it, all groups and objects are listed.
         object: Option<ObjectId>,
         #[arg(long)]
         data_dir: PathBuf,
-        /// Lists objects. The same as naming none.
+        /// Lists groups and objects. The same as naming no object.
         #[arg(long, conflicts_with = "object")]
         list: bool,
         /// Only this group, as POOL.NUMBER with the number in hexadecimal.
@@ -209,14 +209,41 @@ fn dump(
     Ok(ExitCode::SUCCESS)
 }
 
-/// As they are read: there may be many.
+/// A group, which may have no object.
+#[derive(Serialize)]
+struct Group {
+    pg: String,
+    promised: u64,
+    activated: u64,
+    shard: Option<u8>,
+}
+
+/// The groups, then the objects, as they are read: there may be many.
 fn list(out: &mut impl Write, data_dir: &Path, pg: Option<PgId>, output: Output) -> Result<ExitCode> {
     let mut store = open(data_dir)?;
+    let metas = store.groups()?.into_iter().filter(|(id, _)| pg.is_none_or(|pg| pg == *id));
+    let groups: Vec<Group> = metas
+        .map(|(id, meta)| Group {
+            pg: id.to_string(),
+            promised: meta.promised.0,
+            activated: meta.activated.0,
+            shard: meta.shard.map(|s| s.number),
+        })
+        .collect();
     if output == Output::Text {
+        for Group { pg, promised, activated, shard } in &groups {
+            write!(out, "group {pg}: promised interval {promised}, activated in {activated}")?;
+            match shard {
+                Some(number) => writeln!(out, ", shard {number}")?,
+                None => writeln!(out)?,
+            }
+        }
         store.list_objects(pg, |line| writeln!(out, "{line}").map_err(anyhow::Error::from))?;
         return Ok(ExitCode::SUCCESS);
     }
-    write!(out, "{{\"objects\":[")?;
+    write!(out, "{{\"groups\":")?;
+    serde_json::to_writer(&mut *out, &groups).map_err(io::Error::from)?;
+    write!(out, ",\"objects\":[")?;
     let mut first = true;
     store.list_objects(pg, |line| {
         if !std::mem::take(&mut first) {

@@ -69,8 +69,13 @@ fn what_is_shown() {
     let text = ok(&["dump", "a.10.0", "--data-dir", dir, "--pg", "1.1f"]);
     assert!(text.contains("version  4'2") && text.contains("32 blocks: 0-31"), "{text}");
 
-    assert_eq!(json(&["dump", "--data-dir", dir])["objects"][0]["object"], "a.10.0");
-    assert_eq!(ok(&["dump", "--list", "--data-dir", dir]), "1.1f a.10.0 4'2\n");
+    let listed = json(&["dump", "--data-dir", dir]);
+    assert_eq!(
+        (&listed["objects"][0]["object"], &listed["groups"][0]["pg"]),
+        (&"a.10.0".into(), &"1.1f".into())
+    );
+    let text = ok(&["dump", "--list", "--data-dir", dir]);
+    assert_eq!(text, "group 1.1f: promised interval 5, activated in 4\n1.1f a.10.0 4'2\n");
     assert_eq!(ok(&["dump", "--list", "--data-dir", dir, "--pg", "1.0"]), "");
     for wrong in [&["dump", "a.10", "--data-dir", dir][..], &["dump", "--blocks", "--data-dir", dir]] {
         assert_eq!(run(wrong).0, Some(2), "{wrong:?}");
