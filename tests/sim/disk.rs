@@ -51,6 +51,11 @@ impl Disk {
         self.machine.set_fuse(Some(writes));
     }
 
+    /// A failure that was still to come does not.
+    pub fn fail_no_more(&mut self) {
+        self.machine.set_fuse(None);
+    }
+
     pub fn rot_under_reads(&mut self, reads: u64) {
         self.machine.rot_under_reads(reads);
     }

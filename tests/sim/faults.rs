@@ -303,6 +303,7 @@ impl World {
                 continue;
             }
             self.nodes[node].disk.unfill();
+            self.nodes[node].disk.fail_no_more();
             let osd = self.nodes[node].id;
             self.command(Command::InOsd { osd });
             self.start(node);
