@@ -148,7 +148,8 @@ pub enum DevVerb {
         /// Simulated hosts that the OSDs claim; default: one per OSD, at most 4.
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
         hosts: Option<u32>,
-        #[arg(long, default_value = "4G", value_parser = size::parse)]
+        /// Size of each OSD's file, written whole at the start.
+        #[arg(long, default_value = "2G", value_parser = size::parse)]
         osd_size: u64,
         /// Daemons that die stay down.
         #[arg(long)]

@@ -79,6 +79,13 @@ fn no_monitors_says_how_to_name_them() {
 }
 
 #[test]
+fn a_cluster_that_the_disk_cannot_hold_is_refused_before_it_is_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = gabion(dir.path()).args(["dev", "up", "--osds", "64", "--osd-size", "1000T"]).output().unwrap();
+    assert_refused(&out, &["64 OSDs", "--osd-size"]);
+}
+
+#[test]
 fn an_unreachable_monitor_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let out = gabion(dir.path()).args(["--monitors", "127.0.0.1:1", "pool", "ls"]).output().unwrap();

@@ -27,12 +27,12 @@ TRY_FOR_S = 60
 
 def generated(proto_dir):
     """The classes of the API, made from the .proto files."""
-    out = tempfile.mkdtemp(prefix="gabion-api-")
     files = [os.path.join(proto_dir, "gabion/v1", name) for name in ("cluster.proto", "status.proto")]
-    if protoc.main(["protoc", f"-I{proto_dir}", f"--python_out={out}", f"--grpc_python_out={out}", *files]) != 0:
-        sys.exit(f"cannot make Python of the files in {proto_dir}")
-    sys.path.insert(0, out)
-    from gabion.v1 import status_pb2, status_pb2_grpc
+    with tempfile.TemporaryDirectory(prefix="gabion-api-") as out:
+        if protoc.main(["protoc", f"-I{proto_dir}", f"--python_out={out}", f"--grpc_python_out={out}", *files]) != 0:
+            sys.exit(f"cannot make Python of the files in {proto_dir}")
+        sys.path.insert(0, out)
+        from gabion.v1 import status_pb2, status_pb2_grpc
 
     return status_pb2, status_pb2_grpc
 

@@ -158,6 +158,7 @@ async fn a_cluster_from_nothing() {
             pool: pg.pool.0,
             index: pg.index,
             interval: record.interval.0,
+            ..Default::default()
         };
         let early = pb::PgIntervalReport { interval: report.interval - 1, ..report };
         assert_eq!(m.osd().pg_activated(early).await.unwrap_err().code(), Code::Aborted);

@@ -28,7 +28,7 @@ fn saw_it(who: &str, child: Child) -> Result<()> {
     };
     let lines: Vec<&str> = lines.lines().collect();
     let (first, last) = (lines.first().context("nothing printed")?, lines.last().context("nothing printed")?);
-    ensure!(field(first, "pgs_not_clean")? > 0, "{who}: {lines:#?}");
+    ensure!(field(first, "pgs_not_clean")? > 0 && field(first, "degraded_objects")? > 0, "{who}: {lines:#?}");
     ensure!(field(last, "pgs_not_clean")? == 0 && field(last, "degraded_objects")? == 0, "{who}: {lines:#?}");
     ensure!(field(last, "recovered_objects")? > 0, "{who}: nothing was recovered: {lines:#?}");
     Ok(())
@@ -72,8 +72,8 @@ fn foreign_programs_watch_a_rebuild() -> Result<()> {
     })?;
     let osd = cluster.names("osd")?.remove(0);
     cluster.kill(&osd, true)?;
-    cluster.wait_for("groups that lack a member", Duration::from_secs(60), |s| {
-        Some(s["rebuild"]["pgs_not_clean"].as_u64()? > 0)
+    cluster.wait_for("objects that lack a copy", Duration::from_secs(60), |s| {
+        Some(s["rebuild"]["degraded_objects"].as_u64()? > 0)
     })?;
     let rust = start(Command::new(env!("CARGO_BIN_EXE_gabion-example-rebuilds")).arg(&config))?;
     let python = match python() {

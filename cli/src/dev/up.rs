@@ -6,6 +6,7 @@ use crate::commands::Context as Cli;
 use crate::config::{ClientConfig, TlsSection};
 use crate::output;
 use crate::rpc::Monitors;
+use crate::size::human;
 use anyhow::{Context, Result, bail, ensure};
 use gabion_common::addr_file;
 use gabion_common::tls::Role;
@@ -122,15 +123,18 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
                 ..old
             }
         }
-        None => DevConfig {
-            monitor_addrs: free_addrs(wanted.monitors)?,
-            osds: wanted.osds,
-            hosts: wanted.hosts.unwrap_or(wanted.osds.min(4)),
-            osd_size_bytes: wanted.osd_size,
-            restart: !wanted.no_restart,
-            down_out_secs: wanted.down_out_secs,
-            tls: wanted.tls,
-        },
+        None => {
+            ensure_room(layout, wanted)?;
+            DevConfig {
+                monitor_addrs: free_addrs(wanted.monitors)?,
+                osds: wanted.osds,
+                hosts: wanted.hosts.unwrap_or(wanted.osds.min(4)),
+                osd_size_bytes: wanted.osd_size,
+                restart: !wanted.no_restart,
+                down_out_secs: wanted.down_out_secs,
+                tls: wanted.tls,
+            }
+        }
     };
     layout.write_config(&config)?;
     let tls = match config.tls {
@@ -140,6 +144,24 @@ fn prepare(layout: &Layout, wanted: &Wanted) -> Result<DevConfig> {
     let client = toml::to_string(&ClientConfig { monitors: config.monitors(), tls })?;
     addr_file::replace(&layout.client_toml(), client.as_bytes())?;
     Ok(config)
+}
+
+/// The OSDs' files are written whole, so that no later write finds the disk full.
+fn ensure_room(layout: &Layout, wanted: &Wanted) -> Result<()> {
+    let stat = rustix::fs::statvfs(&layout.dir)
+        .with_context(|| format!("cannot ask for the room in {}", layout.dir.display()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let need = u64::from(wanted.osds).saturating_mul(wanted.osd_size);
+    ensure!(
+        need <= free,
+        "{} OSDs of {} need {}, and {} has {}; choose a smaller --osd-size or another --dir",
+        wanted.osds,
+        human(wanted.osd_size),
+        human(need),
+        layout.dir.display(),
+        human(free)
+    );
+    Ok(())
 }
 
 /// A CA and a certificate for each role, unless they are there already; the operator's one.

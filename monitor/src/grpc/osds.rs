@@ -1,6 +1,7 @@
 //! `OsdService`: boots, leases, reports of groups.
 
 use super::leadership::open;
+use super::rebuild::Recovered;
 use super::view::{damaged_object, unix_ms};
 use super::{Monitor, invalid};
 use crate::decide::Event;
@@ -151,9 +152,13 @@ impl pb::osd_service_server::OsdService for Monitor {
 
     async fn pg_clean(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
         let r = request.into_inner();
+        let (osd, incarnation) = (OsdId(r.osd), Incarnation(r.incarnation));
+        // Before the group is clean for anybody who watches.
+        let recovered = Recovered { objects: r.recovered_objects, bytes: r.recovered_bytes };
+        self.0.volatile.lock().recovered(&self.state(), osd, incarnation, recovered);
         self.propose(Command::PgClean {
-            osd: OsdId(r.osd),
-            incarnation: Incarnation(r.incarnation),
+            osd,
+            incarnation,
             pg: PgId { pool: PoolId(r.pool), index: r.index },
             interval: Epoch(r.interval),
         })

@@ -211,6 +211,7 @@ pub(super) fn totals(state: &MonitorState, volatile: &Volatile) -> Totals {
 pub(super) fn rebuild(state: &MonitorState, volatile: &Volatile) -> pb::RebuildStatus {
     let totals = totals(state, volatile);
     let (rate, _) = volatile.meter.rates();
+    let rebuilt = volatile.meter.rebuilt();
     let not_clean = state.map.pgs.iter().filter_map(|(id, r)| {
         let (words, status) = pg_state(state, volatile, *id, r);
         let s = status.cloned().unwrap_or_default();
@@ -235,8 +236,8 @@ pub(super) fn rebuild(state: &MonitorState, volatile: &Volatile) -> pb::RebuildS
         degraded_objects: totals.degraded_objects,
         degraded_bytes: totals.degraded_bytes,
         unfound_objects: totals.unfound_objects,
-        recovered_objects: volatile.meter.recovered_objects,
-        recovered_bytes: volatile.meter.recovered_bytes,
+        recovered_objects: rebuilt.objects,
+        recovered_bytes: rebuilt.bytes,
         rate_bytes_per_s: rate,
         eta_s,
         pgs: not_clean.collect(),

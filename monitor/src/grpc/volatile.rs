@@ -3,7 +3,7 @@
 //!
 //! Bounded: only OSDs, groups, exports and VMs that exist are kept.
 
-use super::rebuild::Meter;
+use super::rebuild::{Meter, Recovered};
 use crate::state::MonitorState;
 use gabion_proto::ids::*;
 use gabion_proto::pb;
@@ -64,9 +64,15 @@ impl Volatile {
             let pg = PgId { pool: PoolId(status.pool), index: status.index };
             let Some(record) = state.map.pgs.get(&pg) else { continue };
             if record.primary == Some(osd) && record.interval.0 == status.interval {
-                self.meter.pg_status(pg, &status);
                 self.pgs.insert(pg, status);
             }
+        }
+    }
+
+    /// Takes in what the report of a clean group says of the OSD's run.
+    pub fn recovered(&mut self, state: &MonitorState, osd: OsdId, incarnation: Incarnation, now: Recovered) {
+        if state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation) {
+            self.meter.recovered(osd, incarnation, now);
         }
     }
 

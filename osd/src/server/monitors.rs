@@ -7,7 +7,7 @@ use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::LEASE;
 use gabion_proto::pb::{
-    BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, PgIntervalReport, PgScrubReport,
+    BootRequest, GoodbyeRequest, HeartbeatReply, HeartbeatRequest, OsdStats, PgIntervalReport, PgScrubReport,
 };
 use std::time::Duration;
 use tonic::Status;
@@ -76,12 +76,13 @@ impl Monitors {
             .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")))
     }
 
-    /// Reports until it is durable or refused.
+    /// Reports until it is durable or refused. `stats` are those of the moment in which the report was made.
     pub async fn report(
         &self,
         osd: OsdId,
         incarnation: Incarnation,
         request: MonitorRequest,
+        stats: &OsdStats,
     ) -> Result<(), MonitorRefused> {
         let (MonitorRequest::Activated { pg, interval }
         | MonitorRequest::Clean { pg, interval }
@@ -92,6 +93,8 @@ impl Monitors {
             pool: pg.pool.0,
             index: pg.index,
             interval: interval.0,
+            recovered_objects: stats.recovered_objects,
+            recovered_bytes: stats.recovered_bytes,
         };
         let call = |m: MonitorClient| {
             let request = request.clone();

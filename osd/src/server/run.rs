@@ -368,9 +368,9 @@ impl Shell {
             }
             Effect::Monitor { token, request } => {
                 let (monitors, tx, number) = (self.monitors.clone(), self.answer_tx.clone(), self.run);
-                let (osd, incarnation) = (self.identity.osd, run.incarnation);
+                let (osd, incarnation, stats) = (self.identity.osd, run.incarnation, run.core.stats());
                 tokio::spawn(async move {
-                    let result = monitors.report(osd, incarnation, request).await;
+                    let result = monitors.report(osd, incarnation, request, &stats).await;
                     let event = Event::Monitor { token, result };
                     let _ = tx.send(Answer { run: number, from_store: false, event }).await;
                 });

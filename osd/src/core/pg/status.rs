@@ -49,7 +49,9 @@ impl Pg {
             }
             Phase::Broken(why) => (pb::PgState::Down, why.clone()),
             Phase::Active(a) => {
-                status.degraded_objects = a.recovery.degraded();
+                // Every object lacks the copies of places that nobody holds.
+                let vacant = width.saturating_sub(self.record.members().count()) as u64;
+                status.degraded_objects = a.recovery.degraded() + vacant * status.objects;
                 let k = self.code.as_ref().map_or(1, |c| u64::from(c.geometry().k));
                 status.degraded_bytes = status.degraded_objects * u64::from(pool.object_bytes) / k;
                 status.unfound_objects = a.recovery.unfound(own);
