@@ -43,6 +43,10 @@ pub enum InflightError {
     Map(#[source] io::Error),
     #[error("the queue's part says version {version} with {entries} entries")]
     Header { version: u16, entries: u16 },
+    #[error(
+        "a ring of {ring} entries and a record of {entries} requests in flight: with QEMU's microvm, set queue-size={ring}"
+    )]
+    TooShort { ring: u16, entries: u16 },
     #[error("the used ring is at {ring}, the region at {region}: they are not of one history")]
     Diverged { ring: u16, region: u16 },
 }
@@ -188,7 +192,10 @@ impl InflightQueue {
     pub fn reconcile(&mut self, queue_size: u16, ring_used_idx: u16) -> Result<Resume, InflightError> {
         let (version, entries) =
             (self.version().load(Ordering::Acquire), self.desc_num().load(Ordering::Acquire));
-        if queue_size > self.entries || (version != 0 && (version != VERSION || entries != self.entries)) {
+        if queue_size > self.entries {
+            return Err(InflightError::TooShort { ring: queue_size, entries: self.entries });
+        }
+        if version != 0 && (version != VERSION || entries != self.entries) {
             return Err(InflightError::Header { version, entries });
         }
         if version == 0 {
@@ -307,7 +314,7 @@ mod tests {
         assert_eq!(region.queue(0).unwrap().reconcile(8, 0).unwrap(), Resume::default());
         queue.fetched(1);
         assert!(matches!(region.queue(0).unwrap().reconcile(8, 60), Err(InflightError::Diverged { .. })));
-        assert!(matches!(region.queue(0).unwrap().reconcile(16, 0), Err(InflightError::Header { .. })));
+        assert!(matches!(region.queue(0).unwrap().reconcile(16, 0), Err(InflightError::TooShort { .. })));
     }
 
     #[test]
