@@ -44,40 +44,53 @@ pub fn run(options: &ClusterOptions, plan: &Plan, out: &mut impl Write) -> Resul
     std::fs::create_dir_all(&options.dir)
         .with_context(|| format!("cannot make {}", options.dir.display()))?;
     let cluster = Cluster { gabion: options.gabion.clone(), dir: options.dir.join("cluster") };
-    cluster.up(options, plan)?;
-    let result = cluster.measure(options, plan, out);
+    // Room for both volumes' copies on each OSD, and as much again for journal, index and slack.
+    cluster.start(options.osds, plan.size * 4 + (4 << 30), &[])?;
+    let volumes = ["bench-nbd", "bench-vhost"];
+    let made = volumes.iter().try_for_each(|name| cluster.volume(options.ec.as_deref(), name, plan.size));
+    let result = made.and_then(|()| cluster.measure(options, plan, out));
     if options.keep {
         writeln!(out, "# the cluster in {} keeps running", cluster.dir.display())?;
         return result;
     }
-    let down = cluster.gabion(&["dev", "down", "--wipe", "--dir", &cluster.dir_text()?]);
-    result.and(down.map(|_| ()))
+    result.and(cluster.stop())
 }
 
-struct Cluster {
-    gabion: PathBuf,
-    dir: PathBuf,
+pub struct Cluster {
+    pub gabion: PathBuf,
+    pub dir: PathBuf,
 }
 
 impl Cluster {
-    fn dir_text(&self) -> Result<String> {
+    pub fn dir_text(&self) -> Result<String> {
         self.dir.to_str().map(str::to_owned).context("the directory's name is not UTF-8")
     }
 
-    fn up(&self, options: &ClusterOptions, plan: &Plan) -> Result<()> {
-        let osds = options.osds.to_string();
-        // Room for both volumes' copies on each OSD, and as much again for journal, index and slack.
-        let size = (plan.size * 4 + (4 << 30)).to_string();
+    /// A cluster of `osds` OSDs, each on a host of its own.
+    pub fn start(&self, osds: u32, osd_bytes: u64, more: &[&str]) -> Result<()> {
+        let (osds, size) = (osds.to_string(), osd_bytes.to_string());
         let dir = self.dir_text()?;
-        self.gabion(&["dev", "up", "--dir", &dir, "--osds", &osds, "--hosts", &osds, "--osd-size", &size])?;
-        let redundancy = match &options.ec {
+        let args = ["dev", "up", "--dir", &dir, "--osds", &osds, "--hosts", &osds, "--osd-size", &size];
+        self.gabion(&[&args, more].concat()).map(|_| ())
+    }
+
+    pub fn stop(&self) -> Result<()> {
+        self.gabion(&["dev", "down", "--wipe", "--dir", &self.dir_text()?]).map(|_| ())
+    }
+
+    /// A volume in the pool `bench`, which is made where it is not there: three copies or that code.
+    pub fn volume(&self, code: Option<&str>, name: &str, bytes: u64) -> Result<()> {
+        let redundancy = match code {
             Some(code) => ["--ec", code],
             None => ["--replicas", "3"],
         };
-        self.gabion(&[&["pool", "create", "bench"], &redundancy[..]].concat())?;
-        for volume in ["bench-nbd", "bench-vhost"] {
-            self.gabion(&["volume", "create", volume, "--size", &plan.size.to_string(), "--pool", "bench"])?;
+        let pools: Value = serde_json::from_str(&self.gabion(&["-o", "json", "pool", "ls"])?)
+            .context("pool ls did not answer JSON")?;
+        let there = pools["pools"].as_array().is_some_and(|p| p.iter().any(|p| p["name"] == "bench"));
+        if !there {
+            self.gabion(&[&["pool", "create", "bench"], &redundancy[..]].concat())?;
         }
+        self.gabion(&["volume", "create", name, "--size", &bytes.to_string(), "--pool", "bench"])?;
         Ok(())
     }
 
@@ -130,19 +143,20 @@ impl Cluster {
         Ok(())
     }
 
-    fn export(&self, volume: &str, kind: &str, field: &str) -> Result<String> {
+    pub fn export(&self, volume: &str, kind: &str, field: &str) -> Result<String> {
         let answer = self.gabion(&["-o", "json", "export", "add", volume, kind])?;
         let answer: Value = serde_json::from_str(&answer).context("export add did not answer JSON")?;
         let value = answer[field].as_str().filter(|value| !value.is_empty());
         Ok(value.with_context(|| format!("export add answered no {field}: {answer}"))?.to_owned())
     }
 
-    fn pids(&self) -> Result<Vec<i32>> {
+    pub fn pids(&self) -> Result<Vec<i32>> {
         let status = self.gabion(&["-o", "json", "dev", "status", "--dir", &self.dir_text()?])?;
         let status: Value = serde_json::from_str(&status).context("dev status did not answer JSON")?;
         let daemons = status["daemons"].as_array().context("dev status lists no daemons")?;
-        daemons
-            .iter()
+        // One that stays down has none.
+        let running = daemons.iter().filter(|daemon| !daemon["pid"].is_null());
+        running
             .map(|daemon| {
                 let pid = daemon["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
                 pid.with_context(|| format!("a daemon without a pid: {daemon}"))
@@ -150,7 +164,7 @@ impl Cluster {
             .collect()
     }
 
-    fn gabion(&self, args: &[&str]) -> Result<String> {
+    pub fn gabion(&self, args: &[&str]) -> Result<String> {
         let out = Command::new(&self.gabion)
             .env("GABION_CONFIG", self.dir.join("client.toml"))
             .args(args)

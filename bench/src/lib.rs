@@ -10,6 +10,7 @@ mod floor;
 pub mod harness;
 pub mod index;
 pub mod job;
+pub mod rebuild;
 pub mod report;
 pub mod store;
 pub mod target;

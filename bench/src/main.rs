@@ -9,6 +9,7 @@ use gabion_bench::cluster::{self, ClusterOptions};
 use gabion_bench::harness::{self, Plan};
 use gabion_bench::index;
 use gabion_bench::job::{Job, Pattern};
+use gabion_bench::rebuild::{self, RebuildOptions};
 use gabion_bench::store::{self, StoreOptions};
 use gabion_bench::target::{Pids, Target};
 use gabion_bench::vhost::load::{self, Load};
@@ -73,6 +74,11 @@ enum Command {
         #[command(flatten)]
         plan: Plan,
     },
+    /// Start a development cluster, lose OSDs for good and measure the rebuilds: with idle clients beside fio, and under a client's load.
+    Rebuild {
+        #[command(flatten)]
+        options: RebuildOptions,
+    },
 }
 
 fn main() -> Result<()> {
@@ -93,6 +99,7 @@ fn main() -> Result<()> {
         }
         Command::StoreOpen { dir } => index::open(&dir, &mut out)?,
         Command::Store { options } => store::run(&options, &mut out)?,
+        Command::Rebuild { options } => rebuild::run(&options, &mut out)?,
         Command::Cluster { cluster, plan } => cluster::run(&cluster, &plan, &mut out)?,
     }
     Ok(())
