@@ -357,10 +357,15 @@ pub enum PoolVerb {
     /// One pool
     Show { name: String },
     /// Changes a pool
+    #[command(group(ArgGroup::new("change").required(true).multiple(true).args(["replicas", "min_size"])))]
     Set {
         name: String,
-        #[arg(long, required = true)]
-        min_size: u32,
+        /// Whole copies that are kept from now on.
+        #[arg(long)]
+        replicas: Option<u32>,
+        /// Copies (or shards) that must be there for writes to go on.
+        #[arg(long)]
+        min_size: Option<u32>,
     },
     /// Removes a pool that no volume uses
     Rm { name: String },

@@ -64,10 +64,12 @@ pub async fn run(cx: &Context, verb: PoolVerb) -> Result<()> {
                 None => bail!("pool {name}: there is no such pool; see gabion pool ls"),
             }
         }
-        PoolVerb::Set { name, min_size } => {
-            let request = SetPoolRequest { name: name.clone(), min_size: Some(min_size) };
+        PoolVerb::Set { name, replicas, min_size } => {
+            let request = SetPoolRequest { name: name.clone(), replicas, min_size };
             let pool = rpc!(monitors, format!("pool {name}"), admin.set_pool, request)?;
-            cx.out.done(&format!("pool {name} has min-size {}", pool.min_size), pool_json(&pool))
+            let sentence =
+                format!("pool {name} has {}, min-size {}", redundancy_text(&pool), pool.min_size);
+            cx.out.done(&sentence, pool_json(&pool))
         }
         PoolVerb::Rm { name } => {
             let request = NameRequest { name: name.clone() };

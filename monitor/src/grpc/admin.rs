@@ -126,7 +126,12 @@ impl pb::admin_service_server::AdminService for Monitor {
 
     async fn set_pool(&self, request: Request<pb::SetPoolRequest>) -> Answer<pb::PoolInfo> {
         let (id, r) = open(request)?;
-        self.propose_for(id, Command::SetPool { name: r.name.clone(), min_size: r.min_size }).await?;
+        let (name, min_size) = (r.name.clone(), r.min_size);
+        let command = match r.replicas {
+            Some(replicas) => Command::SetReplicas { name, replicas, min_size },
+            None => Command::SetPool { name, min_size },
+        };
+        self.propose_for(id, command).await?;
         Ok(Response::new(self.pool_info(&r.name)?))
     }
 

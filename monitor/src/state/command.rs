@@ -259,6 +259,13 @@ pub enum Command {
         interval: Epoch,
         result: ScrubResult,
     },
+    /// A replicated pool keeps more or fewer copies from now on. (At the end, as logs know commands by their place.)
+    SetReplicas {
+        name: String,
+        replicas: u32,
+        /// As it is, if not given.
+        min_size: Option<u32>,
+    },
 }
 
 /// A command with what it was proposed under.

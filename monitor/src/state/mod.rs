@@ -212,7 +212,10 @@ impl MonitorState {
                 self.keep_scrub_records(unix_ms);
                 Ok(made)
             }
-            Command::SetPool { name, min_size } => self.set_pool(&name, min_size),
+            Command::SetPool { name, min_size } => self.set_pool(&name, None, min_size),
+            Command::SetReplicas { name, replicas, min_size } => {
+                self.set_pool(&name, Some(replicas), min_size)
+            }
             Command::RemovePool { name } => {
                 let removed = self.remove_pool(&name)?;
                 self.keep_scrub_records(unix_ms);

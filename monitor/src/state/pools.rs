@@ -60,16 +60,37 @@ impl MonitorState {
         Ok(Reply::Pool(id))
     }
 
-    pub(super) fn set_pool(&mut self, name: &str, min_size: Option<u32>) -> CommandResult {
+    pub(super) fn set_pool(
+        &mut self,
+        name: &str,
+        replicas: Option<u32>,
+        min_size: Option<u32>,
+    ) -> CommandResult {
         let id = self.pool_named(name)?;
-        let mut pool = self.map.pools[&id].clone();
+        let before = &self.map.pools[&id];
+        let mut pool = before.clone();
+        match (replicas, pool.redundancy) {
+            (Some(size), Redundancy::Replicated { .. }) => pool.redundancy = Redundancy::Replicated { size },
+            (Some(_), Redundancy::Erasure { .. }) => {
+                return Err(Refusal::invalid(format!(
+                    "pool {name} is erasure coded: it keeps shards, and their number does not change"
+                )));
+            }
+            (None, _) => {}
+        }
         if let Some(min_size) = min_size {
             pool.min_size = min_size;
         }
         check(&pool)?;
-        if pool != self.map.pools[&id] {
+        let (resized, changed) = (pool.redundancy != before.redundancy, pool != *before);
+        if let (true, Redundancy::Replicated { size }) = (resized, pool.redundancy) {
+            let text = format!("pool {name} keeps {size} copies, min-size {}", pool.min_size);
+            self.event(EventSeverity::Ok, text);
+        } else if changed {
             self.event(EventSeverity::Ok, format!("pool {name} has min-size {}", pool.min_size));
-            self.change_groups(false, |map| {
+        }
+        if changed {
+            self.change_groups(resized, |map| {
                 map.pools.insert(id, pool);
             });
         }

@@ -176,6 +176,55 @@ fn min_size_begins_an_interval() {
 }
 
 #[test]
+fn a_pool_gets_more_copies_and_fewer() {
+    let mut state = cluster(4, 3);
+    let set = |state: &mut MonitorState, replicas, min_size| {
+        state.apply(0, Command::SetReplicas { name: "p".into(), replicas, min_size })
+    };
+    (0..3).for_each(|n| activate(&mut state, pg(n)));
+    let three = state.map.pgs.clone();
+    let refused = set(&mut state, 1, None).unwrap_err();
+    assert_eq!(refused.kind, RefusalKind::Invalid, "min-size 2 of one copy: {refused}");
+    set(&mut state, 2, None).unwrap();
+    for (id, record) in &state.map.pgs {
+        assert_eq!((record.up.len(), record.acting.len()), (2, 2));
+        assert!(record.acting.iter().all(|o| three[id].acting.contains(o)), "nothing moves");
+        assert!(!record.activated && record.interval > three[id].interval);
+        assert_eq!(record.past.last().unwrap().acting, three[id].acting, "the third may still be needed");
+    }
+    (0..3).for_each(|n| activate(&mut state, pg(n)));
+    let two = state.map.pgs.clone();
+    set(&mut state, 4, Some(3)).unwrap();
+    for (id, record) in &state.map.pgs {
+        assert_eq!(record.acting.len(), 4);
+        assert!(two[id].acting.contains(&record.primary.unwrap()), "whoever has the data leads");
+    }
+    assert_eq!(state.map.pools[&PoolId(1)].min_size, 3);
+    let before = state.map.epoch;
+    set(&mut state, 4, None).unwrap();
+    assert_eq!(state.map.epoch, before, "nothing changed");
+    assert_eq!(set(&mut state, 9, None).unwrap_err().kind, RefusalKind::Invalid);
+}
+
+#[test]
+fn shards_do_not_change_in_number() {
+    let mut state = cluster(4, 1);
+    let create = Command::CreatePool {
+        name: "e".into(),
+        redundancy: Redundancy::Erasure { k: 2, m: 1 },
+        min_size: 0,
+        failure_domain: FailureDomain::Host,
+        pg_count: 1,
+        object_bytes: 0,
+    };
+    state.apply(0, create).unwrap();
+    let before = state.clone();
+    let change = Command::SetReplicas { name: "e".into(), replicas: 3, min_size: None };
+    assert_eq!(state.apply(0, change).unwrap_err().kind, RefusalKind::Invalid);
+    assert_eq!(state, before, "a refusal changes nothing");
+}
+
+#[test]
 fn reports_of_the_wrong_interval_or_sender_are_refused() {
     let mut state = cluster(3, 1);
     let (osd, incarnation, interval) = report(&state, pg(0));
