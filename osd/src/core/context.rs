@@ -2,7 +2,7 @@
 
 use super::scrub_budget::ScrubBudget;
 use super::throttle::Throttle;
-use super::{Effect, Millis, Rule, Rules, Token};
+use super::{Branch, Branches, Effect, Millis, Rule, Rules, Token};
 use bytes::Bytes;
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
@@ -58,6 +58,7 @@ pub struct Context<'a, T> {
     /// What scrubs may still read here.
     pub scrub: &'a mut ScrubBudget,
     pub rules: Rules,
+    pub branches: &'a mut Branches,
     pub tokens: &'a mut Tokens<T>,
     pub out: &'a mut Vec<Effect>,
 }
@@ -65,6 +66,11 @@ pub struct Context<'a, T> {
 impl<T> Context<'_, T> {
     pub fn has_lease(&self) -> bool {
         self.now < self.lease_until || !self.rules.keep(Rule::Lease)
+    }
+
+    /// Counted by the simulator only.
+    pub fn takes(&mut self, branch: Branch) {
+        self.branches.take(branch);
     }
 
     /// Sends to another OSD, if it is up.

@@ -5,6 +5,7 @@
 //! no randomness of its own; time is milliseconds of a monotonic clock that runs on while the machine is paused
 //! (CLOCK_BOOTTIME). Every [`Effect`] that wants an answer carries a token that the answer brings back.
 
+mod branches;
 mod context;
 mod osd;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod scenarios;
 mod scrub_budget;
 mod throttle;
 
+pub use branches::{Branch, Branches};
 pub use osd::{Boot, OsdCore};
 pub use pg::damaged_object;
 pub use rules::{Rule, Rules};

@@ -41,6 +41,7 @@ pub struct OsdCore {
     lease_until: Millis,
     full: bool,
     rules: Rules,
+    branches: Branches,
     /// Newest epoch whose fences are in force with nothing older in flight (rule C3).
     acked: Epoch,
     pgs: BTreeMap<PgId, Pg>,
@@ -67,6 +68,7 @@ impl OsdCore {
             lease_until: 0,
             full: false,
             rules: Rules::default(),
+            branches: Branches::default(),
             acked: Epoch(0),
             pgs,
             tokens: Tokens::default(),
@@ -147,11 +149,13 @@ impl OsdCore {
             }
             Event::Tick => self.every_pg(out, |pg, cx| pg.tick(cx)),
         }
-        let drained = !self.rules.keep(Rule::FenceDrains);
-        if self.acked < self.map.epoch
-            && (drained || !self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map)))
-        {
-            self.acked = self.map.epoch;
+        if self.acked < self.map.epoch {
+            let waits = self.rules.keep(Rule::FenceDrains)
+                && self.pgs.values().any(|pg| pg.has_fenced_writes(&self.map));
+            match waits {
+                true => self.branches.take(Branch::FenceWaits),
+                false => self.acked = self.map.epoch,
+            }
         }
     }
 
@@ -171,6 +175,11 @@ impl OsdCore {
             return Vec::new();
         }
         self.pgs.values().flat_map(|pg| pg.stuck(self.id, self.now, &self.map)).collect()
+    }
+
+    /// Which of its ways this run has gone.
+    pub fn branches(&self) -> &Branches {
+        &self.branches
     }
 
     /// Counters since the start of this run.
@@ -208,6 +217,7 @@ impl OsdCore {
             throttle: &mut self.throttle,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
+            branches: &mut self.branches,
             tokens: &mut self.tokens,
             out,
         };
@@ -238,6 +248,7 @@ impl OsdCore {
             throttle: &mut self.throttle,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
+            branches: &mut self.branches,
             tokens: &mut self.tokens,
             out,
         };

@@ -112,6 +112,11 @@ impl Throttle {
         self.probing == 0 && self.rate().is_none_or(|rate| self.credit_bytes > 0 && ahead(rate))
     }
 
+    /// Recovery pauses, so that what is healthy can be measured.
+    pub fn probes(&self) -> bool {
+        self.probing > 0
+    }
+
     /// A window is over.
     fn judge(&mut self, now: Millis) {
         let w = std::mem::replace(&mut self.window, Window { began: now, ..Window::default() });

@@ -157,6 +157,8 @@ struct State {
     pending: Vec<(u64, Pending)>,
     /// Blocks that cannot be read.
     unreadable: Vec<u64>,
+    /// Blocks that cannot be read until they are written.
+    failed: Vec<u64>,
     /// A flush says yes and does nothing.
     lying: bool,
     /// Changing requests until everything fails; `None` never.
@@ -208,6 +210,7 @@ impl SimDisk {
             ended: Vec::new(),
             pending: Vec::new(),
             unreadable: Vec::new(),
+            failed: Vec::new(),
             lying: false,
             fuse: None,
             rot: 0,
@@ -260,16 +263,19 @@ impl SimDisk {
         self.0.lock().rot = reads;
     }
 
-    /// Flips bits of so many blocks of slots that were ever written, by chance.
+    /// Of so many blocks of slots that were ever written, by chance, bits flip or reads fail until they are written again.
     pub fn rot_written(&self, count: usize) {
         let mut state = self.0.lock();
-        let State { image, blocks, rng, .. } = &mut *state;
+        let State { image, blocks, rng, failed, .. } = &mut *state;
         let slots = Geometry::for_size(*blocks * BLOCK as u64).slot_block(0);
         let mut written: Vec<u64> = image.blocks.keys().copied().filter(|b| *b >= slots).collect();
         written.sort_unstable();
         for _ in 0..count.min(written.len()) {
             let block = written.swap_remove(rng.random_range(0..written.len()));
-            image.corrupt(block as usize * BLOCK + rng.random_range(0..BLOCK));
+            match rng.random_range(0..3) {
+                0 => failed.push(block),
+                _ => image.corrupt(block as usize * BLOCK + rng.random_range(0..BLOCK)),
+            }
         }
     }
 
@@ -359,7 +365,7 @@ impl State {
     }
 
     fn read(&self, block: u64, out: &mut [u8]) -> io::Result<()> {
-        if self.unreadable.contains(&block) {
+        if self.unreadable.contains(&block) || self.failed.contains(&block) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         if block >= self.blocks {
@@ -425,6 +431,8 @@ impl Device for SimDevice {
                 assert!(block + (data.len() / BLOCK) as u64 <= state.blocks, "a write beyond the disk");
                 let write = state.next_write;
                 state.next_write += 1;
+                let written = block..block + (data.len() / BLOCK) as u64;
+                state.failed.retain(|b| !written.contains(b));
                 state.event(Event::Begin { write, block, data: data.into() });
                 Pending::Write { write, durable }
             }

@@ -265,6 +265,7 @@ impl Pg {
         }
         if w.prev != have && cx.rules.keep(Rule::VersionOrder) {
             if w.prev > have && m.early.len() < EARLY_MAX {
+                cx.takes(Branch::EarlyWrite);
                 m.early.insert((w.object, w.prev), w);
             }
             return;
@@ -383,6 +384,9 @@ impl Pg {
             (true, Some(base)) => self.beside_ops(cx, object, base, version, content),
             (true, None) => replace_ops(object, version, image.deleted, content),
         };
+        if beside.is_some() {
+            cx.takes(Branch::RecoverBeside);
+        }
         let deleted = image.deleted;
         self.submit(cx, What::PushApplied { tid, object, version, deleted, beside }, ops);
     }

@@ -46,7 +46,7 @@ mod status;
 mod writes;
 
 use super::context::{Context, Purpose};
-use super::{ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
+use super::{Branch, ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
 use crate::erasure::Code;
 use crate::store::{Needed, PgMeta, StoreError, Txn, TxnOp};
 use bytes::Bytes;
@@ -383,6 +383,7 @@ impl Pg {
         let clean = (self.record.clean && self.record.activated) || !cx.rules.keep(Rule::StraysStay);
         if self.stored && loaded && !needed && clean {
             tracing::info!(pg = %self.id, interval = %self.record.interval, "clean elsewhere, copy is deleted");
+            cx.takes(Branch::DropStray);
             self.remove_copy(cx, None);
         }
     }
@@ -411,6 +412,7 @@ impl Pg {
     /// asks the monitors for another one (see `status`); any other member is reported by its primary.
     fn fail(&mut self, cx: &mut Cx<'_>, why: String) {
         tracing::error!(pg = %self.id, osd = %cx.id, why, "group stopped");
+        cx.takes(Branch::Broken);
         self.abandon(cx);
         self.phase = Phase::Broken(why);
         self.since = cx.now;
@@ -425,7 +427,8 @@ impl Pg {
                 }
             }
             (What::ReportScrubbed, _) => self.scrub_reported(),
-            // Refused: the interval is over; the map will say so.
+            // The interval is over; the map will say so.
+            (_, Err(MonitorRefused)) => cx.takes(Branch::ReportRefused),
             _ => {}
         }
     }
@@ -516,6 +519,7 @@ impl Pg {
             self.purged = known;
             return;
         }
+        cx.takes(Branch::Purge);
         let ops = gone
             .iter()
             .flat_map(|o| [TxnOp::Purge { object: *o }, TxnOp::DropMissing { object: *o }])

@@ -160,6 +160,9 @@ impl Pg {
     /// Admission: whatever can be said at once is said at once.
     pub fn client(&mut self, cx: &mut Cx<'_>, token: ClientToken, op: ClientOp, data: Bytes) {
         let old = op.epoch < self.record.interval && cx.rules.keep(Rule::OperationEpoch);
+        if old && self.record.primary == Some(cx.id) {
+            cx.takes(Branch::OldEpoch);
+        }
         if self.record.primary != Some(cx.id) || old {
             return self.retry(cx, token, RetryWhy::StaleMap);
         }
@@ -213,7 +216,10 @@ impl Pg {
                 cx.out.push(Effect::WantMap { epoch: cx.map.epoch.next() });
                 Err(OpReply::Retry { epoch: cx.map.epoch, why: RetryWhy::OsdBehind })
             }
-            _ => Err(OpReply::Failed(OpError::Fenced)),
+            _ => {
+                cx.takes(Branch::Fenced);
+                Err(OpReply::Failed(OpError::Fenced))
+            }
         }
     }
 
@@ -227,6 +233,7 @@ impl Pg {
             return Ok(());
         }
         if op.object.layer < a.top {
+            cx.takes(Branch::Frozen);
             return Err(OpReply::Failed(OpError::Frozen));
         }
         // The client knows of a layer that this OSD does not.
@@ -279,6 +286,9 @@ impl Pg {
             let object = ObjectId { layer, ..op.object };
             if a.recovery.blocks(cx.id, &object, is_read && cx.rules.keep(Rule::ReadsWaitForDoubt), is_read) {
                 a.recovery.demand(object);
+                if is_read {
+                    cx.takes(Branch::ReadWaitsForRecovery);
+                }
                 return false;
             }
         }
@@ -290,6 +300,7 @@ impl Pg {
         if is_read {
             // Rule P5: what is not durable everywhere is not shown.
             if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(|w| overlaps(&w)) {
+                cx.takes(Branch::ReadWaitsForWrite);
                 return false;
             }
             self.start_read(cx, work, first_block, block_count, layers.to_vec());
@@ -304,9 +315,11 @@ impl Pg {
         }
         // Rule P5: a read that is under way may find what this OSD makes durable meanwhile, before the others have it.
         if a.reads.values().any(|r| r.overlaps(&op.object, first_block, block_count)) {
+            cx.takes(Branch::WriteWaitsForRead);
             return false;
         }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+            cx.takes(Branch::NoRoom);
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
         }
@@ -354,6 +367,7 @@ impl Pg {
     ) {
         // Rule P6: the lease was good when the bytes were read.
         if !cx.has_lease() {
+            cx.takes(Branch::LeaseRanOut);
             return self.retry(cx, token, RetryWhy::NotActive);
         }
         // A layer that was removed meanwhile may have been purged before the bytes were read.
@@ -371,6 +385,7 @@ impl Pg {
             Err(StoreError::Fatal(_)) => self.retry(cx, token, RetryWhy::NotActive),
             Err(StoreError::Unreadable { object, block, why }) => {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
+                cx.takes(Branch::RepairOnRead);
                 let Phase::Active(a) = &self.phase else { return };
                 if a.scrub.damaged.contains_key(&object) {
                     // Nobody has it: a scrub looked everywhere, or recovery did.
@@ -473,6 +488,7 @@ impl Pg {
             }
             refused => {
                 tracing::warn!(pg = %self.id, member = %from, ?refused, "a member refused a write");
+                cx.takes(Branch::WriteRefused);
                 w.refused.insert(from, refused);
             }
         }
@@ -497,6 +513,7 @@ impl Pg {
             if cx.has_lease() {
                 self.reply(cx, token, OpReply::Done { version: w.version });
             } else {
+                cx.takes(Branch::LeaseRanOut);
                 self.retry(cx, token, RetryWhy::NotActive);
             }
         }
@@ -523,6 +540,7 @@ impl Pg {
             }
         }
         for (o, body, data) in again {
+            cx.takes(Branch::WriteAgain);
             self.send(cx, o, body, data);
         }
     }
@@ -534,6 +552,7 @@ impl Pg {
             std::mem::take(&mut self.waiting).into_iter().partition(|w| now >= w.arrived + WAIT_MS);
         self.waiting = rest;
         for w in old {
+            cx.takes(Branch::WaitedTooLong);
             self.retry(cx, w.token, RetryWhy::NotActive);
         }
     }

@@ -101,6 +101,7 @@ impl Pg {
         };
         if self.record.members().count() < min_size {
             self.phase = Phase::Undersized;
+            cx.takes(Branch::Undersized);
             return;
         }
         self.phase = Phase::Peering(Peering::default());
@@ -118,6 +119,9 @@ impl Pg {
                 // Only the first answer asks on: answers to repeated questions must not multiply.
                 if p.told.contains_key(&from) {
                     return;
+                }
+                if !self.record.acting.contains(&from) {
+                    cx.takes(Branch::HeardStray);
                 }
                 p.told.insert(from, Told { activated, shard, heard: cx.now, ..Told::default() });
                 self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
@@ -185,6 +189,9 @@ impl Pg {
             .any(|(o, t)| acting.contains(o) || cx.now < t.heard + STRAY_PATIENCE_MS);
         let ask = p.asked.is_none_or(|t| cx.now >= t + ASK_AGAIN_MS);
         if ask {
+            if p.asked.is_some() {
+                cx.takes(Branch::AskedAgain);
+            }
             p.asked = Some(cx.now);
         }
         let missing_acting: Vec<OsdId> = self
@@ -213,6 +220,7 @@ impl Pg {
         p.waiting_for = if !missing_acting.is_empty() {
             format!("answers of {missing_acting:?}")
         } else if let Some((interval, acting)) = &uncovered {
+            cx.takes(Branch::WaitsForCoverage);
             format!("a member of interval {interval}: {enough} of {acting:?}")
         } else {
             String::new()
@@ -260,6 +268,7 @@ impl Pg {
         let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
         let mut uncertain = BTreeSet::new();
+        self.note_choice(cx, &told, &wanted, &back);
         for member in self.record.members() {
             let Some(t) = told.get(&member) else { return };
             let lacks = missing.entry(member).or_default();
@@ -269,6 +278,7 @@ impl Pg {
                 }
                 lacks.insert(*o, *n);
                 if n.uncertain.is_some() {
+                    cx.takes(Branch::RollForward);
                     uncertain.insert(*o);
                 }
             }
@@ -277,6 +287,7 @@ impl Pg {
                 let held = !e.missing || self.index.objects.contains_key(o) || member != cx.id;
                 let goes_back = back.get(&member).is_some_and(|b| b.contains_key(o));
                 if unknown && held && !goes_back {
+                    cx.takes(Branch::DropUnknown);
                     lacks.insert(*o, Needed::certain(Version::ZERO, true));
                 }
             }
@@ -284,11 +295,18 @@ impl Pg {
         let mut sources: BTreeMap<ObjectId, BTreeSet<OsdId>> = BTreeMap::new();
         for o in missing.values().flat_map(|m| m.keys()) {
             let Some(n) = wanted.get(o) else { continue };
-            let holders = told.iter().filter(|(_, t)| t.has(o, n)).map(|(id, _)| *id).collect();
+            let holders: BTreeSet<OsdId> =
+                told.iter().filter(|(_, t)| t.has(o, n)).map(|(id, _)| *id).collect();
+            if holders.is_empty() && !n.deleted {
+                cx.takes(Branch::ActivateUnfound);
+            }
             sources.insert(*o, holders);
         }
         let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
         let pending = shards::pending(&told, &wanted, self.record.members());
+        if !pending.is_empty() {
+            cx.takes(Branch::KeepPending);
+        }
         let acting: BTreeSet<OsdId> = self.record.members().collect();
         let strays =
             told.iter().filter(|(o, _)| !acting.contains(o)).filter_map(|(o, t)| Some((*o, t.shard?)));
@@ -323,6 +341,26 @@ impl Pg {
         self.activate_on(cx);
     }
 
+    /// What was chosen that is not what everybody has.
+    fn note_choice(
+        &self,
+        cx: &mut Cx<'_>,
+        told: &BTreeMap<OsdId, Told>,
+        wanted: &BTreeMap<ObjectId, Needed>,
+        back: &BTreeMap<OsdId, BTreeMap<ObjectId, Version>>,
+    ) {
+        if back.values().any(|b| !b.is_empty()) {
+            cx.takes(Branch::RollBack);
+        }
+        // Of shards a version that is given up is rolled back where somebody holds it.
+        let given_up = |e: &ObjectEntry| {
+            e.missing && e.uncertain.is_some() && wanted.get(&e.object).is_none_or(|n| n.version < e.version)
+        };
+        if told.values().flat_map(|t| t.entries.values()).any(given_up) {
+            cx.takes(Branch::GoBack);
+        }
+    }
+
     pub(super) fn activate_ack(&mut self, cx: &mut Cx<'_>, from: OsdId, page: u32) {
         let Phase::Activating(a) = &mut self.phase else { return };
         if a.pages.get(&from) != Some(&page) {
@@ -355,6 +393,9 @@ impl Pg {
         }
         if a.sent.is_some_and(|t| cx.now < t + ASK_AGAIN_MS) {
             return;
+        }
+        if a.sent.is_some() {
+            cx.takes(Branch::ActivateAgain);
         }
         a.sent = Some(cx.now);
         let bodies: Vec<(OsdId, PeerBody)> = a

@@ -367,6 +367,7 @@ impl Pg {
             // Another source, if there is one; a member that is pushed to is waited for, and reported in the end.
             if let Some(Work { stage: Stage::Pulling { from }, .. }) = a.recovery.work.remove(&o) {
                 a.recovery.bad.insert((o, from));
+                cx.takes(Branch::SourceLate);
             }
         }
         loop {
@@ -378,7 +379,14 @@ impl Pg {
             let under_way = cx.recovery_bytes_elsewhere + r.bytes();
             let taken =
                 r.work.len() >= AT_ONCE || under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way);
-            let Some(object) = r.next(cx.id, cx.now, taken) else { break };
+            let next = r.next(cx.id, cx.now, taken);
+            if next.is_none() && taken && !cx.throttle.allows(under_way) {
+                cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
+            }
+            let Some(object) = next else { break };
+            if r.demanded.contains(&object) {
+                cx.takes(Branch::Demanded);
+            }
             if !self.start_recovery(cx, object) {
                 break;
             }
@@ -394,6 +402,7 @@ impl Pg {
         }
         let needed = a.recovery.missing.values().find_map(|m| m.get(&object));
         if self.code.is_some() && needed.is_some_and(|n| !n.deleted) {
+            cx.takes(Branch::ComputeShards);
             self.gather_lost(cx, object);
             return true;
         }
@@ -428,6 +437,11 @@ impl Pg {
             Stage::Pulling { from } => own.map(|n| (from, n.version)),
             _ => None,
         };
+        match stage {
+            Stage::Pulling { .. } => cx.takes(Branch::Pull),
+            Stage::Reading => cx.takes(Branch::Push),
+            _ => cx.takes(Branch::RecoverDeletion),
+        }
         let (replacing, reading) = (matches!(stage, Stage::Replacing), matches!(stage, Stage::Reading));
         r.work.insert(object, Work { stage, since: cx.now, tid });
         if let Some((from, _)) = pull {
@@ -486,6 +500,7 @@ impl Pg {
                     r.unreadable.insert((object, from));
                 }
                 tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
+                cx.takes(Branch::SourceBad);
                 self.keep_if_damaged(cx, object, needed);
                 self.recover(cx);
             }
@@ -531,6 +546,7 @@ impl Pg {
             Err(e) => {
                 r.not_before.insert(object, cx.now + AGAIN_MS);
                 tracing::warn!(pg = %self.id, %object, error = %e, "cannot store a recovered object");
+                cx.takes(Branch::OwnRefused);
             }
         }
     }
@@ -636,6 +652,7 @@ impl Pg {
         } else {
             r.not_before.insert(object, cx.now + AGAIN_MS);
             tracing::warn!(pg = %self.id, member = %from, %object, ?result, "a member did not take a recovered object");
+            cx.takes(Branch::PushRefused);
         }
         if last {
             self.resume(cx);
@@ -660,6 +677,7 @@ impl Pg {
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
         if holders.is_empty() {
+            cx.takes(Branch::OwnCopyAlone);
             r.own_bad.insert(object, now);
             r.not_before.entry(object).or_insert(now + UNREADABLE_AGAIN_MS);
             if strays {
@@ -688,6 +706,7 @@ impl Pg {
             return;
         }
         tracing::error!(pg = %self.id, %object, "no copy can be read whole");
+        cx.takes(Branch::KeepDamaged);
         if let Some(m) = r.missing.get_mut(&cx.id) {
             m.remove(&object);
         }
@@ -756,6 +775,7 @@ impl Pg {
             return;
         }
         r.asked_strays = cx.now;
+        cx.takes(Branch::AskStrays);
         // What could not be read may be readable again after a restart there.
         r.bad.clear();
         r.own_bad.retain(|o, since| cx.now < *since + 10 * AGAIN_MS && !is_removed(cx.map, o));
@@ -806,6 +826,7 @@ impl Pg {
             };
             let beside = |n: &Needed| !e.missing && e.base == Some(n.version);
             if wanted.is_some_and(|n| e.copy() == Some((n.version, n.deleted)) || beside(n)) {
+                cx.takes(Branch::LateSource);
                 r.sources.entry(e.object).or_default().insert(from);
             }
         }

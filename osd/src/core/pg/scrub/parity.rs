@@ -163,6 +163,7 @@ impl Pg {
                 p.lost = true;
                 let (object, version) = (p.object, p.version);
                 tracing::warn!(pg = %self.id, member = %from, %object, shard = n, "a scrub found an unreadable shard");
+                cx.takes(Branch::ScrubShardUnreadable);
                 a.scrub.found(1);
                 self.counters.scrub_findings += 1;
                 if cx.rules.keep(Rule::ScrubRepairs) && !is_removed(cx.map, &object) {
@@ -211,12 +212,14 @@ impl Pg {
                 tracing::warn!(pg = %self.id, %object, shard = n, %member, "a scrub found a shard that is not what the others give");
                 a.scrub.found(1);
                 self.counters.scrub_findings += 1;
+                cx.takes(Branch::ScrubShardWrong);
                 let bad = BTreeMap::from([(member, version)]);
                 self.replace_copies(cx, object, Some((version, false)), bad, BTreeSet::new());
             }
             Agreement::Unclear => {
                 tracing::error!(pg = %self.id, %object, "shards do not fit together, and which is wrong is not clear");
                 a.scrub.found(1);
+                cx.takes(Branch::ScrubShardsUnclear);
                 self.counters.scrub_findings += 1;
                 a.scrub.damaged.insert(object, Damage::Inconsistent);
             }

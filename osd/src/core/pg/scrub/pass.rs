@@ -219,6 +219,7 @@ impl Pg {
         }
         if again.tries >= TRIES_MAX {
             pass.held = Some(object);
+            cx.takes(Branch::ScrubHoldsWrites);
             if a.writes.values().any(|w| w.object == object) {
                 // They end first, new ones wait.
                 return;
@@ -314,6 +315,7 @@ impl Pg {
                 self.counters.scrubbed_objects += 1;
             }
             if !idle {
+                cx.takes(Branch::ScrubPutOff);
                 if let Some(pass) = self.pass() {
                     pass.put_off(object, cx.now, batch.deep);
                 }
@@ -352,6 +354,7 @@ impl Pg {
                 }
             }
             Verdict::LookCloser if first_look => {
+                cx.takes(Branch::ScrubCloser);
                 pass.again.insert(object, Again { tries: 0, due: cx.now, deep: true });
             }
             Verdict::LookCloser => pass.put_off(object, cx.now, true),
@@ -361,6 +364,7 @@ impl Pg {
                 self.counters.scrub_findings += count;
                 a.scrub.damaged.remove(&object);
                 tracing::warn!(pg = %self.id, %object, ?bad, ?good, "a scrub found copies to replace");
+                cx.takes(Branch::ScrubReplaces);
                 self.replace_copies(cx, object, wanted, bad, good);
             }
             Verdict::Damaged(damage) => {
@@ -368,6 +372,7 @@ impl Pg {
                 self.counters.scrub_findings += 1;
                 tracing::error!(pg = %self.id, %object, ?damage, "a scrub found no good copy");
                 a.scrub.damaged.insert(object, damage);
+                cx.takes(Branch::ScrubDamaged);
             }
         }
     }

@@ -278,6 +278,7 @@ impl Pg {
                 if why == SubResult::Io && !is_removed(cx.map, &object) {
                     g.unreadable = true;
                     tracing::warn!(pg = %self.id, member = %from, %object, shard = n, "unreadable shard, computing it from others");
+                    cx.takes(Branch::LoseShard);
                     let version = self.acked(&object);
                     let Phase::Active(a) = &mut self.phase else { return };
                     a.recovery.lose_shard(from, object, version);
@@ -294,7 +295,9 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.remove(&tid) else { return };
         let damaged = g.unreadable || a.recovery.is_damaged(&g.object);
+        cx.takes(Branch::GatheringFailed);
         if damaged && (!g.piecewise || g.piece.1 > 1) {
+            cx.takes(Branch::Piecewise);
             return self.gather_halves(cx, g);
         }
         match g.purpose {
@@ -348,6 +351,9 @@ impl Pg {
         let (Some(mut g), Some(code)) = (a.shards.gathers.remove(&tid), self.code.clone()) else { return };
         let lost: Vec<u8> = g.wanted.iter().copied().filter(|n| !g.parts.contains_key(n)).collect();
         if !lost.is_empty() {
+            if g.purpose != For::Recovery {
+                cx.takes(Branch::Decode);
+            }
             match code.compute(&g.parts, &lost) {
                 Ok(computed) => g.parts.extend(computed),
                 Err(error) => {
@@ -392,6 +398,7 @@ impl Pg {
             let reply = OpReply::Data { extents: content.extents };
             cx.out.push(Effect::Reply { token, reply, data: content.data });
         } else {
+            cx.takes(Branch::LeaseRanOut);
             self.retry(cx, token, RetryWhy::NotActive);
         }
         self.resume(cx);
@@ -416,6 +423,9 @@ impl Pg {
             let over = over.get(&member).copied();
             if member == cx.id {
                 let beside = self.kept_beside(&object);
+                if beside.is_some() {
+                    cx.takes(Branch::RecoverBeside);
+                }
                 let ops = match beside {
                     Some(base) => self.beside_ops(cx, object, base, version, content),
                     None => vec![TxnOp::Replace { object, version, deleted: false, content }],

@@ -80,6 +80,7 @@ impl Pg {
         }
         // Invariant 8: everything was on the members of an interval without this OSD, which the monitors called clean.
         tracing::info!(pg = %self.id, osd = %cx.id, ?held, ?place, "what an earlier place left is deleted");
+        cx.takes(Branch::NewPlace);
         let meta = PgMeta { promised: self.meta.promised, activated: Epoch(0), shard: Some(place) };
         self.remove_copy(cx, Some(meta));
         false
@@ -122,11 +123,13 @@ impl Pg {
             };
             // Rule P5, and the row must stay of one version while it is read (E2).
             if cx.rules.keep(Rule::ReadsWaitForWrites) && a.writes.values().any(written) {
+                cx.takes(Branch::ReadWaitsForWrite);
                 return false;
             }
             let doubt = a.recovery.is_uncertain(&object) && cx.rules.keep(Rule::ReadsWaitForDoubt);
             if doubt || (known && a.recovery.holders(&object, true).len() < usize::from(geometry.k)) {
                 a.recovery.demand(object);
+                cx.takes(Branch::ReadWaitsForRecovery);
                 return false;
             }
             self.read_rows(cx, work, known.then_some(rows), (first_block, block_count));
@@ -144,9 +147,11 @@ impl Pg {
             r.op().object == object && overlap(geometry.rows(range.0, range.1))
         };
         if a.reads.values().any(read) {
+            cx.takes(Branch::WriteWaitsForRead);
             return false;
         }
         if a.lacks_room(cx) && !matches!(op.kind, OpKind::Zero { discard: true, .. }) {
+            cx.takes(Branch::NoRoom);
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
         }

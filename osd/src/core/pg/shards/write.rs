@@ -58,7 +58,11 @@ impl Pg {
         let object = work.op().object;
         let (requested, new) = (Requested::of(work, range), new_blocks(work.op(), work.data()));
         if let Some(w) = a.writes.values_mut().find(|w| w.object == object) {
-            return w.join(requested, &new, JOINED_SPAN_MAX);
+            let joined = w.join(requested, &new, JOINED_SPAN_MAX);
+            if joined {
+                cx.takes(Branch::JoinedWrites);
+            }
+            return joined;
         }
         let tid = a.next_tid();
         a.writes.insert(tid, Write::open(requested, object, new, cx.now));
@@ -278,6 +282,7 @@ impl Pg {
                 }
                 self.commit_acked(own, &objects);
             } else {
+                cx.takes(Branch::LazyCommit);
                 self.send(cx, member, PeerBody::Commit { objects }, Bytes::new());
             }
         }

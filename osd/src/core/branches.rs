@@ -1,0 +1,164 @@
+//! Which of its less common ways the core has gone, for the simulator: a way that no seed takes is not tested.
+//!
+//! Without the feature `mutants` nothing is counted, and the compiler removes the question.
+
+#[cfg(feature = "mutants")]
+use std::collections::BTreeMap;
+
+macro_rules! branches {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// A way through the core.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Branch { $($(#[$doc])* $name,)* }
+
+        impl Branch {
+            pub const ALL: &[Branch] = &[$(Branch::$name,)*];
+        }
+    };
+}
+
+branches! {
+    /// Peering: fewer members than min-size.
+    Undersized,
+    /// Peering: a question is asked again.
+    AskedAgain,
+    /// Peering: acting members are there, but of an earlier interval too few.
+    WaitsForCoverage,
+    /// Peering: a member of an earlier interval, which does not act, has told what it has.
+    HeardStray,
+    /// Peering: the authority disagrees about a version, and it is rolled forward.
+    RollForward,
+    /// Peering: an uncertain version is lost, and the object goes back to an older one.
+    GoBack,
+    /// Peering: pending shards of a version that nobody was told of are dropped.
+    RollBack,
+    /// Peering: a pending version is kept, and committed later.
+    KeepPending,
+    /// Peering: what an acting member has is unknown to the authority and goes.
+    DropUnknown,
+    /// Activation: an object is needed that no source is known for.
+    ActivateUnfound,
+    /// Activation: asked again.
+    ActivateAgain,
+    /// The monitors refuse a report: the interval is over.
+    ReportRefused,
+    /// Recovery: an object is pulled.
+    Pull,
+    /// Recovery: an object is pushed.
+    Push,
+    /// Recovery: a deletion is brought about.
+    RecoverDeletion,
+    /// Recovery: shards are computed.
+    ComputeShards,
+    /// Recovery: a shard is stored beside the committed one.
+    RecoverBeside,
+    /// Recovery: an object that a client waits for goes first.
+    Demanded,
+    /// Recovery: a source is late, another one is asked.
+    SourceLate,
+    /// Recovery: a source has no good copy.
+    SourceBad,
+    /// Recovery: a member did not take what was pushed.
+    PushRefused,
+    /// Recovery: the own disk did not take what was recovered.
+    OwnRefused,
+    /// Recovery: members of earlier intervals are asked for what is unfound.
+    AskStrays,
+    /// Recovery: one of them has it.
+    LateSource,
+    /// Throttle: clients leave no room now.
+    Throttled,
+    /// Throttle: recovery pauses, so that what is healthy can be measured.
+    ThrottleProbes,
+    /// Reads: a block of the own copy is unreadable and comes from another one.
+    RepairOnRead,
+    /// Reads: nobody else is known to have it.
+    OwnCopyAlone,
+    /// Reads: nobody can read it.
+    KeepDamaged,
+    /// Shards: decoded, since one is away, late or unreadable.
+    Decode,
+    /// Shards: one could not be read, and is computed anew.
+    LoseShard,
+    /// Shards: rows are read in smaller pieces, around unreadable ones.
+    Piecewise,
+    /// Shards: too few of one version.
+    GatheringFailed,
+    /// Shards: several writes are made together.
+    JoinedWrites,
+    /// Shards: committed by a message of its own.
+    LazyCommit,
+    /// Writes: one came before its predecessor.
+    EarlyWrite,
+    /// Writes: a sub-write is sent again.
+    WriteAgain,
+    /// Writes: a member has refused one.
+    WriteRefused,
+    /// Writes: there is no room.
+    NoRoom,
+    /// Writes: one waits for a read under way.
+    WriteWaitsForRead,
+    /// Reads: one waits for a write under way.
+    ReadWaitsForWrite,
+    /// Reads: one waits, since the version is in doubt or missing here.
+    ReadWaitsForRecovery,
+    /// Operations: the lease ran out meanwhile.
+    LeaseRanOut,
+    /// Operations: sent back after waiting too long.
+    WaitedTooLong,
+    /// Operations: of before the interval.
+    OldEpoch,
+    /// Operations: fenced.
+    Fenced,
+    /// Operations: to a frozen layer.
+    Frozen,
+    /// A fence waits for older writes.
+    FenceWaits,
+    /// A copy that is needed no more is deleted.
+    DropStray,
+    /// Shards: what an earlier place left is deleted.
+    NewPlace,
+    /// Objects of removed volumes or layers are purged.
+    Purge,
+    /// The own store refused what it must not.
+    Broken,
+    /// Scrub: an object is looked at closer.
+    ScrubCloser,
+    /// Scrub: an object that was written to meanwhile is put off.
+    ScrubPutOff,
+    /// Scrub: its writes wait.
+    ScrubHoldsWrites,
+    /// Scrub: copies are replaced.
+    ScrubReplaces,
+    /// Scrub: there is no good copy.
+    ScrubDamaged,
+    /// Scrub: a shard cannot be read.
+    ScrubShardUnreadable,
+    /// Scrub: a shard is not what the others give.
+    ScrubShardWrong,
+    /// Scrub: shards do not fit, and which is wrong is unclear.
+    ScrubShardsUnclear,
+}
+
+/// How often each was taken.
+#[derive(Clone, Debug, Default)]
+pub struct Branches {
+    #[cfg(feature = "mutants")]
+    taken: BTreeMap<Branch, u64>,
+}
+
+impl Branches {
+    #[cfg(feature = "mutants")]
+    pub fn take(&mut self, branch: Branch) {
+        *self.taken.entry(branch).or_default() += 1;
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    #[inline(always)]
+    pub fn take(&mut self, _branch: Branch) {}
+
+    #[cfg(feature = "mutants")]
+    pub fn taken(&self) -> impl Iterator<Item = (Branch, u64)> + '_ {
+        self.taken.iter().map(|(b, n)| (*b, *n))
+    }
+}
