@@ -1,6 +1,6 @@
 # Entry points for people; `cargo xtask` and `.ci/` do the work.
 
-.PHONY: build demo test test-vm test-ansible packages deb
+.PHONY: build demo test soak test-vm test-ansible packages deb
 
 # Without the tests, which switch on what only they may have (the simulator's mutations).
 build:
@@ -19,6 +19,10 @@ packages:
 # Formatting, clippy, docs, licences, simulation and all tests; changes nothing in the checkout.
 test: packages
 	cargo xtask verify
+
+# The simulator, for as long as you like: make soak MINUTES=60
+soak:
+	cargo xtask soak $(if $(MINUTES),--minutes $(MINUTES))
 
 # Guests of a stock kernel in gabion-vmm, in a nested machine with real KVM.
 test-vm: packages

@@ -10,7 +10,7 @@ type Whole = Vec<(ObjectId, ObjectState, Content)>;
 
 impl World {
     pub fn all_clean(&self) -> bool {
-        let width = self.plan.width();
+        let width = self.width();
         self.monitor.state.map.pgs.values().all(|r| r.clean && r.activated && r.members().count() == width)
     }
 
@@ -44,7 +44,7 @@ impl World {
 
     /// Every acting member of every group holds the same, tombstones included, and misses nothing.
     pub fn compare_replicas(&mut self) -> Result<(), String> {
-        if let Redundancy::Erasure { .. } = self.plan.redundancy {
+        if let Redundancy::Erasure { .. } = self.redundancy() {
             return self.compare_shards();
         }
         for (pg, record) in self.monitor.state.map.pgs.clone() {

@@ -3,12 +3,13 @@
 //! They behave as gateways do: a write that overlaps an unanswered one waits; an operation is repeated until
 //! it is answered; a repetition after silence goes over a new connection. A restarted client opens a
 //! new session and attaches again before it goes on. Another client may take the volume over: the first one goes on
-//! until it learns that it is fenced, and then never comes back (rule C2).
+//! until it learns that it is fenced, and then never comes back (rule C2). An observer reads a volume beside its holder, without being
+//! attached, and knows only the map.
 
 use crate::network::Place;
 use crate::oracle::{BLOCK, Begun, BlockId, bytes_of};
 use crate::snapshots::Pause;
-use crate::world::{Ev, World};
+use crate::world::{Ev, Pace, World};
 use bytes::Bytes;
 use gabion_monitor::state::{Command, Reply};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
@@ -89,6 +90,8 @@ pub struct Seat {
 pub struct Client {
     /// Which volume: `v{volume}`.
     pub volume: usize,
+    /// It only reads, and is not attached.
+    pub observes: bool,
     pub id: ClientId,
     pub session: Session,
     pub generation: Generation,
@@ -117,6 +120,7 @@ impl Client {
     pub fn new(volume: usize) -> Client {
         Client {
             volume,
+            observes: false,
             id: ClientId(0),
             session: Session(0),
             generation: Generation(0),
@@ -136,6 +140,15 @@ impl Client {
             final_reads: Vec::new(),
         }
     }
+
+    pub fn observer(volume: usize) -> Client {
+        Client { observes: true, ..Client::new(volume) }
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     pub fn idle(&self) -> bool {
         self.ended || (self.ready && self.ops.is_empty() && self.final_reads.is_empty())
     }
@@ -172,7 +185,13 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
                 w.clients[i].end();
             } else if w.fenced(epoch) && c.map.epoch >= epoch {
                 w.clients[i].ready = true;
-                let others = w.clients.iter_mut().enumerate().filter(|(o, c)| *o != i && c.volume == volume);
+                let c = &w.clients[i];
+                w.in_force.insert(c.volume_id, (c.generation, c.session));
+                let others = w
+                    .clients
+                    .iter_mut()
+                    .enumerate()
+                    .filter(|(o, c)| *o != i && c.volume == volume && !c.observes);
                 others.for_each(|(_, c)| c.fenced = true);
                 w.oracle.close(volume as u64);
                 w.log(|| format!("client {i} holds v{volume}"));
@@ -187,7 +206,11 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
                 issue(w, i);
             }
             // Reading everything back is a long list.
-            let slowest = if w.clients[i].final_reads.is_empty() { 120 } else { 10 };
+            let slowest = match (w.clients[i].final_reads.is_empty(), w.pace) {
+                (false, _) => 10,
+                (true, Pace::Storm) => 120,
+                (true, Pace::Quiet) => 20_000,
+            };
             let wait = w.rng.range(1, slowest);
             w.client_later(wait, i, ClientEvent::Issue { life });
         }
@@ -220,6 +243,9 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
     let again = ClientEvent::Attach { life, take_over };
     if !w.reaches_monitor(Place::Client(i)) {
         return w.client_later(300, i, again);
+    }
+    if w.clients[i].observes {
+        return observe(w, i);
     }
     let opened = w.command(Command::OpenSession { client: id, host: format!("gw{i}") });
     let Some(Reply::Session { client, session }) = opened else {
@@ -254,9 +280,29 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
     }
 }
 
+/// An observer asks the monitors what the volume consists of, and needs nothing else.
+fn observe(w: &mut World, i: usize) {
+    let (life, volume) = (w.clients[i].life, w.clients[i].volume);
+    let Ok(id) = w.monitor.state.volume_named(&format!("v{volume}")) else { return w.clients[i].end() };
+    let (layers, map) = (w.layers(id), w.published());
+    let c = &mut w.clients[i];
+    c.volume_id = id;
+    c.layers = layers;
+    c.map = map;
+    c.ready = true;
+    w.client_later(1, i, ClientEvent::Issue { life });
+}
+
 fn issue(w: &mut World, i: usize) {
     let volume = w.clients[i].volume;
     let fenced = w.clients[i].fenced;
+    if w.clients[i].observes {
+        // What it does not know of the volume's layers is another matter.
+        w.clients[i].layers = w.layers(w.clients[i].volume_id);
+        if w.clients[i].layers.is_empty() {
+            return w.clients[i].end();
+        }
+    }
     if let Some(id) = w.clients[i].final_reads.pop() {
         let begun = vec![w.oracle.begin_read(id)];
         let layers = w.layers_of(i, id.volume);
@@ -272,7 +318,7 @@ fn issue(w: &mut World, i: usize) {
         true => w.rng.range(32, 70).min(room),
         false => w.rng.range(1, 5).min(room),
     };
-    let reads = w.rng.chance(400);
+    let reads = w.clients[i].observes || w.rng.chance(400);
     // A snapshot is read now and then.
     let of = match w.some_snapshot(volume).filter(|_| reads) {
         Some(snapshot) if w.rng.chance(300) => snapshot,
@@ -323,6 +369,9 @@ fn send(w: &mut World, i: usize, request: u64) {
     let connection = *c.connections.entry(primary).or_insert(next_connection);
     w.next_connection = next_connection.max(connection + 1);
     let c = &w.clients[i];
+    if attempt > 1 {
+        *w.tally.work.entry("operation repeated").or_default() += 1;
+    }
     let block_count = op_copy.count as u32;
     let (kind, data) = match &op_copy.kind {
         Kind::Read { .. } => {
@@ -456,6 +505,7 @@ impl World {
         if self.seats[volume].removed {
             return;
         }
+        *self.tally.work.entry("take-over").or_default() += 1;
         let new = self.clients.len();
         self.clients.push(Client { map: self.published(), ..Client::new(volume) });
         self.at(1, Ev::Client { client: new, event: ClientEvent::Attach { life: 0, take_over: true } });
@@ -475,9 +525,20 @@ impl World {
             self.finding = Some(format!("v{volume} could not be removed"));
             return;
         }
+        *self.tally.work.entry("volume removed").or_default() += 1;
         self.seats[volume].removed = true;
         self.clients[i].end();
         self.add_volume();
+    }
+
+    /// Volumes with many layers make place for new ones: layers are not merged, and disks are small.
+    pub fn remove_layered_volumes(&mut self) {
+        const LAYERS_MANY: usize = 5;
+        for i in 0..self.clients.len() {
+            if self.clients[i].layers.len() > LAYERS_MANY {
+                self.remove_volume(i);
+            }
+        }
     }
 
     /// A new volume with a client that holds it.
@@ -492,5 +553,10 @@ impl World {
         self.seats.push(Seat { holder: client, removed: false });
         self.clients.push(Client { map: self.published(), ..Client::new(volume) });
         self.at(10, Ev::Client { client, event: ClientEvent::Attach { life: 0, take_over: false } });
+        if self.rng.chance(self.plan.observed) {
+            self.clients.push(Client { map: self.published(), ..Client::observer(volume) });
+            let event = ClientEvent::Attach { life: 0, take_over: false };
+            self.at(20, Ev::Client { client: client + 1, event });
+        }
     }
 }

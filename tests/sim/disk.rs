@@ -94,6 +94,12 @@ impl Disk {
         }
     }
 
+    /// It is never mounted again.
+    pub fn forget(&mut self) {
+        self.store = None;
+        self.machine = SimDisk::new(0, 0);
+    }
+
     /// The groups that a starting OSD finds.
     pub fn pgs(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError> {
         let Some(store) = self.store.as_mut() else { return Ok(Vec::new()) };

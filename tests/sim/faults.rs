@@ -1,73 +1,111 @@
 //! What goes wrong, and what operators do meanwhile; and how everything heals.
 
 use crate::client::ClientEvent;
-use crate::network::Place;
+use crate::network::{Place, Slow};
 use crate::nodes::Node;
-use crate::world::{Ev, World};
+use crate::world::{Ev, Pace, World};
 use gabion_monitor::state::Command;
 use gabion_proto::map::Redundancy;
 
-/// Kinds of faults and how often each is drawn.
-const KINDS: [(&str, u64); 26] = [
-    ("crash", 24),
-    ("disk error", 6),
-    ("pause", 9),
-    ("client pause", 4),
-    ("cut", 13),
-    ("alone with the monitor", 3),
-    ("client cut", 5),
-    ("cuts heal", 9),
-    ("monitor restart", 5),
-    ("crash of all", 3),
-    ("disk loss", 2),
-    ("bit rot", 6),
-    ("cold rot", 12),
-    ("full disk", 4),
-    ("out", 3),
-    ("in", 4),
-    ("reweight", 3),
-    ("min-size", 1),
-    ("client restart", 5),
-    ("take-over", 4),
-    ("volume removed", 1),
-    ("snapshot", 12),
-    ("snapshot removed", 2),
-    ("new disk", 1),
-    ("two crashes", 3),
-    ("crash of a group", 2),
+/// What an event is to the tally.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sort {
+    Fault,
+    /// Operators change the map.
+    Change,
+    /// Operators and clients do something else; counted where it is done.
+    Work,
+}
+use Sort::{Change, Fault, Work};
+
+/// What happens and how often each is drawn.
+const KINDS: [(&str, u64, Sort); 32] = [
+    ("crash", 24, Fault),
+    ("absence", 2, Fault),
+    ("disk error", 6, Fault),
+    ("pause", 9, Fault),
+    ("client pause", 4, Fault),
+    ("slow disk", 6, Fault),
+    ("slow node", 4, Fault),
+    ("cut", 13, Fault),
+    ("alone with the monitor", 3, Fault),
+    ("stranded primary", 4, Fault),
+    ("client cut", 5, Fault),
+    ("cuts heal", 9, Work),
+    ("monitor restart", 5, Fault),
+    ("crash of all", 3, Fault),
+    ("disk loss", 2, Fault),
+    ("bit rot", 6, Fault),
+    ("cold rot", 12, Fault),
+    ("full disk", 4, Fault),
+    ("client restart", 5, Fault),
+    ("two crashes", 3, Fault),
+    ("crash of a group", 2, Fault),
+    ("out", 3, Change),
+    ("in", 4, Change),
+    ("reweight", 3, Change),
+    ("min-size", 1, Change),
+    ("pool size", 2, Change),
+    ("drain", 2, Change),
+    ("new host", 2, Change),
+    ("take-over", 4, Work),
+    ("volume removed", 1, Work),
+    ("snapshot", 12, Work),
+    ("snapshot removed", 2, Work),
 ];
 
+/// Nodes that there may be at once, and ever.
+const NODES_MAX: usize = 8;
+const NODES_EVER: usize = 24;
+/// How often a drained OSD is looked at.
+const DRAIN_CHECK_MS: u64 = 1_000;
+
 impl World {
-    pub fn fault(&mut self) {
+    pub fn fault(&mut self, chain: u64) {
         self.rotting &= !self.scrubs_done();
         if self.rotting {
-            return self.at(200, Ev::Fault);
+            return self.at(200, Ev::Fault { chain });
         }
-        let total: u64 = KINDS.iter().map(|(_, n)| n).sum();
+        let total: u64 = KINDS.iter().map(|(_, n, _)| n).sum();
         let mut drawn = self.rng.below(total);
-        let kind = KINDS.iter().find(|(_, n)| {
+        let kind = KINDS.iter().find(|(_, n, _)| {
             let hit = drawn < *n;
             drawn = drawn.saturating_sub(*n);
             hit
         });
-        let Some((kind, _)) = kind else { return };
-        if self.inject(kind) {
-            self.tally.fault(kind);
+        let Some((kind, _, sort)) = kind else { return };
+        let before = self.monitor.state.map.epoch;
+        let done = self.inject(kind);
+        match sort {
+            Fault if done => *self.tally.faults.entry(kind).or_default() += 1,
+            Change if self.monitor.state.map.epoch != before => {
+                *self.tally.changes.entry(kind).or_default() += 1;
+            }
+            _ => {}
         }
-        let wait = self.rng.range(1, self.plan.fault_every_ms);
-        self.at(wait, Ev::Fault);
+        let every = match self.pace {
+            Pace::Storm => self.plan.fault_every_ms,
+            Pace::Quiet => 40 * self.plan.fault_every_ms,
+        };
+        let wait = self.rng.range(1, every);
+        self.at(wait, Ev::Fault { chain });
     }
 
     /// False: not now.
     fn inject(&mut self, kind: &str) -> bool {
-        let node = self.rng.below(self.nodes.len() as u64) as usize;
-        let client = self.rng.below(self.clients.len() as u64) as usize;
-        let alive = self.nodes.iter().filter(|n| !n.lost).count();
+        let nodes: Vec<usize> = (0..self.nodes.len()).filter(|n| !self.nodes[*n].lost).collect();
+        let clients: Vec<usize> = (0..self.clients.len()).filter(|c| !self.clients[*c].has_ended()).collect();
+        let (Some(node), Some(client)) = (self.one_of(&nodes), self.one_of(&clients)) else { return false };
+        let (alive, runs) = (nodes.len(), self.nodes[node].core.is_some());
         let inside = self.monitor.state.map.osds.values().filter(|o| o.in_cluster).count();
-        let (osd, width) = (self.nodes[node].id, self.plan.width());
+        let (osd, width) = (self.nodes[node].id, self.width());
         match kind {
-            "crash" => self.crash(node),
-            "two crashes" => {
+            "crash" if runs => self.crash(node),
+            "absence" if runs => {
+                let ms = self.long_absence();
+                self.crash_for(node, Some(ms));
+            }
+            "two crashes" if runs => {
                 self.crash(node);
                 let other = self.rng.below(self.nodes.len() as u64) as usize;
                 self.crash(other);
@@ -82,14 +120,11 @@ impl World {
                 }
             }
             "crash of all" => (0..self.nodes.len()).for_each(|n| self.crash(n)),
-            "disk error" => {
-                if self.nodes[node].core.is_none() {
-                    return false;
-                }
+            "disk error" if runs => {
                 let after = self.rng.below(12);
                 self.nodes[node].disk.fail_after(after);
             }
-            "pause" => {
+            "pause" if runs => {
                 let ms = self.rng.range(200, 9_000);
                 self.log(|| format!("osd.{node} pauses for {ms} ms"));
                 // What came before sleeps as long as it was told.
@@ -102,11 +137,22 @@ impl World {
                 let until = &mut self.clients[client].paused_until;
                 *until = (*until).max(self.now + ms);
             }
+            "slow disk" if runs => {
+                let (ms, by_ms) = (self.rng.range(2_000, 30_000), self.rng.range(50, 3_000));
+                self.log(|| format!("the disk of osd.{node} is slower by {by_ms} ms for {ms} ms"));
+                self.nodes[node].slow_disk = Slow { until: self.now + ms, by_ms };
+            }
+            "slow node" if runs => {
+                let (ms, by_ms) = (self.rng.range(2_000, 30_000), self.rng.range(20, 800));
+                self.log(|| format!("osd.{node} answers later by {by_ms} ms for {ms} ms"));
+                self.nodes[node].slow_net = Slow { until: self.now + ms, by_ms };
+            }
+            "stranded primary" => self.strand_a_primary(client),
             "cut" => {
                 // One-way or full, between two nodes or a node and the monitor.
-                let other = self.rng.below(self.nodes.len() as u64 + 1) as usize;
-                let to = if other == self.nodes.len() { Place::Monitor } else { Place::Node(other) };
-                self.cut(Place::Node(node), to);
+                let other = self.rng.below(alive as u64 + 1) as usize;
+                let to = nodes.get(other).map_or(Place::Monitor, |n| Place::Node(*n));
+                return self.cut(Place::Node(node), to);
             }
             "alone with the monitor" => {
                 // It keeps its lease and can only accuse the others.
@@ -118,7 +164,7 @@ impl World {
             }
             "client cut" => {
                 let to = if self.rng.chance(300) { Place::Monitor } else { Place::Node(node) };
-                self.cut(Place::Client(client), to);
+                return self.cut(Place::Client(client), to);
             }
             "cuts heal" => {
                 self.log(|| "all cuts heal".into());
@@ -134,6 +180,7 @@ impl World {
                 }
                 self.log(|| format!("osd.{node} is lost for good"));
                 self.stop(node, true);
+                self.nodes[node].disk.forget();
                 self.nodes[node].lost = true;
                 self.lost_one = true;
             }
@@ -178,7 +225,7 @@ impl World {
                 self.command(Command::ReweightOsd { osd, weight });
             }
             "min-size" if self.monitor_runs() => {
-                let min_size = match self.plan.redundancy {
+                let min_size = match self.redundancy() {
                     Redundancy::Replicated { size } => {
                         self.rng.range(u64::from(size.min(2)), u64::from(size) + 1)
                     }
@@ -187,6 +234,17 @@ impl World {
                     }
                 };
                 self.command(Command::SetPool { name: "p".into(), min_size: Some(min_size as u32) });
+            }
+            "pool size" if self.monitor_runs() => return self.resize_pool(),
+            // Of those that are in there must be enough on other nodes, and the process must be there to be drained.
+            "drain" if self.monitor_runs() && inside > width && alive > width.max(3) => {
+                if self.plan.rot || !runs {
+                    return false;
+                }
+                self.log(|| format!("osd.{node} is drained"));
+                self.command(Command::OutOsd { osd, automatic: false });
+                let run = self.nodes[node].run;
+                self.at(DRAIN_CHECK_MS, Ev::Drained { node, run });
             }
             "client restart" => {
                 self.log(|| format!("client {client} restarts"));
@@ -199,7 +257,7 @@ impl World {
             "volume removed" if self.monitor_runs() => self.remove_volume(client),
             "snapshot" if self.monitor_runs() => return self.ask_for_snapshot(client),
             "snapshot removed" if self.monitor_runs() => return self.remove_snapshot(),
-            "new disk" if self.monitor_runs() && self.nodes.len() < 8 => {
+            "new host" if self.monitor_runs() && alive < NODES_MAX && self.nodes.len() < NODES_EVER => {
                 self.add_node();
                 let node = self.nodes.len() - 1;
                 self.start(node);
@@ -211,7 +269,7 @@ impl World {
 
     /// Blocks that nobody reads rot, on as few disks that every object still has a good copy, and a scrub is asked for.
     pub fn rot_cold(&mut self) -> bool {
-        let spare = match self.plan.redundancy {
+        let spare = match self.redundancy() {
             Redundancy::Replicated { size } => size - 1,
             Redundancy::Erasure { m, .. } => m,
         };
@@ -227,6 +285,89 @@ impl World {
         rots
     }
 
+    /// A primary does not hear of the monitors any more, and some who use a volume neither: they go on as if nothing had happened.
+    /// The others go on without it, maybe with another holder of that volume.
+    fn strand_a_primary(&mut self, client: usize) {
+        let groups: Vec<_> = self.monitor.state.map.pgs.values().filter_map(|r| r.primary).collect();
+        if groups.is_empty() {
+            return;
+        }
+        let osd = groups[self.rng.below(groups.len() as u64) as usize];
+        let mut places: Vec<Place> =
+            self.nodes.iter().position(|n| n.id == osd).map(Place::Node).into_iter().collect();
+        let volume = self.clients[client].volume;
+        for c in 0..self.clients.len() {
+            if self.clients[c].volume == volume && self.rng.chance(600) {
+                places.push(Place::Client(c));
+            }
+        }
+        self.log(|| format!("{places:?} lose the monitor"));
+        for place in places {
+            self.network.cut.extend([(place, Place::Monitor), (Place::Monitor, place)]);
+        }
+        if self.rng.chance(400) {
+            let wait = self.rng.range(1, 8_000);
+            self.at(wait, Ev::TakeOver { client });
+        }
+    }
+
+    /// A pool keeps one copy more, or less. False: not now.
+    fn resize_pool(&mut self) -> bool {
+        let Redundancy::Replicated { size: size @ (2 | 3) } = self.redundancy() else { return false };
+        let inside = self.monitor.state.map.osds.values().filter(|o| o.in_cluster).count();
+        let replicas = 5 - size;
+        if inside < replicas as usize {
+            return false;
+        }
+        self.copies_min = self.copies_min.min(size).min(replicas);
+        self.command(Command::SetReplicas { name: "p".into(), replicas, min_size: Some(2) });
+        true
+    }
+
+    /// An OSD that was taken out is removed when nothing needs it any more.
+    pub fn remove_drained(&mut self, node: usize, run: u64) {
+        let osd = self.nodes[node].id;
+        let is_out = self.monitor.state.map.osds.get(&osd).is_some_and(|o| !o.in_cluster);
+        if !self.live(node, run) || !is_out || !self.faults_on {
+            return;
+        }
+        let needed = |w: &World| {
+            let mut groups = w.monitor.state.map.pgs.values();
+            groups.any(|r| r.all_known().contains(&osd) || r.up.contains(&osd))
+        };
+        let alive = self.nodes.iter().filter(|n| !n.lost).count();
+        if alive <= self.width().max(3) {
+            // Another one was lost meanwhile: it must stay.
+            self.command(Command::InOsd { osd });
+            return;
+        }
+        if needed(self) || !self.reaches_monitor(Place::Node(node)) {
+            return self.at(DRAIN_CHECK_MS, Ev::Drained { node, run });
+        }
+        self.log(|| format!("osd.{node} is drained: nothing needs it"));
+        self.stop(node, false);
+        self.goodbye(node);
+        if self.command(Command::RemoveOsd { osd, force: false }).is_none() {
+            self.finding = Some(format!("osd.{node} was drained and cannot be removed"));
+        }
+        self.nodes[node].lost = true;
+        self.nodes[node].disk.forget();
+        *self.tally.changes.entry("drained and removed").or_default() += 1;
+    }
+
+    /// What operators do when everything is clean: lost disks are removed, and volumes with many layers.
+    pub fn tidy(&mut self) {
+        let lost: Vec<_> = self.nodes.iter().filter(|n| n.lost).map(|n| n.id).collect();
+        for osd in lost {
+            let known = self.monitor.state.map.osds.get(&osd);
+            let out = known.is_some_and(|o| !o.in_cluster && !o.up);
+            if out && self.command(Command::RemoveOsd { osd, force: false }).is_some() {
+                *self.tally.changes.entry("lost disk removed").or_default() += 1;
+            }
+        }
+        self.remove_layered_volumes();
+    }
+
     /// The primary of a group and another member of it cannot talk any more; everything else is well.
     pub fn break_link(&mut self) {
         let Some(record) = self.monitor.state.map.pgs.values().find(|r| r.acting.len() > 1) else { return };
@@ -239,9 +380,10 @@ impl World {
         }
     }
 
-    fn cut(&mut self, from: Place, to: Place) {
+    /// False: that is one place.
+    fn cut(&mut self, from: Place, to: Place) -> bool {
         if from == to {
-            return;
+            return false;
         }
         let (one, both) = (self.rng.chance(200), self.rng.chance(500));
         self.log(|| format!("cut between {from:?} and {to:?}"));
@@ -251,6 +393,12 @@ impl World {
         if both || !one {
             self.network.cut.insert((from, to));
         }
+        true
+    }
+
+    fn one_of(&mut self, choices: &[usize]) -> Option<usize> {
+        let at = self.rng.below(choices.len().max(1) as u64) as usize;
+        choices.get(at).copied()
     }
 
     /// Three copies, or two parity shards, survive the loss of any one disk at any time; others once everything is clean.
@@ -260,12 +408,15 @@ impl World {
         let mut members = self.monitor.state.map.pgs.values().flat_map(|r| &r.acting);
         let clean = self.all_clean() && !members.any(|o| lost.contains(o));
         self.lost_one &= !clean;
-        clean || (self.plan.spare() > 0 && self.plan.width() > 2 && !self.lost_one)
+        if clean {
+            self.copies_min = u32::MAX;
+        }
+        clean || (self.spare() > 0 && !self.lost_one)
     }
 
     /// Lets groups serve with as few members as decode.
     pub fn may_serve_with_fewest(&mut self) {
-        let fewest = match self.plan.redundancy {
+        let fewest = match self.redundancy() {
             Redundancy::Replicated { .. } => 1,
             Redundancy::Erasure { k, .. } => k,
         };
@@ -287,9 +438,10 @@ impl World {
     pub fn heal(&mut self) {
         self.log(|| "everything heals".into());
         self.faults_on = false;
+        self.set_pace(Pace::Storm);
         self.network.cut.clear();
         self.restart_monitor(0);
-        let default = match self.plan.redundancy {
+        let default = match self.redundancy() {
             Redundancy::Replicated { size } => size / 2 + 1,
             Redundancy::Erasure { k, m } => k + u32::from(m > 1),
         };
@@ -299,6 +451,8 @@ impl World {
         }
         for node in 0..self.nodes.len() {
             self.nodes[node].paused_until = 0;
+            self.nodes[node].slow_disk = Slow::default();
+            self.nodes[node].slow_net = Slow::default();
             if self.nodes[node].lost {
                 continue;
             }

@@ -133,7 +133,9 @@ impl World {
             self.send_map(node);
         }
         for client in 0..self.clients.len() {
-            self.send_map_to_client(client);
+            if !self.clients[client].has_ended() {
+                self.send_map_to_client(client);
+            }
         }
     }
 
@@ -164,7 +166,7 @@ impl World {
         let (acked, stuck) = (core.acked_epoch(), core.stuck_peers());
         let beat = Beat { incarnation: n.incarnation, acked, stuck, led };
         let (behind, full) = (n.epoch < self.monitor.published.epoch, n.disk.is_full());
-        let (delay, sent) = (self.delay(), self.now);
+        let (delay, sent) = (self.delay(), self.clock(node));
         if !self.lost_between(Place::Node(node), Place::Monitor) {
             self.at(delay, Ev::AtMonitor { node, run, sent, beat });
         }

@@ -2,11 +2,12 @@
 //! what a client sends on one connection keeps its order, and a connection that has lost something loses the rest, too.
 
 use crate::client::ClientEvent;
+use crate::rng::Rng;
 use crate::world::{ANY_RUN, Ev, World};
 use bytes::Bytes;
 use gabion_osd::core::{ClientToken, Event};
 use gabion_proto::ids::*;
-use gabion_proto::msg::{ClientOp, OpReply, PeerMsg};
+use gabion_proto::msg::{ClientOp, OpKind, OpReply, PeerMsg};
 use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,6 +15,28 @@ pub enum Place {
     Node(usize),
     Client(usize),
     Monitor,
+}
+
+/// Something that takes longer than it should, for a while.
+#[derive(Clone, Copy, Default)]
+pub struct Slow {
+    pub until: u64,
+    /// At most.
+    pub by_ms: u64,
+}
+
+impl Slow {
+    pub fn by(&self, now: u64, rng: &mut Rng) -> u64 {
+        if now < self.until { rng.range(self.by_ms / 4, self.by_ms + 1) } else { 0 }
+    }
+}
+
+/// Whose operation it is, where its answer goes, and the holder that sent it if it writes.
+pub struct Origin {
+    client: usize,
+    connection: u64,
+    request: u64,
+    writes: Option<(VolumeId, (Generation, Session))>,
 }
 
 #[derive(Default)]
@@ -29,24 +52,52 @@ pub struct Network {
 impl World {
     pub fn delay(&mut self) -> u64 {
         match self.rng.below(100) {
-            0..=1 if self.faults_on => self.rng.range(50, 1_500),
+            0..=1 if self.faults_on => {
+                self.count_message("late");
+                self.rng.range(50, 1_500)
+            }
             2..=9 => self.rng.range(5, 40),
             _ => self.rng.range(1, 4),
         }
     }
 
+    /// Between two places, either of which may be slow.
+    fn delay_between(&mut self, from: Place, to: Place) -> u64 {
+        let mut delay = self.delay();
+        for place in [from, to] {
+            if let Place::Node(n) = place {
+                let slow = self.nodes[n].slow_net;
+                delay += slow.by(self.now, &mut self.rng);
+            }
+        }
+        delay
+    }
+
+    fn count_message(&mut self, what: &'static str) {
+        *self.tally.messages.entry(what).or_default() += 1;
+    }
+
     pub fn lost_between(&mut self, from: Place, to: Place) -> bool {
-        self.network.cut.contains(&(from, to)) || (self.faults_on && self.rng.chance(self.plan.loss))
+        let cut = self.network.cut.contains(&(from, to));
+        let lost = cut || (self.faults_on && self.rng.chance(self.plan.loss));
+        if lost {
+            self.count_message(if cut { "cut off" } else { "lost" });
+        }
+        lost
     }
 
     pub fn send_peer(&mut self, node: usize, msg: PeerMsg, data: Bytes) {
         let Some(to) = self.nodes.iter().position(|n| n.id == msg.to) else { return };
         let copies = if self.faults_on && self.rng.chance(self.plan.duplicate) { 2 } else { 1 };
+        if copies == 2 {
+            self.count_message("twice");
+        }
+        let (from, at) = (Place::Node(node), Place::Node(to));
         for _ in 0..copies {
-            if self.lost_between(Place::Node(node), Place::Node(to)) {
+            if self.lost_between(from, at) {
                 continue;
             }
-            let delay = self.delay();
+            let delay = self.delay_between(from, at);
             let event = Event::Peer { msg: msg.clone(), data: data.clone() };
             // Whatever process runs there when it arrives gets it.
             self.at(delay, Ev::Core { node: to, run: ANY_RUN, event });
@@ -71,7 +122,8 @@ impl World {
             return;
         }
         let last = self.network.arrivals.get(&connection).copied().unwrap_or(0);
-        let arrives = (self.now + self.delay()).max(last);
+        let delay = self.delay_between(Place::Client(client), Place::Node(node));
+        let arrives = (self.now + delay).max(last);
         self.network.arrivals.insert(connection, arrives);
         let delay = arrives - self.now;
         self.at(delay, Ev::Op { node, client, connection, request, op, data });
@@ -99,7 +151,7 @@ impl World {
             let gone: Vec<ClientToken> = self.nodes[node]
                 .origins
                 .iter()
-                .filter(|(_, (c, n, _))| *c == client && *n < connection)
+                .filter(|(_, o)| o.client == client && o.connection < connection)
                 .map(|(t, _)| *t)
                 .collect();
             for token in gone {
@@ -110,19 +162,30 @@ impl World {
         let n = &mut self.nodes[node];
         let token = ClientToken(n.next_token);
         n.next_token += 1;
-        n.origins.insert(token, (client, connection, request));
+        let writes = !matches!(op.kind, OpKind::Read { .. });
+        let writes = writes.then_some((op.volume, (op.generation, op.session)));
+        n.origins.insert(token, Origin { client, connection, request, writes });
         self.step(node, Event::Client { token, op, data });
     }
 
     pub fn send_reply(&mut self, node: usize, token: ClientToken, reply: OpReply, data: Bytes) {
-        let Some((client, connection, request)) = self.nodes[node].origins.remove(&token) else { return };
+        let Some(origin) = self.nodes[node].origins.remove(&token) else { return };
+        let Origin { client, connection, request, writes } = origin;
+        // Rule C3: when a fence was in force, nothing of an older holder was under way.
+        if let (OpReply::Done { .. }, Some((volume, holder))) = (&reply, writes)
+            && self.in_force.get(&volume).is_some_and(|h| *h > holder)
+        {
+            self.finding = Some(format!(
+                "osd.{node} carried out a write of {holder:?} when the fence of a later holder of {volume} was in force"
+            ));
+        }
         if self.lost_between(Place::Node(node), Place::Client(client)) {
             self.network.broken.insert(connection);
         }
         if self.network.broken.contains(&connection) {
             return;
         }
-        let delay = self.delay();
+        let delay = self.delay_between(Place::Node(node), Place::Client(client));
         let event = ClientEvent::Reply { connection, request, reply, data };
         self.at(delay, Ev::Client { client, event });
     }

@@ -1,8 +1,9 @@
 //! Nodes: one OSD process each, with the real core on the real store, as the server runs them.
 
 use crate::disk::Disk;
-use crate::network::Place;
-use crate::world::{CLUSTER, Ev, World};
+use crate::monitor::DOWN_OUT_MS;
+use crate::network::{Origin, Place, Slow};
+use crate::world::{ANY_RUN, CLUSTER, Ev, Pace, World};
 use gabion_monitor::state::{Command, Reply};
 use gabion_osd::core::*;
 use gabion_osd::store::*;
@@ -10,7 +11,12 @@ use gabion_proto::ids::*;
 use std::collections::{BTreeMap, VecDeque};
 
 const TICK_MS: u64 = 100;
+/// A process whose tick did nothing, and that has heard nothing but the monitors since the one before, may be late with
+/// the next: nothing waits for it. Whatever else comes brings the ticks back.
+const IDLE_TICK_MS: u64 = 1_000;
 const HEARTBEAT_MS: u64 = 500;
+/// Two clocks drift by less than 1 in 1,000.
+const DRIFT_PPM_MAX: u64 = 450;
 
 pub struct Node {
     pub id: OsdId,
@@ -23,13 +29,25 @@ pub struct Node {
     /// Effects that the store has not executed yet: lost in a crash.
     queue: VecDeque<Effect>,
     pub epoch: Epoch,
-    pub origins: BTreeMap<ClientToken, (usize, u64, u64)>,
+    pub origins: BTreeMap<ClientToken, Origin>,
     pub connections: BTreeMap<usize, u64>,
     pub next_token: u64,
     /// The disk is gone for good.
     pub lost: bool,
     /// Sees nothing of the world until then (its clock goes on).
     pub paused_until: u64,
+    /// Everything that it stores or reads takes longer.
+    pub slow_disk: Slow,
+    /// Everything that it sends or gets takes longer.
+    pub slow_net: Slow,
+    /// Its clock against the world's.
+    clock_ahead_ms: u64,
+    drift_ppm: i64,
+    /// The next tick; earlier numbers are void.
+    tick: u64,
+    idle: bool,
+    /// Something came since the last tick.
+    heard: bool,
 }
 
 impl World {
@@ -50,6 +68,7 @@ impl World {
         };
         let identity = Identity { cluster: CLUSTER, osd: id, disk: disk_id };
         let disk = Disk::new(identity, self.plan.chunks, self.rng.next());
+        let drift_ppm = self.rng.range(0, 2 * DRIFT_PPM_MAX) as i64 - DRIFT_PPM_MAX as i64;
         self.nodes.push(Node {
             id,
             disk_id,
@@ -64,11 +83,25 @@ impl World {
             next_token: 0,
             lost: false,
             paused_until: 0,
+            slow_disk: Slow::default(),
+            slow_net: Slow::default(),
+            clock_ahead_ms: self.rng.range(10_000, 1_000_000),
+            drift_ppm,
+            tick: 0,
+            idle: false,
+            heard: false,
         });
     }
 
+    /// What its clock says now.
+    pub fn clock(&self, node: usize) -> u64 {
+        let n = &self.nodes[node];
+        let drift_ms = self.now as i64 * n.drift_ppm / 1_000_000;
+        (self.now + n.clock_ahead_ms).saturating_add_signed(drift_ms)
+    }
+
     pub fn live(&self, node: usize, run: u64) -> bool {
-        (run == crate::world::ANY_RUN || self.nodes[node].run == run) && self.nodes[node].core.is_some()
+        (run == ANY_RUN || self.nodes[node].run == run) && self.nodes[node].core.is_some()
     }
 
     /// A process starts: it boots with the monitors first.
@@ -102,7 +135,7 @@ impl World {
         let Some(Reply::Booted { incarnation, epoch }) = self.command(boot) else {
             return self.at(500, Ev::Boot { node, run });
         };
-        let now = self.now;
+        let now = self.clock(node);
         let n = &mut self.nodes[node];
         let mounted = n.disk.mount();
         let pgs = match mounted.and_then(|()| n.disk.pgs()) {
@@ -116,16 +149,19 @@ impl World {
         n.core = Some(OsdCore::new(boot, pgs, now).with_rules(self.plan.rules));
         n.incarnation = incarnation;
         n.epoch = Epoch(0);
-        let id = n.id;
+        n.tick += 1;
+        (n.idle, n.heard) = (false, false);
+        let (id, number) = (n.id, n.tick);
         self.monitor.acked.remove(&id);
         self.log(|| format!("osd.{node} boots as {incarnation} in {epoch}"));
-        self.at(1, Ev::Tick { node, run });
+        self.at(1, Ev::Tick { node, run, number });
         self.at(1, Ev::Heartbeat { node, run });
         self.send_map(node);
     }
 
     /// The process ends, and what its disk had not flushed is lost if power fails.
     pub fn stop(&mut self, node: usize, power_fails: bool) {
+        self.count_branches(node);
         let n = &mut self.nodes[node];
         n.run += 1;
         n.core = None;
@@ -136,25 +172,70 @@ impl World {
         self.nodes[0].disk.rot_under_reads(0);
     }
 
+    /// Which ways a process has gone that ends now.
+    pub fn count_branches(&mut self, node: usize) {
+        for (branch, n) in self.nodes[node].core.iter().flat_map(|c| c.branches().taken()) {
+            *self.tally.branches.entry(branch).or_default() += n;
+        }
+    }
+
     pub fn crash(&mut self, node: usize) {
+        self.crash_for(node, None);
+    }
+
+    /// Down for so long, or for a while by chance.
+    pub fn crash_for(&mut self, node: usize, ms: Option<u64>) {
         if self.nodes[node].lost || self.nodes[node].core.is_none() {
             return;
         }
         let power_fails = self.rng.chance(600);
         self.log(|| format!("osd.{node} crashes, power fails: {power_fails}"));
         self.stop(node, power_fails);
-        let wait = match self.rng.below(10) {
+        let wait = match (ms, self.rng.below(10)) {
+            (Some(ms), _) => ms,
             // Long enough to be out, and to return with old data.
-            0 => self.rng.range(25_000, 50_000),
-            1..=2 => self.rng.range(5_000, 25_000),
+            (None, 0) => self.long_absence(),
+            (None, 1..=2) => self.rng.range(5_000, 25_000),
             _ => self.rng.range(50, 3_000),
         };
+        if wait > DOWN_OUT_MS {
+            *self.tally.work.entry("disk back with old data").or_default() += 1;
+        }
         self.at(wait, Ev::Restart { node });
     }
 
-    pub fn tick(&mut self, node: usize, run: u64) {
-        self.step(node, Event::Tick);
-        self.at(TICK_MS, Ev::Tick { node, run });
+    /// Out before it is over; in a quiet time everybody else has been clean for long.
+    pub fn long_absence(&mut self) -> u64 {
+        match self.pace {
+            Pace::Storm => self.rng.range(25_000, 50_000),
+            Pace::Quiet => self.rng.range(30_000, 240_000),
+        }
+    }
+
+    pub fn tick(&mut self, node: usize, run: u64, number: u64) {
+        if self.nodes[node].tick != number {
+            return;
+        }
+        let did = self.step_core(node, Event::Tick);
+        let n = &mut self.nodes[node];
+        n.idle = !did && !n.heard;
+        n.heard = false;
+        n.tick += 1;
+        let (number, wait) = (n.tick, if n.idle { IDLE_TICK_MS } else { TICK_MS });
+        self.at(wait, Ev::Tick { node, run, number });
+    }
+
+    /// Something came that may need ticks.
+    fn wake(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        n.heard = true;
+        if !std::mem::replace(&mut n.idle, false) {
+            return;
+        }
+        n.tick += 1;
+        let (run, number) = (n.run, n.tick);
+        let wait = self.rng.range(1, TICK_MS + 1);
+        self.at(wait, Ev::Tick { node, run, number });
     }
 
     pub fn beat(&mut self, node: usize, run: u64) {
@@ -173,13 +254,24 @@ impl World {
     }
 
     pub fn step(&mut self, node: usize, event: Event) {
-        let now = self.now;
-        let Some(core) = self.nodes[node].core.as_mut() else { return };
+        let routine = matches!(event, Event::Lease { .. } | Event::Full(_) | Event::Scrub { .. });
+        let did = self.step_core(node, event);
+        if (did || !routine) && self.nodes[node].core.is_some() {
+            self.wake(node);
+        }
+    }
+
+    /// True: there was something to do.
+    fn step_core(&mut self, node: usize, event: Event) -> bool {
+        let now = self.clock(node);
+        let Some(core) = self.nodes[node].core.as_mut() else { return false };
         let mut effects = Vec::new();
         core.step(now, event, &mut effects);
+        let did = !effects.is_empty();
         for effect in effects {
             self.execute(node, effect);
         }
+        did
     }
 
     fn execute(&mut self, node: usize, effect: Effect) {
@@ -196,11 +288,16 @@ impl World {
                 let idle = self.nodes[node].queue.is_empty();
                 self.nodes[node].queue.push_back(store);
                 if idle {
-                    let delay = self.rng.range(1, 4);
+                    let delay = self.disk_delay(node);
                     self.at(delay, Ev::StoreRun { node, run });
                 }
             }
         }
+    }
+
+    fn disk_delay(&mut self, node: usize) -> u64 {
+        let slow = self.nodes[node].slow_disk;
+        slow.by(self.now, &mut self.rng) + self.rng.range(1, 4)
     }
 
     /// The store executes some of what waits, in order, consecutive commits together.
@@ -221,7 +318,7 @@ impl World {
                 let Some(effect) = self.nodes[node].queue.pop_front() else { break };
                 // As from the daemon's store: a read sees what was committed before it and, often, what came later.
                 if !matches!(effect, Effect::List { .. }) && self.rng.chance(300) {
-                    let delay = self.rng.range(1, 8);
+                    let delay = self.disk_delay(node) + self.rng.below(5);
                     self.at(delay, Ev::StoreRead { node, run, effect });
                     continue;
                 }
@@ -243,7 +340,7 @@ impl World {
             }
         }
         if !self.nodes[node].queue.is_empty() {
-            let delay = self.rng.range(1, 4);
+            let delay = self.disk_delay(node);
             self.at(delay, Ev::StoreRun { node, run });
         }
     }

@@ -1,15 +1,42 @@
-//! What a seed decides before the run, and what a run counts.
+//! What a seed decides before the run.
 
 use crate::rng::Rng;
 use gabion_osd::core::Rules;
 use gabion_proto::map::Redundancy;
 
+/// How long a run is: it goes on until it has all of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    pub operations_min: u64,
+    pub faults_min: u64,
+    pub map_changes_min: u64,
+    pub virtual_ms_min: u64,
+    /// Between storms of faults there are quiet stretches, long ones, in which little happens.
+    pub quiet: bool,
+}
+
+/// A run that is no test of much is not one.
+pub const SHORT: Form =
+    Form { operations_min: 500, faults_min: 10, map_changes_min: 0, virtual_ms_min: 0, quiet: false };
+pub const FULL: Form = Form {
+    operations_min: 2_000,
+    faults_min: 20,
+    map_changes_min: 5,
+    virtual_ms_min: 3_600_000,
+    quiet: true,
+};
+
 /// What a seed decides before the run.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    pub form: Form,
     pub osds: u32,
+    /// At the beginning: a pool may get more copies, or fewer.
     pub redundancy: Redundancy,
     pub volumes: usize,
+    /// Per mille of volumes that somebody else reads, beside their holder.
+    pub observed: u64,
+    /// Of the first storm.
     pub fault_phase_ms: u64,
     /// Per mille.
     pub loss: u64,
@@ -36,7 +63,7 @@ pub enum Scenario {
 }
 
 impl Plan {
-    pub fn of(rng: &mut Rng) -> Plan {
+    pub fn of(rng: &mut Rng, form: Form) -> Plan {
         let redundancy = match rng.below(100) {
             0..45 => Redundancy::Replicated { size: 3 },
             45..60 => Redundancy::Replicated { size: 2 },
@@ -44,7 +71,7 @@ impl Plan {
             82..97 => Redundancy::Erasure { k: 4, m: 2 },
             _ => Redundancy::Erasure { k: 3, m: 2 },
         };
-        Plan::with(redundancy, rng)
+        Plan::with(redundancy, rng, form)
     }
 
     /// One link breaks for good, in a group that can go on without one of its members.
@@ -53,16 +80,18 @@ impl Plan {
             true => Redundancy::Replicated { size: 3 },
             false => Redundancy::Erasure { k: 4, m: 2 },
         };
-        Plan { scenario: Scenario::OneBrokenLink, ..Plan::with(redundancy, rng) }
+        Plan { scenario: Scenario::OneBrokenLink, ..Plan::with(redundancy, rng, SHORT) }
     }
 
     /// Everything else by chance.
-    pub fn with(redundancy: Redundancy, rng: &mut Rng) -> Plan {
+    pub fn with(redundancy: Redundancy, rng: &mut Rng, form: Form) -> Plan {
         let width = (redundancy.width() as u64).max(3);
         Plan {
+            form,
             osds: rng.range(width, width + 3) as u32,
             redundancy,
             volumes: rng.range(1, 4) as usize,
+            observed: [0, 500, 1_000][rng.below(3) as usize],
             fault_phase_ms: rng.range(40_000, 120_000),
             loss: [0, 0, 5, 30][rng.below(4) as usize],
             duplicate: [0, 10, 50][rng.below(3) as usize],
@@ -73,68 +102,6 @@ impl Plan {
             chunks: 300,
             rules: Rules::default(),
             scenario: Scenario::Faults,
-        }
-    }
-
-    pub fn width(&self) -> usize {
-        self.redundancy.width()
-    }
-
-    /// Disks that may be lost at once, at any time, without losing what was acknowledged.
-    pub fn spare(&self) -> u32 {
-        match self.redundancy {
-            // Min-size is more than half of them.
-            Redundancy::Replicated { size } => size / 2,
-            Redundancy::Erasure { m, .. } => m - 1,
-        }
-    }
-}
-
-/// Counters of a run, for honest reports.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    pub client_ops: u64,
-    /// Of all runs added.
-    pub least_ops: u64,
-    pub least_faults: u64,
-    pub reads_checked: u64,
-    pub faults: u64,
-    /// Faults by kind.
-    pub by_kind: std::collections::BTreeMap<&'static str, u64>,
-    pub map_epochs: u64,
-    pub virtual_ms: u64,
-    /// Runs whose last reads were repeated without as many shards as the code can spare.
-    pub degraded_checks: u64,
-    /// Seeds by redundancy.
-    pub scrubs: u64,
-    pub scrub_findings: u64,
-    pub scrub_repaired: u64,
-    pub by_redundancy: std::collections::BTreeMap<String, u64>,
-}
-
-impl Tally {
-    pub fn fault(&mut self, kind: &'static str) {
-        self.faults += 1;
-        *self.by_kind.entry(kind).or_default() += 1;
-    }
-
-    pub fn add(&mut self, other: &Tally) {
-        self.least_ops = self.least_ops.min(other.client_ops);
-        self.least_faults = self.least_faults.min(other.faults);
-        self.client_ops += other.client_ops;
-        self.reads_checked += other.reads_checked;
-        self.faults += other.faults;
-        self.map_epochs += other.map_epochs;
-        self.virtual_ms += other.virtual_ms;
-        self.degraded_checks += other.degraded_checks;
-        self.scrubs += other.scrubs;
-        self.scrub_findings += other.scrub_findings;
-        self.scrub_repaired += other.scrub_repaired;
-        for (redundancy, n) in &other.by_redundancy {
-            *self.by_redundancy.entry(redundancy.clone()).or_default() += n;
-        }
-        for (kind, n) in &other.by_kind {
-            *self.by_kind.entry(kind).or_default() += n;
         }
     }
 }

@@ -73,6 +73,7 @@ impl World {
             // In an erasure-coded pool.
             _ => return false,
         }
+        *self.tally.work.entry("snapshot").or_default() += 1;
         true
     }
 
@@ -132,6 +133,7 @@ impl World {
         let at = self.rng.below(there.len().max(1) as u64) as usize;
         let Some(n) = there.get(at) else { return false };
         self.forget(*n);
+        *self.tally.work.entry("snapshot removed").or_default() += 1;
         true
     }
 

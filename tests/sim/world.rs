@@ -5,15 +5,16 @@ use crate::monitor::{Beat, MONITOR_TICK_MS, Monitor};
 use crate::network::Network;
 use crate::nodes::Node;
 use crate::oracle::Oracle;
-use crate::plan::{Plan, Scenario, Tally};
+use crate::plan::{Plan, Scenario};
 use crate::rng::Rng;
 use crate::snapshots::Snapshot;
+use crate::tally::Tally;
 use bytes::Bytes;
 use gabion_monitor::state::scrubs::ScrubSettings;
 use gabion_monitor::state::{Command, MonitorState, Reply};
 use gabion_osd::core::*;
 use gabion_proto::ids::*;
-use gabion_proto::map::{ClusterMap, FailureDomain};
+use gabion_proto::map::{ClusterMap, FailureDomain, Redundancy};
 use gabion_proto::msg::ClientOp;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -24,10 +25,19 @@ pub const CLUSTER: ClusterId = ClusterId([7; 16]);
 pub const ANY_RUN: u64 = u64::MAX;
 const GROUPS: u32 = 4;
 
+/// How much happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    Storm,
+    /// A stretch in which clients do little and faults are minutes apart: OSDs stay away for long, scrubs come when they are due.
+    Quiet,
+}
+
 pub enum Ev {
     Tick {
         node: usize,
         run: u64,
+        number: u64,
     },
     Heartbeat {
         node: usize,
@@ -92,7 +102,17 @@ pub enum Ev {
         data: Bytes,
     },
     MonitorTick,
-    Fault,
+    Fault {
+        chain: u64,
+    },
+    /// Whether a drained OSD can be removed.
+    Drained {
+        node: usize,
+        run: u64,
+    },
+    TakeOver {
+        client: usize,
+    },
     Restart {
         node: usize,
     },
@@ -111,6 +131,9 @@ pub struct World {
     pub trace: bool,
     pub finding: Option<String>,
     pub faults_on: bool,
+    pub pace: Pace,
+    /// Each start of trouble begins a new chain of faults.
+    chain: u64,
     heap: BinaryHeap<Reverse<(u64, u64)>>,
     events: BTreeMap<u64, Ev>,
     next_event: u64,
@@ -123,6 +146,10 @@ pub struct World {
     pub snapshots: Vec<Snapshot>,
     pub next_connection: u64,
     pub pool: PoolId,
+    /// The fewest copies that the pool was to keep since all groups were clean.
+    pub copies_min: u32,
+    /// Holders whose fences are in force: nobody before them is answered any more (rule C3).
+    pub in_force: BTreeMap<VolumeId, (Generation, Session)>,
     /// A disk was lost since all groups were clean.
     pub lost_one: bool,
     /// Something rots, and nothing else goes wrong before scrubs have replaced it.
@@ -145,9 +172,6 @@ impl World {
             object_bytes: 1 << 20,
         });
         let Reply::Pool(pool) = pool else { panic!("a pool has an id") };
-        let (interval_s, deep_interval_s) = plan.scrub_every_s;
-        let rate_bytes_per_s = 16 << 20;
-        must(Command::SetScrub(ScrubSettings { interval_s, deep_interval_s, rate_bytes_per_s }));
         let mut world = World {
             now: 1_000,
             rng,
@@ -156,6 +180,8 @@ impl World {
             trace,
             finding: None,
             faults_on: true,
+            pace: Pace::Storm,
+            chain: 0,
             heap: BinaryHeap::new(),
             events: BTreeMap::new(),
             next_event: 0,
@@ -167,12 +193,16 @@ impl World {
             snapshots: Vec::new(),
             next_connection: 1,
             pool,
+            copies_min: u32::MAX,
+            in_force: BTreeMap::new(),
             lost_one: false,
             rotting: false,
             rotten: false,
             plan,
         };
         world.log(|| format!("{:?}", world.plan));
+        let (interval_s, deep_interval_s) = world.plan.scrub_every_s;
+        world.set_scrubs(interval_s, deep_interval_s);
         for node in 0..world.plan.osds as usize {
             world.add_node();
             let delay = world.rng.range(1, 500);
@@ -184,11 +214,78 @@ impl World {
         world.at(MONITOR_TICK_MS, Ev::MonitorTick);
         let first = world.rng.range(3_000, 6_000);
         let trouble = match world.plan.scenario {
-            Scenario::Faults => Ev::Fault,
+            Scenario::Faults => Ev::Fault { chain: 0 },
             Scenario::OneBrokenLink => Ev::BreakLink,
         };
         world.at(first, trouble);
         world
+    }
+
+    /// The pool's, as it is to be now.
+    pub fn redundancy(&self) -> Redundancy {
+        self.monitor.state.map.pools.get(&self.pool).map_or(self.plan.redundancy, |p| p.redundancy)
+    }
+
+    pub fn width(&self) -> usize {
+        self.redundancy().width()
+    }
+
+    /// Disks that may be lost at once, at any time, without losing what was acknowledged.
+    pub fn spare(&self) -> u32 {
+        match self.redundancy() {
+            // Min-size is more than half of them.
+            Redundancy::Replicated { size } if size.min(self.copies_min) > 2 => size.min(self.copies_min) / 2,
+            Redundancy::Replicated { .. } => 0,
+            Redundancy::Erasure { m, .. } => m - 1,
+        }
+    }
+
+    pub fn has_seen_enough(&self) -> bool {
+        let (form, tally) = (self.plan.form, &self.tally);
+        tally.client_ops >= form.operations_min
+            && tally.fault_count() >= form.faults_min
+            && tally.change_count() >= form.map_changes_min
+            && self.now >= form.virtual_ms_min
+    }
+
+    /// From now on things go wrong.
+    pub fn make_trouble(&mut self, pace: Pace) {
+        self.log(|| format!("{pace:?} begins"));
+        self.faults_on = true;
+        self.set_pace(pace);
+        self.chain += 1;
+        let (first, chain) = (self.rng.range(100, 6_000), self.chain);
+        self.at(first, Ev::Fault { chain });
+    }
+
+    pub fn set_pace(&mut self, pace: Pace) {
+        if std::mem::replace(&mut self.pace, pace) == pace {
+            return;
+        }
+        let (interval_s, deep_interval_s) = match pace {
+            Pace::Storm => self.plan.scrub_every_s,
+            Pace::Quiet => (self.rng.range(60, 300), self.rng.range(120, 900)),
+        };
+        self.set_scrubs(interval_s, deep_interval_s);
+    }
+
+    fn set_scrubs(&mut self, interval_s: u64, deep_interval_s: u64) {
+        let rate_bytes_per_s = 16 << 20;
+        self.command(Command::SetScrub(ScrubSettings { interval_s, deep_interval_s, rate_bytes_per_s }));
+    }
+
+    /// What the run has counted.
+    pub fn into_tally(mut self) -> Tally {
+        for node in 0..self.nodes.len() {
+            self.count_branches(node);
+        }
+        self.tally.redundancy = match self.plan.redundancy {
+            Redundancy::Replicated { size } => format!("replicated {size}"),
+            Redundancy::Erasure { k, m } => format!("erasure {k}+{m}"),
+        };
+        self.tally.reads_checked = self.oracle.reads_checked;
+        self.tally.virtual_ms = self.now;
+        self.tally
     }
 
     pub fn log(&self, text: impl FnOnce() -> String) {
@@ -249,7 +346,7 @@ impl World {
 
     fn handle(&mut self, ev: Ev) {
         match ev {
-            Ev::Tick { node, run } if self.live(node, run) => self.tick(node, run),
+            Ev::Tick { node, run, number } if self.live(node, run) => self.tick(node, run, number),
             Ev::Heartbeat { node, run } if self.live(node, run) => self.beat(node, run),
             Ev::AtMonitor { node, run, sent, beat } => self.at_monitor(node, run, sent, beat),
             Ev::Lease { node, run, until, epoch, ok } if self.live(node, run) => {
@@ -270,7 +367,9 @@ impl World {
                 self.receive_op(node, client, connection, request, op, data);
             }
             Ev::MonitorTick => self.monitor_tick(),
-            Ev::Fault if self.faults_on => self.fault(),
+            Ev::Fault { chain } if self.faults_on && chain == self.chain => self.fault(chain),
+            Ev::Drained { node, run } => self.remove_drained(node, run),
+            Ev::TakeOver { client } if self.faults_on => self.take_over(client),
             Ev::BreakLink => self.break_link(),
             Ev::Restart { node } => self.start(node),
             Ev::Unfill { node } => self.nodes[node].disk.unfill(),

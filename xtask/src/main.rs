@@ -1,4 +1,4 @@
-//! `cargo xtask verify`, `cargo xtask sim` and `cargo xtask test-vm`: what the repository checks about itself.
+//! `cargo xtask verify`, `sim`, `soak`, `mutants` and `test-vm`: what the repository checks about itself.
 
 mod licences;
 mod sim;
@@ -10,7 +10,9 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask verify
        cargo xtask licences
-       cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M]
+       cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M] [--short]
+       cargo xtask soak [--minutes M | --seeds N] [--from S] [--pool COPIES|K+M]
+       cargo xtask mutants [--rule NAME] [--seeds N]
        cargo xtask test-vm [--compare]";
 
 fn main() -> ExitCode {
@@ -21,7 +23,9 @@ fn main() -> ExitCode {
         ["licences"] => licences::run().map(|summary| println!("{summary}")),
         ["test-vm"] => test_vm::run(),
         ["test-vm", "--compare"] => test_vm::compare(),
-        ["sim", ref rest @ ..] => sim::Seeds::parse(rest).and_then(|seeds| sim::run(&seeds)),
+        ["sim", ref rest @ ..] => sim::run(rest),
+        ["soak", ref rest @ ..] => sim::soak(rest),
+        ["mutants", ref rest @ ..] => sim::mutants(rest),
         _ => Err(anyhow::anyhow!("{USAGE}")),
     };
     match result {

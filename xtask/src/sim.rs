@@ -6,53 +6,26 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Which seeds to run.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Seeds {
-    pub count: u64,
-    pub from: u64,
-    /// Copies, or K+M; any kind if not given.
-    pub pool: Option<String>,
-}
+/// How long a soak goes on if neither time nor seeds are given.
+const SOAK: [&str; 2] = ["--minutes", "10"];
 
-impl Seeds {
-    /// From `--seeds N [--from S] [--pool COPIES|K+M]`.
-    pub fn parse(args: &[&str]) -> Result<Seeds> {
-        let (mut count, mut from, mut pool) = (None, 1, None);
-        for pair in args.chunks(2) {
-            let [key, value] = pair else { bail!("{} needs a number", pair[0]) };
-            if *key == "--pool" {
-                pool = Some((*value).to_owned());
-                continue;
-            }
-            let number: u64 = value.parse().with_context(|| format!("{key} {value}: not a number"))?;
-            match *key {
-                "--seeds" => count = Some(number),
-                "--from" => from = number,
-                _ => bail!("{key} is not known: --seeds N [--from S] [--pool COPIES|K+M]"),
-            }
-        }
-        match count {
-            Some(count) if count > 0 => Ok(Seeds { count, from, pool }),
-            _ => bail!("--seeds N is needed, at least 1"),
-        }
-    }
-}
-
-impl Seeds {
-    fn append_to(&self, command: &mut Command) {
-        let (count, from) = (self.count.to_string(), self.from.to_string());
-        command.args(["--seeds", &count, "--from", &from]);
-        command.args(self.pool.iter().flat_map(|pool| ["--pool", pool]));
-    }
-}
-
-/// Builds the simulator alone and runs it.
-pub fn run(seeds: &Seeds) -> Result<()> {
+/// Builds the simulator alone and runs it; it knows its own arguments.
+pub fn run(args: &[&str]) -> Result<()> {
     let package = ["run", "--quiet", "--package", "gabion-tests", "--bin", "gabion-sim", "--"];
     let mut command = step::cargo(&package);
-    seeds.append_to(&mut command);
+    command.args(args);
     step::show(command)
+}
+
+/// As many seeds as there is time for.
+pub fn soak(args: &[&str]) -> Result<()> {
+    let bounded = args.iter().any(|a| ["--minutes", "--seeds"].contains(a));
+    run(&[args, if bounded { &[] } else { &SOAK }].concat())
+}
+
+/// Each rule of the core is switched off in turn: the simulator must notice.
+pub fn mutants(args: &[&str]) -> Result<()> {
+    run(&[&["--mutants"], args].concat())
 }
 
 /// Builds the simulator together with all tests, which need the same dependencies with the same
@@ -73,24 +46,8 @@ pub fn build_with_tests() -> Result<PathBuf> {
 }
 
 /// Runs a simulator that is built.
-pub fn run_binary(simulator: &Path, seeds: &Seeds) -> Result<()> {
+pub fn run_binary(simulator: &Path, args: &[&str]) -> Result<()> {
     let mut command = Command::new(simulator);
-    command.current_dir(step::top());
-    seeds.append_to(&mut command);
+    command.current_dir(step::top()).args(args);
     step::show(command)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn seeds_are_parsed_or_refused() {
-        assert_eq!(Seeds::parse(&["--seeds", "5"]).unwrap(), Seeds { count: 5, from: 1, pool: None });
-        let both = Seeds::parse(&["--from", "9", "--seeds", "5", "--pool", "4+2"]).unwrap();
-        assert_eq!(both, Seeds { count: 5, from: 9, pool: Some("4+2".into()) });
-        for bad in [&[][..], &["--seeds"], &["--seeds", "0"], &["--seeds", "x"], &["--seed", "1"]] {
-            assert!(Seeds::parse(bad).is_err(), "{bad:?}");
-        }
-    }
 }
