@@ -99,9 +99,13 @@ fn storm(w: &mut World) -> Result<(), String> {
 fn calm(w: &mut World) -> Result<(), String> {
     settle(w)?;
     w.tally.calms += 1;
-    // What rots is bad until a scrub, or a read, has seen it.
-    if !w.plan.rot && w.scrubs_done() && w.rng.chance(300) {
-        w.compare_replicas()?;
+    if w.rng.chance(300) {
+        // What was paused sleeps on, and may take part in writes of clients that have died since.
+        go_on(w, QUIET_MS)?;
+        // What rots is bad until a scrub, or a read, has seen it.
+        if w.all_clean() && !w.plan.rot && w.scrubs_done() {
+            w.compare_replicas()?;
+        }
     }
     w.tidy();
     for c in &mut w.clients {

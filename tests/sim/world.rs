@@ -324,7 +324,9 @@ impl World {
                 None => self.handle(ev),
             }
         }
-        self.now = self.now.max(end);
+        if self.finding.is_none() {
+            self.now = self.now.max(end);
+        }
     }
 
     /// Who is paused sees its events when it wakes up.
