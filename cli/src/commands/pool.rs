@@ -67,8 +67,7 @@ pub async fn run(cx: &Context, verb: PoolVerb) -> Result<()> {
         PoolVerb::Set { name, replicas, min_size } => {
             let request = SetPoolRequest { name: name.clone(), replicas, min_size };
             let pool = rpc!(monitors, format!("pool {name}"), admin.set_pool, request)?;
-            let sentence =
-                format!("pool {name} has {}, min-size {}", redundancy_text(&pool), pool.min_size);
+            let sentence = format!("pool {name} has {}, min-size {}", redundancy_text(&pool), pool.min_size);
             cx.out.done(&sentence, pool_json(&pool))
         }
         PoolVerb::Rm { name } => {
