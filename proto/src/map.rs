@@ -189,6 +189,27 @@ impl PgRecord {
             .filter(|o| *o != OsdId::NONE)
             .collect()
     }
+
+    /// Acting sets of the intervals that may have written what is needed, newest first.
+    pub fn holders(&self) -> impl Iterator<Item = &Vec<OsdId>> {
+        let current = self.activated.then_some(&self.acting);
+        current.into_iter().chain(self.past.iter().rev().map(|p| &p.acting))
+    }
+
+    /// Erasure coding: the position whose shard an OSD may be needed for.
+    pub fn place_of(&self, osd: OsdId) -> Option<usize> {
+        let places = |acting: &Vec<OsdId>| acting.iter().position(|o| *o == osd);
+        if osd == OsdId::NONE { None } else { self.holders().find_map(places) }
+    }
+
+    /// Erasure coding: who is to have a position that is empty, and does not get it while another shard of its may be needed.
+    pub fn held_back(&self) -> impl Iterator<Item = OsdId> + '_ {
+        let empty = self.up.iter().zip(&self.acting).zip(0usize..);
+        let empty = empty.filter(|((_, acting), _)| **acting == OsdId::NONE);
+        empty
+            .filter(|((up, _), p)| self.place_of(**up).is_some_and(|place| place != *p))
+            .map(|((up, _), _)| *up)
+    }
 }
 
 /// What changed between two epochs; applies to exactly the map of epoch `from`.

@@ -261,6 +261,7 @@ impl World {
                 Command::PgActivated { osd, incarnation, pg, interval }
             }
             MonitorRequest::Clean { pg, interval } => Command::PgClean { osd, incarnation, pg, interval },
+            MonitorRequest::Filled { pg, interval } => Command::PgFilled { osd, incarnation, pg, interval },
             MonitorRequest::Scrubbed { pg, interval, ref report } => {
                 if report.findings > 0 && !self.rotten {
                     self.finding = Some(format!("a scrub found what is not there: {report:?} in {pg}"));

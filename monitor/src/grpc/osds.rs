@@ -166,6 +166,18 @@ impl pb::osd_service_server::OsdService for Monitor {
         Ok(Response::new(Empty {}))
     }
 
+    async fn pg_filled(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
+        let r = request.into_inner();
+        self.propose(Command::PgFilled {
+            osd: OsdId(r.osd),
+            incarnation: Incarnation(r.incarnation),
+            pg: PgId { pool: PoolId(r.pool), index: r.index },
+            interval: Epoch(r.interval),
+        })
+        .await?;
+        Ok(Response::new(Empty {}))
+    }
+
     async fn pg_scrubbed(&self, request: Request<pb::PgScrubReport>) -> Answer<Empty> {
         let r = request.into_inner();
         let damaged = r.damaged.into_iter().take(DAMAGED_NAMED_MAX).map(damaged_object).collect();

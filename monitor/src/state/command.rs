@@ -266,6 +266,13 @@ pub enum Command {
         /// As it is, if not given.
         min_size: Option<u32>,
     },
+    /// Every acting member of `interval`, too few to serve, holds its shard of everything; see `PgRecord::held_back`.
+    PgFilled {
+        osd: OsdId,
+        incarnation: Incarnation,
+        pg: PgId,
+        interval: Epoch,
+    },
 }
 
 /// A command with what it was proposed under.

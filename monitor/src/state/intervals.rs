@@ -45,18 +45,13 @@ pub fn recompute(
     }
 }
 
-/// The position whose shard an OSD may be needed for.
-fn place_of(record: &PgRecord, osd: OsdId) -> Option<usize> {
-    let places = |acting: &Vec<OsdId>| acting.iter().position(|o| *o == osd);
-    if osd == OsdId::NONE { None } else { holders(record).find_map(places) }
-}
-
 /// Who comes back to an erasure-coded group takes the position that it had, if nobody else needs that one.
 fn return_to_places(record: &PgRecord, up: &mut [OsdId]) {
     for from in 0..up.len() {
         // Each swap puts one more OSD in its place.
-        while let Some(to) = place_of(record, up[from])
-            .filter(|to| *to != from && *to < up.len() && place_of(record, up[*to]) != Some(*to))
+        while let Some(to) = record
+            .place_of(up[from])
+            .filter(|to| *to != from && *to < up.len() && record.place_of(up[*to]) != Some(*to))
         {
             up.swap(from, to);
         }
@@ -121,7 +116,7 @@ fn acting(
     match pool.redundancy {
         Redundancy::Erasure { .. } => {
             // What an OSD keeps of one shard may be needed: until the group is clean without it, it gets no other one.
-            let here = |osd: &OsdId, position| place_of(record, *osd).is_none_or(|p| p == position);
+            let here = |osd: &OsdId, position| record.place_of(*osd).is_none_or(|p| p == position);
             let can = |osd: &OsdId, position| serves(osd) && here(osd, position);
             let up = record.up.iter().enumerate();
             let mut acting: Vec<OsdId> =
@@ -129,9 +124,9 @@ fn acting(
             // Meanwhile whoever has that shard keeps it.
             for p in 0..acting.len() {
                 // Not for one that is only down: it will be back in its own place.
-                let held_back = acting[p] == OsdId::NONE && place_of(record, record.up[p]) != Some(p);
+                let held_back = acting[p] == OsdId::NONE && record.place_of(record.up[p]) != Some(p);
                 let earlier =
-                    holders(record).filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
+                    record.holders().filter_map(|h| h.get(p)).find(|o| can(o, p) && !acting.contains(o));
                 if let Some(osd) = earlier.filter(|_| held_back) {
                     acting[p] = *osd;
                 }
@@ -140,7 +135,7 @@ fn acting(
         }
         Redundancy::Replicated { .. } => {
             let mut acting: Vec<OsdId> = record.up.iter().copied().filter(serves).collect();
-            let holder = holders(record).flatten().find_map(|o| acting.iter().position(|a| a == o));
+            let holder = record.holders().flatten().find_map(|o| acting.iter().position(|a| a == o));
             if let Some(at) = holder {
                 let primary = acting.remove(at);
                 acting.insert(0, primary);
@@ -150,12 +145,6 @@ fn acting(
     }
 }
 
-/// Acting sets of the intervals that may have written what is needed, newest first.
-fn holders(record: &PgRecord) -> impl Iterator<Item = &Vec<OsdId>> {
-    let current = record.activated.then_some(&record.acting);
-    current.into_iter().chain(record.past.iter().rev().map(|p| &p.acting))
-}
-
 /// Who orders writes: the first one; of shards, the first that has data.
 fn primary(record: &PgRecord, pool: &Pool, acting: &[OsdId]) -> Option<OsdId> {
     let there = |o: &&OsdId| **o != OsdId::NONE;
@@ -163,12 +152,31 @@ fn primary(record: &PgRecord, pool: &Pool, acting: &[OsdId]) -> Option<OsdId> {
     match pool.redundancy {
         Redundancy::Replicated { .. } => first,
         Redundancy::Erasure { .. } => {
-            let holds = |o: &&OsdId| holders(record).next().is_some_and(|acting| acting.contains(o));
+            let holds = |o: &&OsdId| record.holders().next().is_some_and(|acting| acting.contains(o));
             // Who is primary stays it: nothing else would be gained by a new interval.
             let stays = record.primary.filter(|o| record.acting == acting && acting.contains(o));
             stays.or_else(|| acting.iter().filter(there).find(holds).copied()).or(first)
         }
     }
+}
+
+/// Erasure coding: every acting member of the current interval, which has served nothing, holds its shard of everything that
+/// earlier ones left. In each of those it so stands in for `osd`, which had its position and is needed for that shard no more. The intervals
+/// themselves stay: they may have taken writes. False when nobody acts in that position.
+pub(super) fn stand_in_for(record: &mut PgRecord, osd: OsdId) -> bool {
+    let member = record.place_of(osd).and_then(|place| record.acting.get(place)).copied();
+    let Some(member) = member.filter(|o| *o != OsdId::NONE && *o != osd) else { return false };
+    for past in &mut record.past {
+        past.acting.iter_mut().filter(|o| **o == osd).for_each(|o| *o = member);
+    }
+    // As in `begin_interval`; earlier primaries knew that they were none before the later one was activated.
+    let mut later: BTreeSet<BTreeSet<OsdId>> = BTreeSet::new();
+    let mut kept: Vec<PastInterval> = std::mem::take(&mut record.past);
+    kept.reverse();
+    kept.retain(|p| later.insert(members(&p.acting)));
+    kept.reverse();
+    record.past = kept;
+    true
 }
 
 fn begin_interval(record: &mut PgRecord, epoch: Epoch, acting: Vec<OsdId>, primary: Option<OsdId>) {

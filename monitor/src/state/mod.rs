@@ -279,6 +279,9 @@ impl MonitorState {
             Command::PgScrubbed { osd, incarnation, pg, interval, result } => {
                 self.pg_scrubbed(unix_ms, (osd, incarnation), pg, interval, result)
             }
+            Command::PgFilled { osd, incarnation, pg, interval } => {
+                self.pg_filled(osd, incarnation, pg, interval)
+            }
             Command::Announce { text } => {
                 self.event(EventSeverity::Ok, text);
                 Ok(Reply::Done)
@@ -342,5 +345,7 @@ impl MonitorState {
     }
 }
 
+#[cfg(test)]
+mod places_tests;
 #[cfg(test)]
 mod tests;

@@ -105,6 +105,46 @@ impl MonitorState {
         Ok(Reply::Done)
     }
 
+    /// A group that has too few members to serve, and as many as decode, has brought them up to date: an OSD that is held back for
+    /// a shard which one of them has now may take another place.
+    pub(super) fn pg_filled(
+        &mut self,
+        osd: OsdId,
+        incarnation: Incarnation,
+        pg: PgId,
+        interval: Epoch,
+    ) -> CommandResult {
+        let record = self.current_group(osd, incarnation, pg, interval)?;
+        let redundancy = self.map.pools.get(&pg.pool).map(|p| p.redundancy);
+        let Some(Redundancy::Erasure { k, .. }) = redundancy else {
+            return Err(Refusal::precondition(format!("group {pg} keeps whole copies")));
+        };
+        if record.activated {
+            return Err(Refusal::precondition(format!("group {pg} serves in {interval}")));
+        }
+        let have = record.members().count();
+        if have < k as usize {
+            return Err(Refusal::precondition(format!(
+                "{have} shards of group {pg} are not all, {k} would be"
+            )));
+        }
+        let mut filled = record.clone();
+        let mut released: Vec<OsdId> = record.held_back().filter(|o| self.map.up_osd(*o).is_some()).collect();
+        released.retain(|o| intervals::stand_in_for(&mut filled, *o));
+        if released.is_empty() {
+            return Ok(Reply::Done);
+        }
+        self.change_groups(false, |map| {
+            map.pgs.insert(pg, filled);
+        });
+        let names = released.iter().map(OsdId::to_string).collect::<Vec<_>>().join(", ");
+        let text = format!(
+            "group {pg} has too few members, all of them up to date: {names} may fill an empty place"
+        );
+        self.event(EventSeverity::Ok, text);
+        Ok(Reply::Done)
+    }
+
     pub(super) fn suspect_peer(
         &mut self,
         osd: OsdId,

@@ -2,7 +2,7 @@ use super::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
 use proptest::prelude::*;
 
-fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
+pub(super) fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
     state.apply(
         0,
         Command::BootOsd {
@@ -16,12 +16,12 @@ fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
     )
 }
 
-fn down(state: &mut MonitorState, n: u32) {
+pub(super) fn down(state: &mut MonitorState, n: u32) {
     let incarnation = state.map.osds[&OsdId(n)].incarnation;
     state.apply(0, Command::MarkDown { osd: OsdId(n), incarnation, reason: "test".into() }).unwrap();
 }
 
-fn cluster(osds: u8, pgs: u32) -> MonitorState {
+pub(super) fn cluster(osds: u8, pgs: u32) -> MonitorState {
     let mut state = MonitorState::default();
     state.apply(0, Command::Bootstrap { cluster: ClusterId([9; 16]) }).unwrap();
     for n in 0..osds {
@@ -46,22 +46,22 @@ fn pool(name: &str, size: u32, pg_count: u32) -> Command {
     }
 }
 
-fn pg(index: u32) -> PgId {
+pub(super) fn pg(index: u32) -> PgId {
     PgId { pool: PoolId(1), index }
 }
 
-fn report(state: &MonitorState, pg: PgId) -> (OsdId, Incarnation, Epoch) {
+pub(super) fn report(state: &MonitorState, pg: PgId) -> (OsdId, Incarnation, Epoch) {
     let record = &state.map.pgs[&pg];
     let osd = record.primary.unwrap();
     (osd, state.map.osds[&osd].incarnation, record.interval)
 }
 
-fn activate(state: &mut MonitorState, pg: PgId) {
+pub(super) fn activate(state: &mut MonitorState, pg: PgId) {
     let (osd, incarnation, interval) = report(state, pg);
     state.apply(0, Command::PgActivated { osd, incarnation, pg, interval }).unwrap();
 }
 
-fn clean(state: &mut MonitorState, pg: PgId) {
+pub(super) fn clean(state: &mut MonitorState, pg: PgId) {
     let (osd, incarnation, interval) = report(state, pg);
     state.apply(0, Command::PgClean { osd, incarnation, pg, interval }).unwrap();
 }

@@ -134,6 +134,8 @@ pub enum MonitorRequest {
     Activated { pg: PgId, interval: Epoch },
     /// Every acting member holds everything (invariant 8).
     Clean { pg: PgId, interval: Epoch },
+    /// Erasure coding: the acting members, too few to serve, hold everything.
+    Filled { pg: PgId, interval: Epoch },
     /// The whole group was scrubbed.
     Scrubbed { pg: PgId, interval: Epoch, report: ScrubReport },
 }

@@ -53,6 +53,10 @@ pub enum Rule {
     AllShards,
     /// Erasure coding: rows are computed from shards of one version only (E2).
     OneVersion,
+    /// Erasure coding: a group with too few members to serve fills empty positions (E5). Not among [`Rule::ALL`]: random faults hardly ever need it.
+    Fill,
+    /// Erasure coding: it does so when its members hold everything (E5). As `Fill`.
+    FillWhole,
     /// A copy that a scrub finds bad is replaced.
     ScrubRepairs,
 }

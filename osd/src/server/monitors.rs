@@ -86,6 +86,7 @@ impl Monitors {
     ) -> Result<(), MonitorRefused> {
         let (MonitorRequest::Activated { pg, interval }
         | MonitorRequest::Clean { pg, interval }
+        | MonitorRequest::Filled { pg, interval }
         | MonitorRequest::Scrubbed { pg, interval, .. }) = request;
         let report = PgIntervalReport {
             osd: osd.0,
@@ -102,6 +103,7 @@ impl Monitors {
                 match request {
                     MonitorRequest::Activated { .. } => m.osd().pg_activated(report).await,
                     MonitorRequest::Clean { .. } => m.osd().pg_clean(report).await,
+                    MonitorRequest::Filled { .. } => m.osd().pg_filled(report).await,
                     MonitorRequest::Scrubbed { report: r, .. } => {
                         m.osd().pg_scrubbed(scrub_report(report, r)).await
                     }

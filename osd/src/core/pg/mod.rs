@@ -18,6 +18,8 @@
 //!                    ACTIVE <---------- ACTIVE     serves; recovers; reports clean
 //! ```
 //!
+//! An erasure-coded group with too few members to serve may go through the same states without serving, see `shards`.
+//!
 //! What it owns: the durable [`PgMeta`], the index of objects and the missing map (both also in the store), and at the primary
 //! the operations in flight. What it guarantees:
 //!
@@ -113,6 +115,7 @@ pub enum What {
     Removed,
     ReportActivated,
     ReportClean,
+    ReportFilled,
     ReportScrubbed,
     /// A copy that a scrub looks at.
     ScrubCopy {
@@ -205,6 +208,8 @@ pub struct Pg {
     purged: (usize, usize),
     /// Of an erasure-coded pool.
     code: Option<Arc<dyn Code>>,
+    /// Erasure coding: this interval has too few members to serve; it only brings them up to date.
+    fills: bool,
 }
 
 impl Pg {
@@ -231,6 +236,7 @@ impl Pg {
             worn: false,
             purged: (0, 0),
             code: None,
+            fills: false,
         }
     }
 
@@ -276,8 +282,12 @@ impl Pg {
         if record.interval == self.record.interval && self.begun {
             self.record = record.clone();
             self.drop_stray(cx);
-            if let Phase::Peering(_) = self.phase {
-                self.peer_on(cx);
+            match self.phase {
+                Phase::Peering(_) => self.peer_on(cx),
+                // Somebody may be held back now.
+                Phase::Undersized => self.start_peering(cx),
+                Phase::Active(_) if self.fills => self.fill_again(cx),
+                _ => {}
             }
             return;
         }

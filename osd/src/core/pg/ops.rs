@@ -243,7 +243,8 @@ impl Pg {
 
     /// Starts what can start, in order of arrival per object.
     pub fn resume(&mut self, cx: &mut Cx<'_>) {
-        if !matches!(self.phase, Phase::Active(_)) || self.waiting.is_empty() || !cx.has_lease() {
+        if !matches!(self.phase, Phase::Active(_)) || self.fills || self.waiting.is_empty() || !cx.has_lease()
+        {
             return;
         }
         let mut held: BTreeSet<ObjectId> = BTreeSet::new();

@@ -63,6 +63,8 @@ pub struct Activating {
     pending: BTreeMap<ObjectId, (Version, BTreeSet<OsdId>)>,
     /// Erasure coding: which shard members of earlier intervals keep.
     strays: BTreeMap<OsdId, u8>,
+    /// Erasure coding, while the group does not serve: what must wait for more members.
+    unsettled: BTreeSet<ObjectId>,
     sent: Option<Millis>,
 }
 
@@ -99,10 +101,15 @@ impl Pg {
         let Some(min_size) = self.pool_min_size(cx) else {
             return self.fail(cx, "the pool of the group is unknown".into());
         };
-        if self.record.members().count() < min_size {
+        self.fills = self.record.members().count() < min_size;
+        if self.fills && !self.may_fill(cx) {
             self.phase = Phase::Undersized;
             cx.takes(Branch::Undersized);
             return;
+        }
+        if self.fills {
+            // Perhaps long after the interval began.
+            self.since = cx.now;
         }
         self.phase = Phase::Peering(Peering::default());
         self.meta.promised = self.meta.promised.max(self.record.interval);
@@ -307,6 +314,10 @@ impl Pg {
         if !pending.is_empty() {
             cx.takes(Branch::KeepPending);
         }
+        let unsettled = match self.fills {
+            true => shards::unsettled(&told, &wanted, self.record.members()),
+            false => BTreeSet::new(),
+        };
         let acting: BTreeSet<OsdId> = self.record.members().collect();
         let strays =
             told.iter().filter(|(o, _)| !acting.contains(o)).filter_map(|(o, t)| Some((*o, t.shard?)));
@@ -335,6 +346,7 @@ impl Pg {
             back,
             pending,
             strays,
+            unsettled,
             sent: None,
         });
         self.submit_activation(cx, own_missing.into_iter(), own_back.into_iter());
@@ -384,6 +396,10 @@ impl Pg {
         let Phase::Activating(a) = &mut self.phase else { return };
         let everywhere = a.pages.is_empty() || !cx.rules.keep(Rule::ActivationEverywhere);
         if everywhere && a.own {
+            if self.fills {
+                // The monitors are not told: nothing is written in this interval, so nobody need be found again.
+                return self.go_active(cx);
+            }
             if !a.reported {
                 a.reported = true;
                 let request = MonitorRequest::Activated { pg: self.id, interval: self.record.interval };
@@ -420,7 +436,7 @@ impl Pg {
         }
     }
 
-    /// The activation is durable everywhere, the monitors included: serve.
+    /// The activation is durable everywhere, the monitors included: serve, and recover.
     pub(super) fn go_active(&mut self, cx: &mut Cx<'_>) {
         let Phase::Activating(a) = &mut self.phase else { return };
         let coded = self.code.as_ref().map(|code| {
@@ -435,6 +451,7 @@ impl Pg {
             std::mem::take(&mut a.missing),
             std::mem::take(&mut a.sources),
             std::mem::take(&mut a.uncertain),
+            std::mem::take(&mut a.unsettled),
             coded,
         );
         let active = ops::Active::new(recovery, std::mem::take(&mut a.pending), cx.now);

@@ -59,6 +59,8 @@ pub struct Recovery {
     /// stays until there is one: its other blocks may be all that is left.
     own_bad: BTreeMap<ObjectId, Millis>,
     uncertain: BTreeSet<ObjectId>,
+    /// Erasure coding, while the group does not serve: objects about which only more members can decide. They are left alone.
+    unsettled: BTreeSet<ObjectId>,
     demanded: BTreeSet<ObjectId>,
     work: BTreeMap<ObjectId, Work>,
     /// Not tried again before then: it has just failed.
@@ -93,6 +95,7 @@ impl Recovery {
         missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
         sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
         uncertain: BTreeSet<ObjectId>,
+        unsettled: BTreeSet<ObjectId>,
         coded: Option<Coded>,
     ) -> Recovery {
         Recovery {
@@ -101,6 +104,7 @@ impl Recovery {
             bad: BTreeSet::new(),
             own_bad: BTreeMap::new(),
             uncertain,
+            unsettled,
             demanded: BTreeSet::new(),
             work: BTreeMap::new(),
             not_before: BTreeMap::new(),
@@ -246,6 +250,11 @@ impl Recovery {
         self.missing.values().all(BTreeMap::is_empty)
     }
 
+    /// Erasure coding: objects of which only more members can say what they should be.
+    pub fn unsettled(&self) -> usize {
+        self.unsettled.len()
+    }
+
     pub fn degraded(&self) -> u64 {
         self.missing.values().map(|m| m.len() as u64).sum()
     }
@@ -313,7 +322,11 @@ impl Recovery {
         let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
         let due = |o: &ObjectId| self.not_before.get(o).is_none_or(|t| now >= *t);
         let free = |o: &&ObjectId| {
-            !self.work.contains_key(o) && due(o) && !self.is_unfound(own, o) && lacking(o) > 0
+            !self.unsettled.contains(*o)
+                && !self.work.contains_key(o)
+                && due(o)
+                && !self.is_unfound(own, o)
+                && lacking(o) > 0
         };
         let demanded = self.demanded.iter().find(free);
         if demanded_only || demanded.is_some() {
@@ -347,11 +360,15 @@ impl Pg {
         let object_bytes = cx.map.pools.get(&self.id.pool).map_or(0, |p| u64::from(p.object_bytes));
         let Phase::Active(a) = &mut self.phase else { return };
         a.recovery.object_bytes = object_bytes;
-        if a.recovery.is_done() {
-            if !a.clean_reported {
+        if a.recovery.is_done() || (self.fills && !cx.rules.keep(Rule::FillWhole)) {
+            if !a.clean_reported && a.recovery.unsettled.is_empty() {
                 a.clean_reported = true;
-                let request = MonitorRequest::Clean { pg: self.id, interval: self.record.interval };
-                self.report(cx, What::ReportClean, request);
+                let (pg, interval) = (self.id, self.record.interval);
+                if self.fills {
+                    self.report(cx, What::ReportFilled, MonitorRequest::Filled { pg, interval });
+                } else {
+                    self.report(cx, What::ReportClean, MonitorRequest::Clean { pg, interval });
+                }
             }
             return;
         }
@@ -750,6 +767,7 @@ impl Pg {
         if std::mem::replace(&mut r.forgotten, known) == known {
             return;
         }
+        r.unsettled.retain(|o| !is_removed(cx.map, o));
         let gone: BTreeSet<ObjectId> = r.missing.values().flat_map(|m| removed_objects(cx.map, m)).collect();
         for o in gone {
             for m in r.missing.values_mut() {

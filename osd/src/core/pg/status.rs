@@ -58,7 +58,9 @@ impl Pg {
                 status.scrub = a.scrub.progress(self.counters.scrub_repaired);
                 status.damaged_objects = a.scrub.damaged.len() as u64;
                 status.damaged = a.scrub.damaged_named().into_iter().map(damaged_object).collect();
-                let state = if !a.recovery.is_done() {
+                let state = if self.fills {
+                    pb::PgState::UndersizedInactive
+                } else if !a.recovery.is_done() {
                     pb::PgState::ActiveRecovering
                 } else if self.record.members().count() < width {
                     pb::PgState::ActiveDegraded
@@ -66,7 +68,9 @@ impl Pg {
                     pb::PgState::ActiveClean
                 };
                 let unfound = status.unfound_objects;
-                let text = if unfound > 0 {
+                let text = if self.fills {
+                    self.fill_waits_for(&a.recovery, pool.min_size, own)
+                } else if unfound > 0 {
                     format!("a holder of {unfound} unfound objects")
                 } else {
                     String::new()
@@ -77,6 +81,19 @@ impl Pg {
         status.state = state.into();
         status.waiting_for = waiting_for;
         Some(status)
+    }
+
+    /// While the group brings its members, too few to serve, up to date.
+    fn fill_waits_for(&self, r: &recovery::Recovery, min_size: u32, own: OsdId) -> String {
+        let have = self.record.members().count();
+        let (missing, unfound, unsettled) = (r.degraded(), r.unfound(own), r.unsettled());
+        let then: Vec<String> = self.record.held_back().map(|o| o.to_string()).collect();
+        let first = match (unfound, unsettled) {
+            (0, 0) => format!("{missing} shards to be rebuilt"),
+            (0, _) => format!("a member of an earlier interval, about {unsettled} objects"),
+            _ => format!("a holder of {unfound} unfound objects"),
+        };
+        format!("{min_size} members, {have} are up; before {} may join: {first}", then.join(", "))
     }
 
     /// Members that owe this primary something for long enough to be reported, and the primary itself when it cannot

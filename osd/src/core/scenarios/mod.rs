@@ -5,6 +5,7 @@
 
 mod credits;
 mod dirty;
+mod fills;
 mod frozen;
 mod full;
 mod maps;

@@ -84,6 +84,22 @@ pub fn rollbacks(
         .collect()
 }
 
+/// Objects whose newest version may be kept or dropped, depending on whom else is heard, unless every acting member holds both it
+/// and the one before it.
+pub fn unsettled(
+    told: &BTreeMap<OsdId, Told>,
+    wanted: &BTreeMap<ObjectId, Needed>,
+    members: impl Iterator<Item = OsdId>,
+) -> BTreeSet<ObjectId> {
+    let members: Vec<&Told> = members.filter_map(|m| told.get(&m)).collect();
+    let both = |t: &Told, o: &ObjectId, version, before| {
+        t.entries.get(o).is_some_and(|e| !e.missing && e.version == version && e.base == Some(before))
+    };
+    let open = wanted.iter().filter_map(|(o, n)| Some((o, n.version, n.uncertain?)));
+    let open = open.filter(|(o, version, before)| !members.iter().all(|t| both(t, o, *version, *before)));
+    open.map(|(o, ..)| *o).collect()
+}
+
 /// What acting members hold as wanted but have not committed.
 pub fn pending(
     told: &BTreeMap<OsdId, Told>,

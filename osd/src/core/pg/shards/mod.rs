@@ -12,6 +12,10 @@
 //! - *Rolling back.* A version that was provably never acknowledged or shown is dropped by the activation, in the same transaction
 //!   (see `history`): the version before it is with everybody. Otherwise the newest version is kept. While some acting member
 //!   lacks one that may not have been acknowledged, it is neither shown nor committed (invariant 4).
+//! - *Too few to serve* (rule E5). A group that has fewer members than min-size, but as many as decode, while an OSD is held back from an empty
+//!   position because another shard of its may be needed, *fills*: it peers and activates as always, except that the monitors are not told, serves
+//!   nothing, commits nothing, and recovers what is certain. When every member holds everything, the monitors let one stand in
+//!   for whoever is held back and had its position, so that this OSD may take the empty one.
 //! - *A member keeps its shard number.* The monitors give an OSD that may be needed for one shard no other one. What is left of another
 //!   number when it takes its place is older than the last time the group was clean.
 
@@ -21,7 +25,7 @@ mod gather;
 mod history;
 mod write;
 
-pub use history::{pending, rollbacks, wanted};
+pub use history::{pending, rollbacks, unsettled, wanted};
 
 use super::ops::{ClientWork, range_of};
 use super::*;
@@ -57,6 +61,21 @@ impl Pg {
 
     fn geometry(&self) -> Option<Geometry> {
         self.code.as_ref().map(|c| c.geometry())
+    }
+
+    /// Whether bringing the members up to date may bring more of them, when there are too few to serve.
+    pub(super) fn may_fill(&self, cx: &Cx<'_>) -> bool {
+        let enough = self.geometry().is_some_and(|g| self.record.members().count() >= usize::from(g.k));
+        enough && cx.rules.keep(Rule::Fill) && self.record.held_back().any(|o| cx.map.up_osd(o).is_some())
+    }
+
+    /// Somebody else may be held back now, or who was came back.
+    pub(super) fn fill_again(&mut self, cx: &mut Cx<'_>) {
+        let may = self.may_fill(cx);
+        if let (Phase::Active(a), true) = (&mut self.phase, may) {
+            a.clean_reported = false;
+            self.recover(cx);
+        }
     }
 
     /// Loaded: this OSD keeps the shard of its position from now on. False when it cannot, or not yet.

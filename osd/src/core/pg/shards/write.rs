@@ -264,6 +264,10 @@ impl Pg {
 
     pub(in super::super) fn commit_lazily(&mut self, cx: &mut Cx<'_>) {
         let (own, now) = (cx.id, cx.now);
+        // With so few members both versions may be needed.
+        if self.fills {
+            return;
+        }
         let Phase::Active(a) = &mut self.phase else { return };
         let mut told: BTreeMap<OsdId, Vec<(ObjectId, Version)>> = BTreeMap::new();
         // What somebody still lacks may have to go back (invariant 4).
