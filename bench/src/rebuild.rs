@@ -133,10 +133,11 @@ fn measure(cluster: &Cluster, options: &RebuildOptions, out: &mut impl Write) ->
         end.recovered_bytes as f64 / 1e9,
         end.recovered_bytes as f64 / took / 1e6
     )?;
-    let middle = |runs: &[Measured], of: fn(&Measured) -> f64| {
+    type Figure = fn(&Measured) -> f64;
+    let middle = |runs: &[Measured], of: Figure| {
         median(runs.iter().map(of).collect()).context("a client that did not run")
     };
-    let figures: [(&str, fn(&Measured) -> f64); 4] = [
+    let figures: [(&str, Figure); 4] = [
         ("mean us", |m| m.latency_mean_us),
         ("p50 us", |m| m.latency_p50_us),
         ("p99 us", |m| m.latency_p99_us),
