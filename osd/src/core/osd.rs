@@ -47,8 +47,9 @@ pub struct OsdCore {
     pgs: BTreeMap<PgId, Pg>,
     tokens: Tokens<What>,
     stats: pb::OsdStats,
-    /// Client operations in all groups.
+    /// Client operations in all groups, and those of them that wait to start.
     client_ops: usize,
+    client_waiting: usize,
     /// What recovery of all groups may be moving, and scrubs reading.
     recovery_bytes: u64,
     throttle: Throttle,
@@ -74,6 +75,7 @@ impl OsdCore {
             tokens: Tokens::default(),
             stats: pb::OsdStats::default(),
             client_ops: 0,
+            client_waiting: 0,
             recovery_bytes: 0,
             throttle: Throttle::new(now),
             scrub_budget: ScrubBudget::new(now),
@@ -90,7 +92,8 @@ impl OsdCore {
     pub fn step(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.now = now;
         self.scrub_budget.refill(now);
-        self.throttle.elapse(now, self.client_ops, self.recovery_bytes);
+        let (waiting, under_way) = (self.client_waiting, self.client_ops - self.client_waiting);
+        self.throttle.elapse(now, under_way, waiting, self.recovery_bytes);
         let before = out.len();
         self.take(event, out);
         let ended = |e: &&Effect| {
@@ -116,6 +119,7 @@ impl OsdCore {
                     pg.client_gone(token);
                 }
                 self.client_ops = self.pgs.values().map(Pg::client_ops).sum();
+                self.client_waiting = self.pgs.values().map(Pg::client_waiting).sum();
             }
             Event::Peer { msg, data } => self.peer(msg, data, out),
             Event::Committed { token, result } => {
@@ -221,13 +225,14 @@ impl OsdCore {
             tokens: &mut self.tokens,
             out,
         };
-        self.client_ops = 0;
+        (self.client_ops, self.client_waiting) = (0, 0);
         for (id, pg) in &mut self.pgs {
             let _span = tracing::debug_span!("pg", pg = %id).entered();
             cx.recovery_bytes_elsewhere -= pg.recovery_bytes();
             f(pg, &mut cx);
             cx.recovery_bytes_elsewhere += pg.recovery_bytes();
             self.client_ops += pg.client_ops();
+            self.client_waiting += pg.client_waiting();
         }
         self.recovery_bytes = cx.recovery_bytes_elsewhere;
     }
@@ -236,6 +241,7 @@ impl OsdCore {
         let Some(pg) = self.pgs.get_mut(&id) else { return };
         let _span = tracing::debug_span!("pg", pg = %id).entered();
         self.client_ops -= pg.client_ops();
+        self.client_waiting -= pg.client_waiting();
         self.recovery_bytes -= pg.recovery_bytes();
         let mut cx = Context {
             now: self.now,
@@ -254,6 +260,7 @@ impl OsdCore {
         };
         f(pg, &mut cx);
         self.client_ops += pg.client_ops();
+        self.client_waiting += pg.client_waiting();
         self.recovery_bytes += pg.recovery_bytes();
     }
 

@@ -5,15 +5,19 @@
 //! divided by how many ended (Little's law), which is exact however coarse the clock is. What is healthy
 //! depends on how many operations there are at a time, so it is kept for each power of two of that, and measured
 //! when nothing is being recovered; while something is, recovery pauses for that now and then. Objects that
-//! clients wait for do not pass through here.
+//! clients wait for do not pass through here, and the time that operations wait for them is not latency that less recovery would
+//! mend; but a client that does nothing but wait for them is no idle one.
 
 use super::Millis;
 use gabion_proto::limits::REBUILD_RATE_MIN;
 
-/// Latency is judged once in a window.
+/// Latency is judged once in a window, which lasts at least so long.
 const WINDOW_MS: Millis = 500;
-/// Fewer operations in a window are nobody's load.
+/// Fewer operations say little about latency: the window goes on, until it is so long.
 const OPERATIONS_MIN: u64 = 16;
+const WINDOW_MAX_MS: Millis = 4_000;
+/// Operations that are here for a smaller part of the time than one in so many are nobody's load.
+const IDLE_PART: u64 = 8;
 /// At most so many times the healthy latency, in percent.
 const TOLERATED_PERCENT: u64 = 150;
 /// Windows between two pauses to measure what is healthy.
@@ -22,15 +26,21 @@ const PROBE_EVERY: u32 = 40;
 const PROBE_WINDOWS: u32 = 2;
 /// Classes of load: 1, 2, 3 to 4, 5 to 8, ... operations at a time.
 const LOADS: usize = 8;
-/// What may be under way: what the rate moves in this time.
-const AHEAD_MS: u64 = 250;
+/// Recovery beside clients begins at this rate, in bytes per second.
+const RATE_AT_FIRST: u64 = 8 * REBUILD_RATE_MIN;
+/// What may be saved up: what the rate moves in this time.
+const SAVED_MS: u64 = 250;
+/// What may be under way, beside one object: what the rate moves in this time. A client's operation comes to a disk behind all of it.
+const AHEAD_MS: u64 = 25;
 
 /// Sums over one window.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     began: Millis,
-    /// Operations here times milliseconds.
+    /// Operations under way times milliseconds.
     spent_ms: u64,
+    /// Those that had to wait before they could start.
+    waited_ms: u64,
     ended: u64,
     moved_bytes: u64,
     /// Something was under way at some time of it.
@@ -47,6 +57,8 @@ pub struct Throttle {
     credit_bytes: i64,
     at: Millis,
     window: Window,
+    /// The window before was one of operations of which none ended.
+    in_vain: bool,
     healthy_us: [Option<u64>; LOADS],
     /// Windows until the next pause, and of the one that is going on.
     probe_in: u32,
@@ -61,6 +73,7 @@ impl Throttle {
             credit_bytes: 0,
             at: now,
             window: Window { began: now, ..Window::default() },
+            in_vain: false,
             healthy_us: [None; LOADS],
             probe_in: PROBE_EVERY,
             probing: 0,
@@ -76,14 +89,15 @@ impl Throttle {
         self.limit.into_iter().chain(self.fair).min()
     }
 
-    /// Time passes; until now so many operations of clients were here, and so much recovery under way.
-    pub fn elapse(&mut self, now: Millis, operations: usize, recovery_bytes: u64) {
+    /// Time passes; until now so many operations of clients were under way, others waited to start, and so much recovery was under way.
+    pub fn elapse(&mut self, now: Millis, operations: usize, waiting: usize, recovery_bytes: u64) {
         let ms = now.saturating_sub(self.at);
         self.at = now;
         self.window.spent_ms += ms.min(WINDOW_MS) * operations as u64;
+        self.window.waited_ms += ms.min(WINDOW_MS) * waiting as u64;
         self.window.recovering |= recovery_bytes > 0;
         if let Some(rate) = self.rate() {
-            let full = (rate / 1_000).saturating_mul(AHEAD_MS).min(i64::MAX as u64) as i64;
+            let full = (rate / 1_000).saturating_mul(SAVED_MS).min(i64::MAX as u64) as i64;
             let gain = u128::from(rate) * u128::from(ms.min(1_000)) / 1_000;
             let gain = gain.min(i64::MAX as u128) as i64;
             self.credit_bytes = self.credit_bytes.saturating_add(gain).min(full);
@@ -119,9 +133,21 @@ impl Throttle {
 
     /// A window is over.
     fn judge(&mut self, now: Millis) {
+        let window_ms = (now - self.window.began).max(1);
+        let busy = (self.window.spent_ms + self.window.waited_ms) * IDLE_PART >= window_ms;
+        // Who waits for what cannot be had is no load.
+        self.in_vain &= busy && self.window.ended == 0;
+        if busy && self.window.ended < OPERATIONS_MIN {
+            if !self.in_vain {
+                self.begin_slowly();
+            }
+            if window_ms < WINDOW_MAX_MS {
+                return;
+            }
+        }
         let w = std::mem::replace(&mut self.window, Window { began: now, ..Window::default() });
-        let window_ms = (now - w.began).max(1);
-        if w.ended < OPERATIONS_MIN {
+        self.in_vain = busy && w.ended == 0;
+        if w.ended == 0 || (w.ended < OPERATIONS_MIN && !busy) {
             (self.fair, self.probing) = (None, 0);
             return;
         }
@@ -132,10 +158,7 @@ impl Throttle {
         if !w.recovering {
             *healthy = Some(healthy.map_or(latency_us, |h| (3 * h + latency_us) / 4));
             self.probing = self.probing.saturating_sub(1);
-            // Whatever begins now begins slowly.
-            let start = self.fair.unwrap_or(8 * REBUILD_RATE_MIN);
-            self.fair = Some(start);
-            return;
+            return self.begin_slowly();
         }
         if self.probing > 0 {
             self.probing -= 1;
@@ -163,7 +186,15 @@ impl Throttle {
 
     fn probe(&mut self) {
         (self.probing, self.probe_in) = (PROBE_WINDOWS, PROBE_EVERY);
-        self.fair = self.fair.or(Some(8 * REBUILD_RATE_MIN));
+        self.begin_slowly();
+    }
+
+    /// There are clients, and nothing is known yet of what they leave.
+    fn begin_slowly(&mut self) {
+        if self.fair.is_none() {
+            self.fair = Some(RATE_AT_FIRST);
+            self.credit_bytes = 0;
+        }
     }
 }
 
@@ -218,7 +249,7 @@ mod tests {
                 let moving = self.under_way.min(self.full_bytes_per_ms);
                 let share = 100 * moving / self.full_bytes_per_ms;
                 self.latency_us = self.alone_us * self.depth.max(1) * 100 / (100 - share.min(95));
-                self.throttle.elapse(self.now, self.depth as usize, self.under_way);
+                self.throttle.elapse(self.now, self.depth as usize, 0, self.under_way);
                 self.ended_us += 1_000 * self.depth;
                 let ended = self.ended_us / self.latency_us;
                 self.ended_us -= ended * self.latency_us;
@@ -255,6 +286,51 @@ mod tests {
             assert!(slowest <= healthy * 2, "depth {depth}: {slowest} us instead of {healthy}");
             assert!(rate > 40 * MIB, "depth {depth}: {rate} bytes/s are left of 500 MiB/s");
         }
+    }
+
+    /// A client of one operation at a time that always wants an object that a member lacks: each operation waits for what is under way
+    /// and for that object. How many of them end says that nobody is there.
+    #[test]
+    fn a_client_that_waits_for_objects_is_not_an_idle_one() {
+        let mut disk = Disk::new(0);
+        let mut waits = Vec::new();
+        while waits.len() < 400 {
+            let object = (disk.under_way + 4 * MIB).div_ceil(disk.full_bytes_per_ms);
+            for _ in 0..object {
+                disk.now += 1;
+                disk.throttle.elapse(disk.now, 0, 1, disk.under_way);
+                let moving = disk.under_way.min(disk.full_bytes_per_ms);
+                (disk.under_way, disk.moved) = (disk.under_way - moving, disk.moved + moving);
+                while disk.under_way < 32 * MIB && disk.throttle.allows(disk.under_way) {
+                    disk.under_way += 4 * MIB;
+                    disk.throttle.spend(4 * MIB);
+                }
+            }
+            disk.throttle.spend(4 * MIB);
+            disk.throttle.ended(1);
+            waits.push(object);
+        }
+        let late = &waits[waits.len() / 2..];
+        let mean = late.iter().sum::<u64>() / late.len() as u64;
+        assert!(mean <= 17, "{mean} ms, of which the object itself takes 9");
+    }
+
+    /// What cannot be had is waited for in vain: recovery of everything else need not be slow for that.
+    #[test]
+    fn operations_that_wait_for_ever_are_no_load() {
+        let mut disk = Disk::new(0);
+        let moved = (0..30_000).fold(0, |moved, _| {
+            disk.now += 1;
+            disk.throttle.elapse(disk.now, 0, 1, disk.under_way);
+            let moving = disk.under_way.min(disk.full_bytes_per_ms);
+            disk.under_way -= moving;
+            while disk.under_way < 32 * MIB && disk.throttle.allows(disk.under_way) {
+                disk.under_way += 4 * MIB;
+                disk.throttle.spend(4 * MIB);
+            }
+            if disk.now > 10_000 { moved + moving } else { 0 }
+        });
+        assert!(moved / 20 > 450 * MIB, "{moved} bytes in 20 s");
     }
 
     /// An OSD that has just started knows nothing of its healthy time.

@@ -157,6 +157,10 @@ impl Pg {
         self.waiting.len() + active
     }
 
+    pub fn client_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Admission: whatever can be said at once is said at once.
     pub fn client(&mut self, cx: &mut Cx<'_>, token: ClientToken, op: ClientOp, data: Bytes) {
         let old = op.epoch < self.record.interval && cx.rules.keep(Rule::OperationEpoch);
