@@ -63,7 +63,7 @@ pub fn all() -> Vec<Configuration> {
             &[OldOperationRefused, ConnectionSuperseded],
         ),
         short("two copies, slow reads", Group { slow_reads: true, ..two(2, ONE_WRITE, 1) }, &[WriteWaited]),
-        short("moves", Group { changes: 2, script: ONE_WRITE, ..MOVING }, &[StrayDropped, Recovered]),
+        short("moves", Group { changes: 2, script: ONE_WRITE, ..MOVING }, &[StrayDropped, Recovered, Denied]),
         short("take-over", held(1, &[Next::TakeOver]), &[FencedRefused, FenceAwaited]),
         short(
             "take-over of two copies",
@@ -102,9 +102,13 @@ pub fn where_missed(rule: Rule) -> Option<Group> {
         | Rule::ReadsWait
         | Rule::EveryMember
         | Rule::EarlierPrimaries => two(2, ONE_WRITE, 1),
-        Rule::OnlyDoubtGoesBack | Rule::MissingIsDurable => two(3, ONE_WRITE, 1),
+        Rule::MissingIsDurable => two(3, ONE_WRITE, 1),
         Rule::WritesWaitForReads => Group { slow_reads: true, ..two(1, ONE_WRITE, 1) },
-        Rule::Coverage | Rule::CleanIsWhole | Rule::StraysStay => moving,
+        Rule::Coverage
+        | Rule::CleanIsWhole
+        | Rule::StraysStay
+        | Rule::OnlyDoubtGoesBack
+        | Rule::OnlyTheLastDenies => moving,
         Rule::OldIntervalsEnd | Rule::Holder | Rule::FenceFirst => held,
         Rule::Authority => Group { changes: 2, ..held },
         Rule::Connections => two(1, TWO_WRITES, 2),

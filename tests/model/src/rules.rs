@@ -23,6 +23,8 @@ pub enum Rule {
     DoubtIsHidden,
     /// P3: a version is given up only if it is marked as uncertain.
     OnlyDoubtGoesBack,
+    /// P3: a member denies a version only for the last interval that may have served.
+    OnlyTheLastDenies,
     /// P4: what a member lacks is durable with its activation.
     MissingIsDurable,
     /// P4: an object leaves the missing map in the transaction that stores it.
@@ -54,7 +56,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 23] = [
+    pub const ALL: [Rule; 24] = [
         Rule::RestartsCount,
         Rule::OldIntervalsEnd,
         Rule::VersionOrder,
@@ -64,6 +66,7 @@ impl Rule {
         Rule::Coverage,
         Rule::DoubtIsHidden,
         Rule::OnlyDoubtGoesBack,
+        Rule::OnlyTheLastDenies,
         Rule::MissingIsDurable,
         Rule::MissingUntilStored,
         Rule::CleanIsWhole,

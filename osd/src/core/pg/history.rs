@@ -5,27 +5,38 @@
 //! version is *uncertain*, is not shown before everybody has it, and every member that lacks it records so. When all copies
 //! of an uncertain version are lost, the object goes back to an older state that somebody still holds. Without that
 //! mark it must not: what is lost may have been acknowledged, and only a holder of it can help.
+//!
+//! That nobody of the authority disagreed is no proof that a version was acknowledged: who could have disagreed may have been away.
+//! While no later interval has served, they can still deny it when they are back (see [`denied`]).
 
 use super::peering::Told;
 use super::*;
+use gabion_proto::map::PastInterval;
 
 /// What the objects that anybody of the authority knows should be.
 pub fn wanted(
     told: &BTreeMap<OsdId, Told>,
     highest: Epoch,
+    past: &[PastInterval],
     skip: impl Fn(&ObjectId) -> bool,
 ) -> BTreeMap<ObjectId, Needed> {
     let known = told.values().filter(|t| t.activated == highest).flat_map(|t| t.entries.keys());
     let objects: BTreeSet<ObjectId> = known.copied().filter(|o| !skip(o)).collect();
-    objects.into_iter().filter_map(|o| Some((o, needed(told, highest, &o)?))).collect()
+    objects.into_iter().filter_map(|o| Some((o, needed(told, highest, past, &o)?))).collect()
 }
 
-fn needed(told: &BTreeMap<OsdId, Told>, highest: Epoch, object: &ObjectId) -> Option<Needed> {
+fn needed(
+    told: &BTreeMap<OsdId, Told>,
+    highest: Epoch,
+    past: &[PastInterval],
+    object: &ObjectId,
+) -> Option<Needed> {
     let authority = || told.values().filter(|t| t.activated == highest);
     let (mut best, mut lost) = (None::<Needed>, None::<Needed>);
     // A version of zero is the wish to have nothing.
     for e in authority().filter_map(|t| t.entries.get(object)).filter(|e| e.version != Version::ZERO) {
-        let n = Needed { version: e.version, deleted: e.deleted, uncertain: e.uncertain };
+        let uncertain = e.uncertain.into_iter().chain(denied(told, past, object, e.version)).min();
+        let n = Needed { version: e.version, deleted: e.deleted, uncertain };
         let gone = n.uncertain.is_some() && !told.values().any(|t| t.has(object, &n));
         let slot = if gone { &mut lost } else { &mut best };
         if slot.is_none_or(|s| n.version > s.version) {
@@ -40,6 +51,33 @@ fn needed(told: &BTreeMap<OsdId, Told>, highest: Epoch, object: &ObjectId) -> Op
         Some(e) => Some(e.version).filter(|v| *v != best.version),
     });
     Some(Needed { uncertain: doubts.chain(best.uncertain).min(), ..best })
+}
+
+/// The proof that a version was neither acknowledged nor shown, from members that were active in the last interval that may have served, and
+/// in none since: the lowest version that one of them has instead.
+///
+/// What that interval wrote and then acknowledged or showed, all its members had durable (invariant 1, rule P5), and nothing takes it from
+/// a member that is not active in a later interval. What was in doubt when it began it showed when nobody
+/// lacked it any more (rule P3f). Intervals since have served nothing (rule P3c), so that they change nothing about
+/// either. About a version that is older and was not in doubt then, nobody can tell: it may have been shown.
+fn denied(
+    told: &BTreeMap<OsdId, Told>,
+    past: &[PastInterval],
+    object: &ObjectId,
+    version: Version,
+) -> Option<Version> {
+    let last = past.last()?;
+    let wrote = last.interval == version.interval();
+    let instead = last.acting.iter().filter_map(|o| {
+        let member = told.get(o).filter(|t| t.activated == last.interval)?;
+        match member.entries.get(object) {
+            None => wrote.then_some(Version::ZERO),
+            // Without the mark it may have had it: what cannot be read is missed, too.
+            Some(e) if e.missing => e.uncertain.filter(|_| e.version == version),
+            Some(e) => Some(e.version).filter(|v| wrote && *v < version),
+        }
+    });
+    instead.min()
 }
 
 /// Nobody holds the uncertain version that was to be rolled forward.

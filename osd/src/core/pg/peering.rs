@@ -269,7 +269,7 @@ impl Pg {
         }
         let removed = |o: &ObjectId| is_removed(cx.map, o);
         let wanted = match &self.code {
-            None => history::wanted(&told, highest, removed),
+            None => history::wanted(&told, highest, &self.record.past, removed),
             Some(_) => shards::wanted(&told, highest, &self.record.past, removed),
         };
         let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);

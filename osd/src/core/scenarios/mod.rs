@@ -4,6 +4,7 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod credits;
+mod denied;
 mod dirty;
 mod fills;
 mod frozen;

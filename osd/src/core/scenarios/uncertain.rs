@@ -18,11 +18,11 @@ fn uncertain(version: Version, lowest: Version) -> Needed {
     Needed { uncertain: Some(lowest), ..Needed::certain(version, false) }
 }
 
-fn unfound(rig: &Rig) -> u64 {
+pub(super) fn unfound(rig: &Rig) -> u64 {
     rig.core.pg_statuses()[0].unfound_objects
 }
 
-fn activated_with(rig: &Rig) -> Vec<ObjectEntry> {
+pub(super) fn activated_with(rig: &Rig) -> Vec<ObjectEntry> {
     let missing = |b: &PeerBody| match b {
         PeerBody::Activate { missing, .. } => Some(missing.clone()),
         _ => None,

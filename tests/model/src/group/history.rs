@@ -40,6 +40,31 @@ pub struct Choice {
     pub forward: bool,
     /// An uncertain version was given up.
     pub back: bool,
+    /// It was a member of the last interval that may have served that raised the doubt.
+    pub denied: bool,
+}
+
+/// Of which versions members are asked whether they were ever promised, by the interval that they were active in last.
+pub struct Served<'a> {
+    /// Intervals that may have served, newest last, and their members.
+    pub intervals: &'a [(u8, Set)],
+    /// Only the newest one's members can tell.
+    pub only_last: bool,
+}
+
+impl Served<'_> {
+    /// The lowest version that somebody has who must have this one if it was ever promised.
+    fn denied(&self, told: &[Option<Told>; OSDS], version: Version) -> Option<Version> {
+        let asked = if self.only_last { self.intervals.len().saturating_sub(1) } else { 0 };
+        let denials = self.intervals[asked..].iter().flat_map(|(interval, acting)| {
+            let there = members(*acting).filter_map(|m| told[m as usize]);
+            there.filter(|t| t.activated == *interval).filter_map(|t| match t.missing {
+                Some(n) => n.uncertain.filter(|_| n.version == version),
+                None => Some(t.held).filter(|held| version.interval() == *interval && *held < version),
+            })
+        });
+        denials.min()
+    }
 }
 
 /// `None` while what is needed is with nobody who told.
@@ -47,15 +72,23 @@ pub fn choose(
     told: &[Option<Told>; OSDS],
     authority_rule: bool,
     only_doubt_goes_back: bool,
+    served: Served<'_>,
 ) -> Option<Choice> {
-    let all: Vec<Entry> = told.iter().flatten().filter_map(entry).collect();
+    let mut all: Vec<Entry> = told.iter().flatten().filter_map(entry).collect();
+    let mut denied = false;
+    for e in &mut all {
+        let denial = served.denied(told, e.version);
+        denied |= e.uncertain.is_none() && denial.is_some();
+        e.uncertain = e.uncertain.into_iter().chain(denial).min();
+    }
     let highest = told.iter().flatten().map(|t| t.activated).max()?;
     let authority = || all.iter().filter(|e| e.activated == highest || !authority_rule);
     let holders = |version| all.iter().any(|e| e.copy == Some(version));
     let gives_up = |e: &Entry| (e.uncertain.is_some() || !only_doubt_goes_back) && !holders(e.version);
     let newest = |lost: bool| authority().filter(|e| gives_up(e) == lost).max_by_key(|e| e.version);
     let Some(best) = newest(false) else {
-        return go_back(&all, newest(true)?, only_doubt_goes_back);
+        let back = go_back(&all, newest(true)?, only_doubt_goes_back)?;
+        return Some(Choice { denied, ..back });
     };
     let doubts = authority().filter_map(|e| match e.missing {
         true => e.uncertain.filter(|_| e.version == best.version),
@@ -63,7 +96,7 @@ pub fn choose(
     });
     let uncertain = doubts.chain(best.uncertain).min();
     let needed = Needed { version: best.version, uncertain };
-    Some(Choice { needed, forward: uncertain.is_some(), back: newest(true).is_some() })
+    Some(Choice { needed, forward: uncertain.is_some(), back: newest(true).is_some(), denied })
 }
 
 fn go_back(all: &[Entry], lost: &Entry, only_doubt: bool) -> Option<Choice> {
@@ -77,7 +110,7 @@ fn go_back(all: &[Entry], lost: &Entry, only_doubt: bool) -> Option<Choice> {
         // Whoever holds an older state may come back.
         None => Needed { version: lost.version, uncertain: lost.uncertain },
     };
-    Some(Choice { needed, forward: false, back: needed.version != lost.version })
+    Some(Choice { needed, back: needed.version != lost.version, ..Choice::default() })
 }
 
 /// Whether a member that told so has the object as it should be.

@@ -37,6 +37,8 @@ pub enum Event {
     RolledForward,
     /// An uncertain version of which all copies are lost is given up.
     WentBack,
+    /// So was one that nobody of the authority had doubted.
+    Denied,
     /// A primary peers after an activation that did not reach the monitors.
     HalfActivated,
     /// Members of an interval before the last one are needed to go on.
@@ -68,9 +70,10 @@ pub enum Event {
 }
 
 impl Event {
-    pub const ALL: [Event; 16] = [
+    pub const ALL: [Event; 17] = [
         Event::RolledForward,
         Event::WentBack,
+        Event::Denied,
         Event::HalfActivated,
         Event::OldIntervalNeeded,
         Event::FencedRefused,

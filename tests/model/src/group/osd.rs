@@ -112,7 +112,12 @@ impl Group {
             return;
         }
         let only_doubt = self.keeps(Rule::OnlyDoubtGoesBack);
-        let Some(choice) = history::choose(&all, self.keeps(Rule::Authority), only_doubt) else { return };
+        let intervals: Vec<(u8, Set)> =
+            members(record.past).map(|p| (p, s.monitors.intervals[p as usize].acting)).collect();
+        let only_last = self.keeps(Rule::OnlyTheLastDenies);
+        let served = history::Served { intervals: &intervals, only_last };
+        let choice = history::choose(&all, self.keeps(Rule::Authority), only_doubt, served);
+        let Some(choice) = choice else { return };
         let lacking = members(record.acting).filter(|m| {
             let told = all[*m as usize].unwrap_or_default();
             !history::has_it(&told, &choice.needed)
@@ -124,6 +129,7 @@ impl Group {
         for (happened, event) in [
             (choice.forward, Event::RolledForward),
             (choice.back, Event::WentBack),
+            (choice.denied && choice.back, Event::Denied),
             (highest > newest_past && newest_past != 0, Event::HalfActivated),
             (record.past.count_ones() > 1, Event::OldIntervalNeeded),
         ] {
