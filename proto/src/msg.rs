@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 4;
+pub const PROTOCOL_VERSION: u8 = 5;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -323,6 +323,8 @@ pub enum SubWriteKind {
     },
     /// Leaves a tombstone.
     Delete,
+    /// The receiver lacks the object, and notes that it is at this version now (rule P4).
+    Note,
 }
 
 /// A whole object as recovery moves it.

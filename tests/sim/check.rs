@@ -42,6 +42,33 @@ impl World {
         count
     }
 
+    /// Whether as many disks as the pool's min-size have an object at a version, or a newer one. Who does not run may have it.
+    pub fn on_enough_disks(&mut self, object: (PgId, ObjectId), version: Version) -> Result<(), String> {
+        let map = &self.monitor.state.map;
+        let Some(pool) = map.pools.get(&self.pool).filter(|_| !map.is_removed(&object.1)) else {
+            return Ok(());
+        };
+        // OSDs may not know yet that it is higher now.
+        self.min_size = self.min_size.min(pool.min_size as usize);
+        let mut may_have = 0;
+        for n in self.nodes.iter_mut().filter(|n| !n.lost) {
+            let held = match n.disk.store() {
+                Some(store) => store.object(object.0, object.1).map_err(|e| e.to_string()),
+                None => Ok(None),
+            };
+            let runs = n.core.is_some();
+            let has = held.is_ok_and(|s| s.is_some_and(|s| s.pending.unwrap_or(s.version) >= version));
+            may_have += usize::from(has || !runs);
+        }
+        match may_have >= self.min_size {
+            true => Ok(()),
+            false => Err(format!(
+                "{} is at {version} on {may_have} disks, min-size is {}",
+                object.1, self.min_size
+            )),
+        }
+    }
+
     /// Every acting member of every group holds the same, tombstones included, and misses nothing.
     pub fn compare_replicas(&mut self) -> Result<(), String> {
         if let Redundancy::Erasure { .. } = self.redundancy() {

@@ -37,6 +37,7 @@ pub struct Origin {
     connection: u64,
     request: u64,
     writes: Option<(VolumeId, (Generation, Session))>,
+    object: (PgId, ObjectId),
 }
 
 #[derive(Default)]
@@ -164,13 +165,14 @@ impl World {
         n.next_token += 1;
         let writes = !matches!(op.kind, OpKind::Read { .. });
         let writes = writes.then_some((op.volume, (op.generation, op.session)));
-        n.origins.insert(token, Origin { client, connection, request, writes });
+        let object = (op.pg, op.object);
+        n.origins.insert(token, Origin { client, connection, request, writes, object });
         self.step(node, Event::Client { token, op, data });
     }
 
     pub fn send_reply(&mut self, node: usize, token: ClientToken, reply: OpReply, data: Bytes) {
         let Some(origin) = self.nodes[node].origins.remove(&token) else { return };
-        let Origin { client, connection, request, writes } = origin;
+        let Origin { client, connection, request, writes, object } = origin;
         // Rule C3: when a fence was in force, nothing of an older holder was under way.
         if let (OpReply::Done { .. }, Some((volume, holder))) = (&reply, writes)
             && self.in_force.get(&volume).is_some_and(|h| *h > holder)
@@ -178,6 +180,11 @@ impl World {
             self.finding = Some(format!(
                 "osd.{node} carried out a write of {holder:?} when the fence of a later holder of {volume} was in force"
             ));
+        }
+        if let OpReply::Done { version } = reply
+            && let Err(finding) = self.on_enough_disks(object, version)
+        {
+            self.finding = Some(format!("osd.{node} answered a write: {finding}"));
         }
         if self.lost_between(Place::Node(node), Place::Client(client)) {
             self.network.broken.insert(connection);

@@ -148,6 +148,8 @@ pub struct World {
     pub pool: PoolId,
     /// The fewest copies that the pool was to keep since all groups were clean.
     pub copies_min: u32,
+    /// The lowest min-size that the pool had.
+    pub min_size: usize,
     /// Holders whose fences are in force: nobody before them is answered any more (rule C3).
     pub in_force: BTreeMap<VolumeId, (Generation, Session)>,
     /// A disk was lost since all groups were clean.
@@ -194,6 +196,7 @@ impl World {
             next_connection: 1,
             pool,
             copies_min: u32::MAX,
+            min_size: usize::MAX,
             in_force: BTreeMap::new(),
             lost_one: false,
             rotting: false,

@@ -54,6 +54,8 @@ branches! {
     RecoverBeside,
     /// Recovery: an object that a client waits for goes first.
     Demanded,
+    /// Recovery: writes in flight end first.
+    RecoveryWaitsForWrites,
     /// Recovery: a source is late, another one is asked.
     SourceLate,
     /// Recovery: a source has no good copy.
@@ -90,6 +92,10 @@ branches! {
     LazyCommit,
     /// Writes: one came before its predecessor.
     EarlyWrite,
+    /// Writes: a member lacks the object, and notes the write.
+    NotedWrite,
+    /// Writes: one waits, so that recovery of its object can begin.
+    WriteWaitsForRecovery,
     /// Writes: a sub-write is sent again.
     WriteAgain,
     /// Writes: a member has refused one.

@@ -19,6 +19,12 @@ pub enum Rule {
     MissingMap,
     /// An object leaves the missing map only when it is stored (P4).
     MissingUntilStored,
+    /// While members lack an object it is written only if enough others have it (P4).
+    EnoughHold,
+    /// A member that lacks an object has noted a write of it durably before the write is answered (P4).
+    WritesAreNoted,
+    /// What a member lacks is not brought to it while writes of it are in flight (P4).
+    RecoveryWaitsForWrites,
     /// A read waits for overlapping writes in flight (P5).
     ReadsWaitForWrites,
     /// A read waits while the authority disagrees about the object (P5).
@@ -62,7 +68,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 28] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -70,6 +76,9 @@ impl Rule {
         Rule::Coverage,
         Rule::MissingMap,
         Rule::MissingUntilStored,
+        Rule::EnoughHold,
+        Rule::WritesAreNoted,
+        Rule::RecoveryWaitsForWrites,
         Rule::ReadsWaitForWrites,
         Rule::ReadsWaitForDoubt,
         Rule::Lease,

@@ -220,8 +220,13 @@ pub fn frame(seed: u64) -> Frame {
         }
         3 => Message::OpReply(OpReply::Retry { epoch: Epoch(n.any()), why: RetryWhy::Busy }),
         4 => {
-            data = content.data;
-            let write = SubWriteKind::Write { extents: content.extents };
+            let write = match n.flag() {
+                true => SubWriteKind::Note,
+                false => {
+                    data = content.data;
+                    SubWriteKind::Write { extents: content.extents }
+                }
+            };
             let body = PeerBody::SubWrite { tid: n.any(), object, version, prev: Version::ZERO, write };
             peer(n, body)
         }

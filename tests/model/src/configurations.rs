@@ -47,10 +47,10 @@ pub fn all() -> Vec<Configuration> {
         short(
             "three copies, retries",
             three(2, TWO_WRITES, 2),
-            &[OldOperationRefused, LateTwin, ConnectionSuperseded],
+            &[OldOperationRefused, LateTwin, ConnectionSuperseded, NotedWrite],
         ),
         short("three copies, two blocks", three(2, TWO_BLOCKS, 1), &[RolledForward, SubWriteRefused]),
-        short("two copies", two(4, TWO_WRITES, 1), &[WentBack, DegradedWrite, OldIntervalNeeded]),
+        short("two copies", two(4, TWO_WRITES, 1), &[WentBack, DegradedWrite, OldIntervalNeeded, NotedWrite]),
         short("two copies, retries", two(3, TWO_WRITES, 2), &[LateTwin]),
         short(
             "two copies, timeouts",
@@ -63,7 +63,11 @@ pub fn all() -> Vec<Configuration> {
             &[OldOperationRefused, ConnectionSuperseded],
         ),
         short("two copies, slow reads", Group { slow_reads: true, ..two(2, ONE_WRITE, 1) }, &[WriteWaited]),
-        short("moves", Group { changes: 2, script: ONE_WRITE, ..MOVING }, &[StrayDropped, Recovered, Denied]),
+        short(
+            "moves",
+            Group { changes: 2, script: ONE_WRITE, ..MOVING },
+            &[StrayDropped, Recovered, Denied, NotedWrite],
+        ),
         short("take-over", held(1, &[Next::TakeOver]), &[FencedRefused, FenceAwaited]),
         short(
             "take-over of two copies",
@@ -108,7 +112,10 @@ pub fn where_missed(rule: Rule) -> Option<Group> {
         | Rule::CleanIsWhole
         | Rule::StraysStay
         | Rule::OnlyDoubtGoesBack
-        | Rule::OnlyTheLastDenies => moving,
+        | Rule::OnlyTheLastDenies
+        | Rule::WritesAreNoted
+        | Rule::RecoveryWaitsForWrites => moving,
+        Rule::EnoughHold => Group { min_size: 2, ..moving },
         Rule::OldIntervalsEnd | Rule::Holder | Rule::FenceFirst => held,
         Rule::Authority => Group { changes: 2, ..held },
         Rule::Connections => two(1, TWO_WRITES, 2),

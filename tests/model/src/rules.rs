@@ -29,6 +29,12 @@ pub enum Rule {
     MissingIsDurable,
     /// P4: an object leaves the missing map in the transaction that stores it.
     MissingUntilStored,
+    /// P4: while a member lacks the object it is written only if enough others have it.
+    EnoughHold,
+    /// P4: a member that lacks the object has noted a write of it, durably, before the write is answered.
+    WritesAreNoted,
+    /// P4: what a member lacks is not brought to it while writes of it are in flight.
+    RecoveryWaitsForWrites,
     /// P4: the monitors hear that a group is clean when no member lacks anything.
     CleanIsWhole,
     /// P5: a read waits for writes in flight.
@@ -56,7 +62,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 24] = [
+    pub const ALL: [Rule; 27] = [
         Rule::RestartsCount,
         Rule::OldIntervalsEnd,
         Rule::VersionOrder,
@@ -69,6 +75,9 @@ impl Rule {
         Rule::OnlyTheLastDenies,
         Rule::MissingIsDurable,
         Rule::MissingUntilStored,
+        Rule::EnoughHold,
+        Rule::WritesAreNoted,
+        Rule::RecoveryWaitsForWrites,
         Rule::CleanIsWhole,
         Rule::ReadsWait,
         Rule::WritesWaitForReads,

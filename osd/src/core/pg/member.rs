@@ -246,11 +246,19 @@ impl Pg {
     /// Rule P2: in version order, each after its predecessor.
     pub(super) fn sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) {
         let have = self.version_of(&w.object);
-        let missing = self.index.missing.contains_key(&w.object);
+        let noted = self.index.missing.get(&w.object).map(|n| n.version);
         let Some(m) = self.member() else { return };
-        // Writes come only after activation, and never to an object that this member still misses.
-        if !m.active || missing {
+        // Writes come only after activation.
+        if !m.active {
             return;
+        }
+        match (noted, &w.write) {
+            (Some(_), SubWriteKind::Note) => return self.note_write(cx, from, noted, &w),
+            // It was brought here late, and the primary knows nothing of that.
+            (None, SubWriteKind::Note) if w.version > have => return self.note_write(cx, from, noted, &w),
+            // The primary takes this member for one that has it.
+            (Some(_), _) => return,
+            (None, _) => {}
         }
         if w.version <= have {
             if !m.in_flight.contains_key(&(w.object, w.version)) {
@@ -280,6 +288,34 @@ impl Pg {
         }
     }
 
+    /// Rule P4: this member lacks the object; that it is at another version now is durable before the write is answered. Notes may
+    /// overtake each other: the newest counts, and an older one is answered when that is durable.
+    fn note_write(&mut self, cx: &mut Cx<'_>, from: OsdId, noted: Option<Version>, w: &Early) {
+        let (tid, object, version) = (w.tid, w.object, w.version);
+        let coded = self.code.is_some();
+        let Some(m) = self.member() else { return };
+        // What is being stored would count as what is noted. The note comes again.
+        if coded || m.applying.contains(&object) {
+            return;
+        }
+        if noted.is_some_and(|n| version <= n) {
+            if !m.in_flight.range((object, version)..).any(|((o, _), _)| *o == object) {
+                let body = PeerBody::SubWriteAck { tid, result: SubResult::Ok };
+                self.send(cx, from, body, Bytes::new());
+            }
+            return;
+        }
+        if !cx.rules.keep(Rule::WritesAreNoted) {
+            let body = PeerBody::SubWriteAck { tid, result: SubResult::Ok };
+            return self.send(cx, from, body, Bytes::new());
+        }
+        cx.takes(Branch::NotedWrite);
+        m.in_flight.insert((object, version), tid);
+        let needed = Needed::certain(version, false);
+        self.index.missing.insert(object, needed);
+        self.submit(cx, What::SubWrite { tid, object, version }, vec![TxnOp::AddMissing { object, needed }]);
+    }
+
     fn apply_sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) -> bool {
         let Early { tid, object, version, prev, write, data } = w;
         let ops = match write {
@@ -298,6 +334,7 @@ impl Pg {
             }
             // Shards are only ever prepared.
             _ if self.code.is_some() => return false,
+            SubWriteKind::Note => return false,
             SubWriteKind::Zero { first_block, block_count, discard } => {
                 vec![TxnOp::Zero { object, prev, version, first_block, block_count, discard }]
             }

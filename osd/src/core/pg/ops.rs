@@ -282,6 +282,8 @@ impl Pg {
         if self.code.is_some() {
             return self.start_coded(cx, work, first_block, block_count);
         }
+        let min_size = self.pool_min_size(cx).unwrap_or(usize::MAX);
+        let members = self.record.members().count();
         let Phase::Active(a) = &mut self.phase else { return false };
         let layers = match &op.kind {
             OpKind::Read { below, .. } => below.as_slice(),
@@ -289,11 +291,18 @@ impl Pg {
         };
         for layer in std::iter::once(op.object.layer).chain(layers.iter().copied()) {
             let object = ObjectId { layer, ..op.object };
-            if a.recovery.blocks(cx.id, &object, is_read && cx.rules.keep(Rule::ReadsWaitForDoubt), is_read) {
+            let doubts = cx.rules.keep(Rule::ReadsWaitForDoubt);
+            let enough = if cx.rules.keep(Rule::EnoughHold) { min_size } else { 1 };
+            let blocked = match is_read {
+                true => a.recovery.blocks_reads(cx.id, &object, doubts),
+                false => a.recovery.blocks_writes(cx.id, &object, members, enough),
+            };
+            if blocked {
                 a.recovery.demand(object);
-                if is_read {
-                    cx.takes(Branch::ReadWaitsForRecovery);
-                }
+                cx.takes(match is_read {
+                    true => Branch::ReadWaitsForRecovery,
+                    false => Branch::WriteWaitsForRecovery,
+                });
                 return false;
             }
         }
@@ -442,13 +451,19 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         let tid = a.next_tid();
         let requested = Requested::of(work, (first_block, block_count));
-        let part = (body.clone(), data.clone());
-        let write = Write::same(requested, object, (prev, version), part, &others, cx.now);
+        let lacking = a.recovery.note_write(&object, version, &others);
+        let write = match lacking.is_empty() {
+            true => Write::same(requested, object, (prev, version), (body, data), &others, cx.now),
+            false => {
+                let to = (others.as_slice(), &lacking);
+                Write::noted(requested, object, (prev, version), (body, data), to, cx.now)
+            }
+        };
+        let parts: Vec<_> = others.iter().filter_map(|o| Some((*o, write.part(*o)?))).collect();
         a.writes.insert(tid, write);
         self.submit(cx, What::Write { tid }, vec![op]);
-        for o in others {
-            let body = PeerBody::SubWrite { tid, object, version, prev, write: body.clone() };
-            self.send(cx, o, body, data.clone());
+        for (o, (write, data)) in parts {
+            self.send(cx, o, PeerBody::SubWrite { tid, object, version, prev, write }, data);
         }
     }
 

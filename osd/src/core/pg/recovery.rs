@@ -1,8 +1,9 @@
 //! Recovery at the primary: what members miss is brought to them, object by object (rule P4).
 //!
 //! An object that misses on the primary is pulled from somebody who has exactly the needed version; what others
-//! miss is then pushed. Writes wait while any acting member misses the object; reads wait while the
-//! primary does, or while the object is *uncertain* (the authority disagreed about it). Wanted objects go first.
+//! miss is then pushed. Reads and writes wait while the primary misses the object, or while it is *uncertain* (the authority
+//! disagreed about it). Writes go on while others miss it, as long as enough members have it: who misses it notes the version
+//! that it is at now. They wait while it is under way, and it is under way only while no write of it is. Wanted objects go first.
 
 use super::member::{replace_ops, sub_result};
 use super::*;
@@ -62,6 +63,8 @@ pub struct Recovery {
     /// Erasure coding, while the group does not serve: objects about which only more members can decide. They are left alone.
     unsettled: BTreeSet<ObjectId>,
     demanded: BTreeSet<ObjectId>,
+    /// Objects whose turn it is, and of which writes in flight must end first. New ones wait.
+    draining: BTreeSet<ObjectId>,
     work: BTreeMap<ObjectId, Work>,
     /// Not tried again before then: it has just failed.
     not_before: BTreeMap<ObjectId, Millis>,
@@ -106,6 +109,7 @@ impl Recovery {
             uncertain,
             unsettled,
             demanded: BTreeSet::new(),
+            draining: BTreeSet::new(),
             work: BTreeMap::new(),
             not_before: BTreeMap::new(),
             owing: BTreeMap::new(),
@@ -228,13 +232,51 @@ impl Recovery {
         self.missing.values().flat_map(|m| m.keys()).any(|o| !known.contains_key(o))
     }
 
-    /// Whether an operation on the object must wait.
-    pub fn blocks(&self, own: OsdId, object: &ObjectId, doubts: bool, is_read: bool) -> bool {
-        let lacks = |o: OsdId| self.missing.get(&o).is_some_and(|m| m.contains_key(object));
-        if is_read && !(doubts && self.uncertain.contains(object)) {
-            return lacks(own);
+    /// Whether a read of the object must wait.
+    pub fn blocks_reads(&self, own: OsdId, object: &ObjectId, doubts: bool) -> bool {
+        match doubts && self.uncertain.contains(object) {
+            true => self.is_missing(object),
+            false => self.missing.get(&own).is_some_and(|m| m.contains_key(object)),
         }
-        self.missing.values().any(|m| m.contains_key(object))
+    }
+
+    /// Whether a write of the object must wait (rule P4), in a group of so many members of which `enough` must have it. Who
+    /// misses it must know that, and at which version it is; so must the primary, and nobody may have a doubt about it.
+    pub fn blocks_writes(&self, own: OsdId, object: &ObjectId, members: usize, enough: usize) -> bool {
+        let mut lacking = self.missing.iter().filter_map(|(o, m)| Some((*o, m.get(object)?))).peekable();
+        if lacking.peek().is_none() {
+            return false;
+        }
+        let taken = self.work.contains_key(object) || self.draining.contains(object);
+        if taken || self.coded.is_some() || !self.repairs_of(object).is_empty() {
+            return true;
+        }
+        let mut hold = members;
+        for (o, needed) in lacking {
+            if o == own || needed.deleted || needed.uncertain.is_some() {
+                return true;
+            }
+            hold = hold.saturating_sub(1);
+        }
+        hold < enough || self.uncertain.contains(object)
+    }
+
+    /// A write of an object begins that these may lack. Who does, will: what it must get is that version from now on, and members of
+    /// earlier intervals do not have it.
+    pub fn note_write(&mut self, object: &ObjectId, version: Version, others: &[OsdId]) -> BTreeSet<OsdId> {
+        let mut lacking = BTreeSet::new();
+        for (o, m) in &mut self.missing {
+            if let Some(n) = m.get_mut(object) {
+                n.version = version;
+                lacking.insert(*o);
+            }
+        }
+        if !lacking.is_empty()
+            && let Some(s) = self.sources.get_mut(object)
+        {
+            s.retain(|o| others.contains(o));
+        }
+        lacking
     }
 
     pub fn demand(&mut self, object: ObjectId) {
@@ -317,13 +359,33 @@ impl Recovery {
         self.repairs.remove(&(*object, member)).is_some()
     }
 
-    /// The next object to start: in demand first, then uncertain ones, then the one that most members lack.
-    fn next(&self, own: OsdId, now: Millis, demanded_only: bool) -> Option<ObjectId> {
+    /// The next object to start: in demand first, then uncertain ones, then the one that most members lack. None of which writes are
+    /// in flight, as long as there is another one.
+    fn next(
+        &self,
+        own: OsdId,
+        now: Millis,
+        demanded_only: bool,
+        written: &BTreeSet<ObjectId>,
+    ) -> Option<ObjectId> {
+        let quiet = self.next_but(own, now, demanded_only, |o| written.contains(o));
+        quiet.or_else(|| self.next_but(own, now, demanded_only, |_| false))
+    }
+
+    fn next_but(
+        &self,
+        own: OsdId,
+        now: Millis,
+        demanded_only: bool,
+        but: impl Fn(&ObjectId) -> bool,
+    ) -> Option<ObjectId> {
         let lacking = |o: &ObjectId| self.missing.values().filter(|m| m.contains_key(o)).count();
         let due = |o: &ObjectId| self.not_before.get(o).is_none_or(|t| now >= *t);
         let free = |o: &&ObjectId| {
             !self.unsettled.contains(*o)
                 && !self.work.contains_key(o)
+                && !self.draining.contains(*o)
+                && !but(o)
                 && due(o)
                 && !self.is_unfound(own, o)
                 && lacking(o) > 0
@@ -387,16 +449,19 @@ impl Pg {
                 cx.takes(Branch::SourceLate);
             }
         }
+        let written = a.writes.values().map(|w| w.object).collect::<BTreeSet<ObjectId>>();
+        // Whose writes have ended are waited for now.
+        a.recovery.draining.retain(|o| written.contains(o));
         loop {
             let Some(r) = self.recovery() else { return };
             // Wanted objects may overtake even when all places are taken.
-            if r.work.len() >= 2 * AT_ONCE {
+            let places = r.work.len() + r.draining.len();
+            if places >= 2 * AT_ONCE {
                 break;
             }
             let under_way = cx.recovery_bytes_elsewhere + r.bytes();
-            let taken =
-                r.work.len() >= AT_ONCE || under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way);
-            let next = r.next(cx.id, cx.now, taken);
+            let taken = places >= AT_ONCE || under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way);
+            let next = r.next(cx.id, cx.now, taken, &written);
             if next.is_none() && taken && !cx.throttle.allows(under_way) {
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
             }
@@ -404,26 +469,27 @@ impl Pg {
             if r.demanded.contains(&object) {
                 cx.takes(Branch::Demanded);
             }
-            if !self.start_recovery(cx, object) {
-                break;
-            }
+            self.start_recovery(cx, object);
         }
         self.ask_strays(cx);
     }
 
-    fn start_recovery(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
-        let Phase::Active(a) = &mut self.phase else { return false };
-        // A repair while writes are in flight: they end first.
-        if a.has_writes(&object) {
-            return false;
+    fn start_recovery(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let Phase::Active(a) = &mut self.phase else { return };
+        // Rule P4: writes that are in flight end first, and what waits for that begins as soon as they have.
+        if a.has_writes(&object) && cx.rules.keep(Rule::RecoveryWaitsForWrites) {
+            cx.takes(Branch::RecoveryWaitsForWrites);
+            a.recovery.draining.insert(object);
+            a.recovery.demand(object);
+            return;
         }
         let needed = a.recovery.missing.values().find_map(|m| m.get(&object));
         if self.code.is_some() && needed.is_some_and(|n| !n.deleted) {
             cx.takes(Branch::ComputeShards);
             self.gather_lost(cx, object);
-            return true;
+            return;
         }
-        let Phase::Active(a) = &mut self.phase else { return false };
+        let Phase::Active(a) = &mut self.phase else { return };
         let tid = a.next_tid();
         let r = &mut a.recovery;
         let own = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
@@ -437,7 +503,7 @@ impl Pg {
                     Some(from) => Stage::Pulling { from: *from },
                     None => {
                         r.sources.remove(&object);
-                        return true;
+                        return;
                     }
                 }
             }
@@ -446,7 +512,7 @@ impl Pg {
                 match needed {
                     Some(n) if n.deleted => Stage::Pushing { waiting: BTreeSet::new() },
                     Some(_) => Stage::Reading,
-                    None => return true,
+                    None => return,
                 }
             }
         };
@@ -475,7 +541,6 @@ impl Pg {
         } else {
             self.push_to_all(cx, object, true, Content::default());
         }
-        true
     }
 
     pub(super) fn pulled(
@@ -689,7 +754,7 @@ impl Pg {
         let holders: BTreeSet<OsdId> = others
             .into_iter()
             .filter(|o| !r.missing.get(o).is_some_and(|m| m.contains_key(&object)))
-            // Members of the past that had it when this interval began: while somebody lacks it, nobody writes to it.
+            // Members of the past that had it when this interval began, if it was not written since.
             .chain(sources)
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();

@@ -76,6 +76,25 @@ impl Write {
         }
     }
 
+    /// What each member is sent, at once: the same bytes, or to those who lack the object that it is at another version now.
+    pub fn noted(
+        requested: Requested,
+        object: ObjectId,
+        versions: (Version, Version),
+        part: (SubWriteKind, Bytes),
+        (members, lacking): (&[OsdId], &BTreeSet<OsdId>),
+        now: Millis,
+    ) -> Write {
+        let part = |o: &OsdId| match lacking.contains(o) {
+            true => (SubWriteKind::Note, Bytes::new()),
+            false => part.clone(),
+        };
+        let parts = members.iter().map(|o| (*o, part(o))).collect();
+        let mut write = Write::new(object, requested, Parts::Each(BTreeMap::new()), now);
+        write.send(versions, parts, now);
+        write
+    }
+
     /// The same bytes for everybody, at once.
     pub fn same(
         requested: Requested,

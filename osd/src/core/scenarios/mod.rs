@@ -10,6 +10,7 @@ mod fills;
 mod frozen;
 mod full;
 mod maps;
+mod noted;
 mod places;
 mod removed;
 mod rescued;
@@ -72,6 +73,8 @@ pub struct Rig {
     pub commits: Vec<Vec<TxnOp>>,
     /// While set, clients' writes wait in the store: their tokens.
     pub hold_writes: bool,
+    /// While set, what recovery stores waits there.
+    pub hold_pushes: bool,
     /// The store does not remove groups.
     pub refuse_removals: bool,
     pub held: VecDeque<Token>,
@@ -133,6 +136,7 @@ impl Rig {
             },
             commits: Vec::new(),
             hold_writes: false,
+            hold_pushes: false,
             refuse_removals: false,
             held: VecDeque::new(),
             sent: Vec::new(),
@@ -171,7 +175,11 @@ impl Rig {
                     }
                 }
                 self.commits.push(txn.ops);
-                if write && self.hold_writes {
+                let push = self
+                    .commits
+                    .last()
+                    .is_some_and(|t| t.iter().any(|op| matches!(op, TxnOp::Replace { .. })));
+                if (write && self.hold_writes) || (push && self.hold_pushes) {
                     self.held.push_back(token);
                     return None;
                 }

@@ -59,6 +59,8 @@ pub enum Event {
     LateTwin,
     /// A member gets the object from another one.
     Recovered,
+    /// A write is answered though a member lacks the object.
+    NotedWrite,
     /// An activation waits for an earlier primary.
     EarlierPrimaryAwaited,
     /// An attachment waits for older writes to end.
@@ -70,7 +72,7 @@ pub enum Event {
 }
 
 impl Event {
-    pub const ALL: [Event; 17] = [
+    pub const ALL: [Event; 18] = [
         Event::RolledForward,
         Event::WentBack,
         Event::Denied,
@@ -84,6 +86,7 @@ impl Event {
         Event::Answered,
         Event::LateTwin,
         Event::Recovered,
+        Event::NotedWrite,
         Event::EarlierPrimaryAwaited,
         Event::FenceAwaited,
         Event::StrayDropped,

@@ -14,7 +14,10 @@ impl Group {
                 Phase::Peering { told } => self.peer(steps, o, told),
                 Phase::Activating { plan, done } => self.activate(steps, o, plan, done),
                 Phase::Active { plan, writing, reading } => {
-                    self.recover(steps, o, plan);
+                    let quiet = writing.iter().all(Option::is_none);
+                    if quiet || !self.keeps(Rule::RecoveryWaitsForWrites) {
+                        self.recover(steps, o, plan);
+                    }
                     self.read(steps, o, plan, writing, reading);
                 }
             }

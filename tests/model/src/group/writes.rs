@@ -40,7 +40,8 @@ impl Group {
         // What is refused for good was taken out already; the rest waits.
         let holder = self.holder(op) == s.map_of(o).holder || !self.keeps(Rule::Holder);
         let timely = request.interval == interval || !self.keeps(Rule::OperationEpoch);
-        let ready = timely && holder && self.has_lease(s, o) && s.is_current(o) && plan.lacks == 0;
+        let ready =
+            timely && holder && self.has_lease(s, o) && s.is_current(o) && self.may_write(s, o, &plan);
         // A connection keeps its order.
         let overtakes = s.requests.iter().flatten().any(|r| {
             let same = (r.to, r.connection) == (o, request.connection);
@@ -60,12 +61,21 @@ impl Group {
         s.requests[n] = None;
         let superseded = self.supersede(&mut s, request);
         s.sub_writes[slot] = Some(SubWrite { interval, version, before, op });
-        if let Phase::Active { writing, .. } = &mut s.osd(o).phase {
+        if let Phase::Active { plan, writing, .. } = &mut s.osd(o).phase {
             let connection = request.connection;
+            // What is to be brought to those who lack it.
+            plan.needed.version = if plan.lacks == 0 { plan.needed.version } else { version };
             writing[block as usize] = Some(Writing { op, version, connection, own: false, acked: 0 });
         }
         let events = if superseded { Event::ConnectionSuperseded.bit() } else { 0 };
         steps.with(Action::Start { op, at: o }, s, events, None);
+    }
+
+    /// Rule P4: every acting member has the object, or enough of them have, the primary included, and there is no doubt about it.
+    fn may_write(&self, s: &State, o: u8, plan: &Plan) -> bool {
+        let hold = s.record_of(o).acting & !plan.lacks;
+        let enough = hold.count_ones() >= self.min_size || !self.keeps(Rule::EnoughHold);
+        plan.lacks == 0 || (has(hold, o) && plan.needed.uncertain.is_none() && enough)
     }
 
     fn own_durable(&self, steps: &mut Steps<'_>, o: u8, w: Writing) {
@@ -92,11 +102,12 @@ impl Group {
         writing.iter().flatten().any(waits).then_some(primary)
     }
 
-    /// What a sub-write would do at a member: `None` nothing, else whether it is applied or only acknowledged (rule P2).
+    /// What a sub-write would do at a member: `None` nothing, else whether it is applied or only acknowledged (rule P2). Who
+    /// lacks the object notes that it is at that version now (rule P4).
     fn effect(&self, s: &State, write: &SubWrite, member: u8) -> Option<bool> {
         let record = &s.monitors.intervals[write.interval as usize];
         let osd = &s.osds[member as usize];
-        if !has(record.acting, member) || record.primary == member || osd.missing.is_some() {
+        if !has(record.acting, member) || record.primary == member {
             return None;
         }
         // Writes come only to who has activated, from its own interval, between those that its map calls up.
@@ -107,6 +118,10 @@ impl Group {
             && osd.activated >= write.interval;
         if !now && !old {
             return None;
+        }
+        if let Some(n) = osd.missing {
+            let newer = write.version > n.version;
+            return (newer || self.waits_for(s, write, member).is_some()).then_some(newer);
         }
         if write.version <= osd.held.version {
             return self.waits_for(s, write, member).map(|_| false);
@@ -119,9 +134,16 @@ impl Group {
         let mut s = *steps.from;
         if applies {
             let block = self.block(write.op) as usize;
+            let noted = self.keeps(Rule::WritesAreNoted);
             let osd = s.osd(member);
-            osd.held.version = write.version;
-            osd.held.blocks[block] = write.op;
+            match &mut osd.missing {
+                Some(n) if noted => *n = Needed { version: write.version, uncertain: None },
+                Some(_) => {}
+                None => {
+                    osd.held.version = write.version;
+                    osd.held.blocks[block] = write.op;
+                }
+            }
         }
         if let Some(primary) = self.waits_for(&s, &write, member)
             && let Phase::Active { writing, .. } = &mut s.osd(primary).phase
@@ -158,8 +180,16 @@ impl Group {
         }
         let degraded = acting.count_ones() < self.placed.count_ones();
         let mut events = Event::Answered.bit();
-        for (happened, event) in [(degraded, Event::DegradedWrite), (!awaited, Event::LateTwin)] {
+        let Phase::Active { plan, .. } = s.osds[o as usize].phase else { return };
+        let noted = plan.lacks != 0;
+        for (happened, event) in
+            [(degraded, Event::DegradedWrite), (!awaited, Event::LateTwin), (noted, Event::NotedWrite)]
+        {
             events |= if happened { event.bit() } else { 0 };
+        }
+        let holds = |m: &u8| s.osds[*m as usize].held.version >= w.version;
+        if members(acting).filter(holds).count() < self.min_size as usize && self.keeps(Rule::EveryMember) {
+            return steps.with(action, s, events, Some("a write was answered that too few members hold"));
         }
         match s.registers[block].answered(w.op) {
             Some(after) => {
@@ -201,7 +231,7 @@ impl Group {
         }
         let old = !self.keeps(Rule::OldIntervalsEnd) && s.interval_of(member) > write.interval;
         let now = s.interval_of(member) == write.interval && s.is_current(member);
-        let newer = osd.held.version < write.version;
+        let newer = osd.missing.map_or(osd.held.version, |n| n.version) < write.version;
         (now && (newer || self.waits_for(s, write, member).is_some())) || (old && newer)
     }
 }
