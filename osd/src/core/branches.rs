@@ -76,6 +76,8 @@ branches! {
     RepairOnRead,
     /// Reads: nobody else is known to have it.
     OwnCopyAlone,
+    /// Recovery: the only copy of a version in doubt cannot be read.
+    LastOfDoubtLost,
     /// Reads: nobody can read it.
     KeepDamaged,
     /// Shards: decoded, since one is away, late or unreadable.

@@ -202,8 +202,8 @@ pub struct Pg {
     recovered_objects: u64,
     recovered_bytes: u64,
     since: Millis,
-    /// Some object runs out of versions in this interval.
-    worn: bool,
+    /// This interval should end: some object runs out of versions, or the last copy of a version in doubt is lost.
+    wants_interval: bool,
     /// The map's tombstones when nothing of any of them was left here.
     purged: (usize, usize),
     /// Of an erasure-coded pool.
@@ -233,7 +233,7 @@ impl Pg {
             recovered_objects: 0,
             recovered_bytes: 0,
             since: 0,
-            worn: false,
+            wants_interval: false,
             purged: (0, 0),
             code: None,
             fills: false,
@@ -300,7 +300,7 @@ impl Pg {
         self.recovered_objects = 0;
         self.recovered_bytes = 0;
         self.since = cx.now;
-        self.worn = false;
+        self.wants_interval = false;
         self.purged = (0, 0);
         if current {
             self.load(cx);

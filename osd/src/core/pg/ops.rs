@@ -468,7 +468,7 @@ impl Pg {
     }
 
     pub(super) fn note_worn(&mut self, version: Version) {
-        self.worn |= version.counter() >= VERSIONS_WORN;
+        self.wants_interval |= version.counter() >= VERSIONS_WORN;
     }
 
     pub(super) fn own_write_done(&mut self, cx: &mut Cx<'_>, tid: u64, result: Result<(), StoreError>) {

@@ -758,6 +758,14 @@ impl Pg {
             .chain(sources)
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
+        let doubt = r.missing.values().find_map(|m| m.get(&object)).is_some_and(|n| n.uncertain.is_some());
+        if holders.is_empty() && doubt {
+            // Nobody was told of this version, and nobody can have it now: the next interval gives it up (rule P3g).
+            cx.takes(Branch::LastOfDoubtLost);
+            self.wants_interval = true;
+            self.replace_own_copy(cx, object, holders);
+            return true;
+        }
         if holders.is_empty() {
             cx.takes(Branch::OwnCopyAlone);
             r.own_bad.insert(object, now);

@@ -64,6 +64,46 @@ fn a_lost_object_that_nobody_acknowledged_never_was() {
     assert_eq!(rig.reads.len(), 1);
 }
 
+/// The only copy of a write that nobody was told of cannot be read: it is noted as lost, and the monitors are asked for an interval,
+/// which goes back to what the others have.
+#[test]
+fn the_last_copy_of_a_doubtful_write_may_rot() {
+    let mut rig = Rig::new(&[(0, version(5, 2))]);
+    rig.interval(10, &[1, 2, 3], vec![past(5, &[1, 2, 3])]);
+    let tell = |rig: &mut Rig, activated| {
+        for o in [2, 3] {
+            rig.tells(o, activated, &[has(0, version(5, 1))]);
+        }
+        rig.activates(2);
+        rig.activates(3);
+    };
+    tell(&mut rig, 5);
+    rig.commits.clear();
+    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "test".into() };
+    rig.answer_object(Err(bad));
+    let needed = uncertain(version(5, 2), version(5, 1));
+    assert_eq!(rig.commits, [[TxnOp::AddMissing { object: object(0), needed }]]);
+    assert_eq!(
+        rig.core.stuck_peers().iter().map(|s| s.peer).collect::<Vec<_>>(),
+        [1],
+        "a new interval is needed"
+    );
+    rig.listing.missing.push((object(0), needed));
+    rig.interval(11, &[1, 2, 3], vec![past(10, &[1, 2, 3])]);
+    let lacks = ObjectEntry { missing: true, uncertain: needed.uncertain, ..has(0, version(5, 2)) };
+    let lacks = ObjectEntry { held: Some((version(5, 1), false)), ..lacks };
+    for o in [2, 3] {
+        rig.tells(o, 10, &[lacks]);
+        rig.take_sent();
+    }
+    rig.activates(2);
+    rig.activates(3);
+    assert_eq!(unfound(&rig), 0);
+    let pulls =
+        rig.sent.iter().any(|(_, b)| matches!(b, PeerBody::Pull { version: v, .. } if *v == version(5, 1)));
+    assert!(pulls, "what the others have");
+}
+
 /// Without the mark the lost version may have been acknowledged.
 #[test]
 fn a_certain_version_is_never_given_up() {
