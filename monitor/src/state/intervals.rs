@@ -179,6 +179,12 @@ pub(super) fn stand_in_for(record: &mut PgRecord, osd: OsdId) -> bool {
     true
 }
 
+/// The same members, in an interval of its own.
+pub fn begin_again(record: &mut PgRecord, epoch: Epoch) {
+    let (acting, primary) = (record.acting.clone(), record.primary);
+    begin_interval(record, epoch, acting, primary);
+}
+
 fn begin_interval(record: &mut PgRecord, epoch: Epoch, acting: Vec<OsdId>, primary: Option<OsdId>) {
     if record.activated {
         let ended = PastInterval {

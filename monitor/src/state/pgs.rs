@@ -161,6 +161,17 @@ impl MonitorState {
         if self.map.up_osd(peer).is_none_or(|o| o.incarnation != peer_incarnation) {
             return Err(Refusal::aborted(format!("{peer} is not up as {peer_incarnation}")));
         }
+        if peer == osd && !self.goes_on_without(pg, &BTreeSet::from([(osd, incarnation)])) {
+            self.change_groups(false, |map| {
+                let epoch = map.epoch.next();
+                if let Some(record) = map.pgs.get_mut(&pg) {
+                    intervals::begin_again(record, epoch);
+                }
+            });
+            let text = format!("group {pg} begins anew, at the request of its primary {osd}");
+            self.event(EventSeverity::Warn, text);
+            return Ok(Reply::Done);
+        }
         let suspects = self.blame(pg, (osd, incarnation), (peer, peer_incarnation));
         let blames_itself = suspects.contains(&(osd, incarnation));
         self.suspects.insert(pg, suspects);
@@ -185,14 +196,18 @@ impl MonitorState {
         let mut all = self.suspects.get(&pg).cloned().unwrap_or_default();
         all.insert(peer);
         let alone = BTreeSet::from([accuser]);
-        let (Some(record), Some(pool)) = (self.map.pgs.get(&pg), self.map.pools.get(&pg.pool)) else {
-            return all;
-        };
-        let enough =
-            |suspects| intervals::serving(record, &self.map.osds, suspects) >= pool.min_size as usize;
+        let enough = |suspects| self.goes_on_without(pg, suspects);
         let elsewhere = |who| self.suspects.iter().any(|(other, s)| *other != pg && s.contains(&who));
         let doubtful = !enough(&all) || (elsewhere(accuser) && !elsewhere(peer));
         if doubtful && enough(&alone) { alone } else { all }
+    }
+
+    /// Whether a group has enough members without these.
+    fn goes_on_without(&self, pg: PgId, suspects: &BTreeSet<Suspect>) -> bool {
+        let (Some(record), Some(pool)) = (self.map.pgs.get(&pg), self.map.pools.get(&pg.pool)) else {
+            return false;
+        };
+        intervals::serving(record, &self.map.osds, suspects) >= pool.min_size as usize
     }
 
     pub(super) fn clear_suspect(&mut self, pg: PgId, peer: OsdId, incarnation: Incarnation) -> CommandResult {

@@ -295,6 +295,22 @@ fn a_primary_may_ask_to_be_left_out() {
     assert!(!record.acting.contains(&primary));
 }
 
+/// Without it too few would be left: the same members agree anew on what they have.
+#[test]
+fn a_primary_that_cannot_be_spared_gets_an_interval() {
+    let mut state = cluster(3, 1);
+    activate(&mut state, pg(0));
+    let third = state.map.pgs[&pg(0)].acting[2];
+    down(&mut state, third.0);
+    activate(&mut state, pg(0));
+    let before = state.map.pgs[&pg(0)].clone();
+    suspect(&mut state, pg(0), before.primary.unwrap());
+    let record = state.map.pgs[&pg(0)].clone();
+    assert_eq!((&record.acting, record.primary), (&before.acting, before.primary));
+    assert_eq!((record.interval, record.activated), (state.map.epoch, false));
+    assert!(record.past.iter().any(|p| p.interval == before.interval), "{:?}", record.past);
+}
+
 /// A primary that has lost its network, but not the monitors, accuses one after the other.
 #[test]
 fn who_accuses_everybody_is_left_out_itself() {

@@ -134,7 +134,7 @@ impl Pg {
             Phase::Broken(_) if others_go_on => Some(at_once),
             // Not at once: the group stands still without it, and this may go on for as long as the disk is bad.
             Phase::Broken(_) => Some(age),
-            Phase::Active(_) if self.wants_interval && others_go_on => Some(at_once),
+            Phase::Active(_) if self.wants_interval => Some(at_once),
             _ => None,
         }
     }
