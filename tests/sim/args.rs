@@ -7,7 +7,7 @@ use gabion_proto::map::Redundancy;
 use std::num::NonZero;
 use std::thread;
 
-const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short] [--jobs N] [--trace]
+const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short | --too-few-members] [--jobs N] [--trace]
        gabion-sim --mutants [--rule NAME] [--seeds N] [--jobs N]";
 const SEEDS: u64 = 100;
 
@@ -28,6 +28,8 @@ pub struct Args {
     pub pool: Option<Redundancy>,
     pool_text: String,
     pub form: Form,
+    /// Instead of random faults: groups of an erasure-coded pool are left with too few members.
+    pub too_few_members: bool,
     pub jobs: usize,
     pub trace: bool,
 }
@@ -50,6 +52,7 @@ impl Args {
             pool: None,
             pool_text: String::new(),
             form: FULL,
+            too_few_members: false,
             jobs: thread::available_parallelism().map_or(1, NonZero::get),
             trace: false,
         };
@@ -66,6 +69,7 @@ impl Args {
                 "--from" => args.from = number(value()?)?,
                 "--jobs" => args.jobs = (number(value()?)? as usize).clamp(1, 256),
                 "--short" => args.form = SHORT,
+                "--too-few-members" => (args.too_few_members, args.form) = (true, SHORT),
                 "--trace" => (args.trace, args.jobs) = (true, 1),
                 "--mutants" => args.what = What::Mutants(None),
                 "--rule" => {
@@ -83,6 +87,11 @@ impl Args {
         if let What::Mutants(rule) = &mut args.what {
             *rule = only;
         }
+        // So many members are lost after so many others were away.
+        let spares = matches!(args.pool, Some(Redundancy::Erasure { k, m }) if (1..=k).contains(&m));
+        if args.too_few_members && !(spares && args.what == What::Seeds) {
+            return Err(format!("--too-few-members needs --pool K+M, with M no more than K\n{USAGE}"));
+        }
         if args.seeds.is_none() && args.minutes.is_none() && args.what == What::Seeds {
             args.seeds = Some(SEEDS);
         }
@@ -95,8 +104,12 @@ impl Args {
             Some(_) => format!(" --pool {}", self.pool_text),
             None => String::new(),
         };
-        let short = if self.form == SHORT { " --short" } else { "" };
-        format!("cargo xtask sim --seeds 1 --from {seed}{pool}{short}")
+        let kind = match (self.too_few_members, self.form == SHORT) {
+            (true, _) => " --too-few-members",
+            (false, true) => " --short",
+            (false, false) => "",
+        };
+        format!("cargo xtask sim --seeds 1 --from {seed}{pool}{kind}")
     }
 }
 
@@ -113,13 +126,22 @@ mod tests {
         let args = parse(&["--from", "9", "--pool", "4+2", "--short", "--seeds", "5"]).unwrap();
         assert_eq!((args.seeds, args.from, args.form), (Some(5), 9, SHORT));
         assert_eq!(args.replay(9), "cargo xtask sim --seeds 1 --from 9 --pool 4+2 --short");
+        let few = parse(&["--pool", "2+1", "--too-few-members"]).unwrap();
+        assert_eq!(few.replay(9), "cargo xtask sim --seeds 1 --from 9 --pool 2+1 --too-few-members");
         assert_eq!(parse(&[]).unwrap().seeds, Some(SEEDS));
         assert_eq!(parse(&["--minutes", "3"]).unwrap().seeds, None);
         let mutants = parse(&["--mutants", "--rule", "Lease"]).unwrap();
         assert_eq!(mutants.what, What::Mutants(Some(Rule::Lease)));
-        for bad in
-            [&["--seeds"][..], &["--seeds", "x"], &["--pool", "0"], &["--seed", "1"], &["--rule", "No"]]
-        {
+        for bad in [
+            &["--seeds"][..],
+            &["--seeds", "x"],
+            &["--pool", "0"],
+            &["--seed", "1"],
+            &["--rule", "No"],
+            &["--too-few-members"],
+            &["--too-few-members", "--pool", "3"],
+            &["--too-few-members", "--pool", "2+3"],
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
     }

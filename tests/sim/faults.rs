@@ -441,11 +441,8 @@ impl World {
         self.set_pace(Pace::Storm);
         self.network.cut.clear();
         self.restart_monitor(0);
-        let default = match self.redundancy() {
-            Redundancy::Replicated { size } => size / 2 + 1,
-            Redundancy::Erasure { k, m } => k + u32::from(m > 1),
-        };
-        self.command(Command::SetPool { name: "p".into(), min_size: Some(default) });
+        let min_size = Some(self.plan.min_size(self.redundancy()));
+        self.command(Command::SetPool { name: "p".into(), min_size });
         for client in &mut self.clients {
             client.paused_until = 0;
         }

@@ -16,6 +16,7 @@ mod rng;
 mod run;
 mod snapshots;
 mod tally;
+mod undercut;
 mod world;
 
 use args::{Args, What};
@@ -64,7 +65,10 @@ fn seeds(args: &Args) -> ExitCode {
             if seed >= end {
                 return;
             }
-            let run = || run::run(seed, args.pool, args.form, args.trace);
+            let run = || match args.pool {
+                Some(pool) if args.too_few_members => run::undercut(seed, pool, args.trace),
+                _ => run::run(seed, args.pool, args.form, args.trace),
+            };
             let run =
                 catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("a panic, see above".into()));
             match run {
@@ -136,6 +140,32 @@ mod tests {
             let plan = plan::Plan::with_a_broken_link(&mut rng);
             run::finish(world::World::planned(plan, rng, false))
                 .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        }
+    }
+
+    /// Enough shards are left, and disks that could serve are held back: the groups must serve again.
+    #[test]
+    fn groups_with_too_few_members_serve_again() {
+        let mut filled = 0;
+        for (pool, seeds) in [("2+1", 1..=6), ("4+2", 1..=3)] {
+            for seed in seeds {
+                let run = run::undercut(seed, args::redundancy(pool).unwrap(), false);
+                let tally = run.unwrap_or_else(|finding| {
+                    let replay = format!("--seeds 1 --from {seed} --pool {pool} --too-few-members");
+                    panic!("seed {seed}: {finding}\nreplay: cargo xtask sim {replay}")
+                });
+                filled += tally.work.get(undercut::FILLED).unwrap_or(&0);
+            }
+        }
+        assert!(filled >= 3, "only {filled} groups were left with too few members");
+    }
+
+    /// Without the rule a group with too few members waits for ever; and who is let in before they have everything holds the last copy of a shard.
+    #[test]
+    fn groups_that_are_not_filled_or_too_early_are_noticed() {
+        for rule in [Rule::Fill, Rule::FillWhole] {
+            let noticed = mutants::noticed(rule, 30);
+            println!("{rule:?}: {:?}", noticed.expect("nobody noticed"));
         }
     }
 

@@ -3,6 +3,7 @@
 
 use crate::client::ClientEvent;
 use crate::network::Place;
+use crate::undercut::FILLED;
 use crate::world::{Ev, World};
 use gabion_monitor::decide::{self, FailureDetector, Timing};
 use gabion_monitor::state::intervals::earlier_primaries;
@@ -261,7 +262,10 @@ impl World {
                 Command::PgActivated { osd, incarnation, pg, interval }
             }
             MonitorRequest::Clean { pg, interval } => Command::PgClean { osd, incarnation, pg, interval },
-            MonitorRequest::Filled { pg, interval } => Command::PgFilled { osd, incarnation, pg, interval },
+            MonitorRequest::Filled { pg, interval } => {
+                *self.tally.work.entry(FILLED).or_default() += 1;
+                Command::PgFilled { osd, incarnation, pg, interval }
+            }
             MonitorRequest::Scrubbed { pg, interval, ref report } => {
                 if report.findings > 0 && !self.rotten {
                     self.finding = Some(format!("a scrub found what is not there: {report:?} in {pg}"));

@@ -17,6 +17,11 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     if rule == Rule::StuckReports {
         return Plan { rules: Rules::without(rule), ..Plan::with_a_broken_link(rng) };
     }
+    if let Rule::Fill | Rule::FillWhole = rule {
+        let m = 1 + u32::from(rng.chance(500));
+        let plan = Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
+        return Plan { rules: Rules::without(rule), ..plan };
+    }
     let coded = matches!(
         rule,
         Rule::CoverageDecodes | Rule::RollBack | Rule::TwoPhases | Rule::AllShards | Rule::OneVersion

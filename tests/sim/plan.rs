@@ -60,6 +60,8 @@ pub enum Scenario {
     Faults,
     /// One link between two members of a group is cut for good; clients must go on (rule P8).
     OneBrokenLink,
+    /// An erasure-coded group is left with too few members, while others that could join are held back (rule E5).
+    TooFewMembers,
 }
 
 impl Plan {
@@ -81,6 +83,31 @@ impl Plan {
             false => Redundancy::Erasure { k: 4, m: 2 },
         };
         Plan { scenario: Scenario::OneBrokenLink, ..Plan::with(redundancy, rng, SHORT) }
+    }
+
+    /// Min-size is more than decodes, and as many disks are spare as will be lost.
+    pub fn with_too_few_members(redundancy: Redundancy, rng: &mut Rng) -> Plan {
+        let plan = Plan::with(redundancy, rng, SHORT);
+        let m = match redundancy {
+            Redundancy::Erasure { m, .. } => m,
+            Redundancy::Replicated { .. } => 0,
+        };
+        Plan {
+            scenario: Scenario::TooFewMembers,
+            osds: redundancy.width() as u32 + m,
+            fault_phase_ms: rng.range(6_000, 12_000),
+            rot: false,
+            ..plan
+        }
+    }
+
+    /// What the pool's min-size is, but for what operators do meanwhile.
+    pub fn min_size(&self, redundancy: Redundancy) -> u32 {
+        match (redundancy, self.scenario) {
+            (Redundancy::Replicated { size }, _) => size / 2 + 1,
+            (Redundancy::Erasure { k, .. }, Scenario::TooFewMembers) => k + 1,
+            (Redundancy::Erasure { k, m }, _) => k + u32::from(m > 1),
+        }
     }
 
     /// Everything else by chance.

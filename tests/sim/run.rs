@@ -28,6 +28,13 @@ pub fn run(seed: u64, pool: Option<Redundancy>, form: Form, trace: bool) -> Resu
     finish(World::planned(plan, rng, trace))
 }
 
+/// Runs one seed of an erasure-coded pool whose groups are left with too few members.
+pub fn undercut(seed: u64, pool: Redundancy, trace: bool) -> Result<Tally, String> {
+    let mut rng = Rng::new(seed);
+    let plan = Plan::with_too_few_members(pool, &mut rng);
+    finish(World::planned(plan, rng, trace))
+}
+
 /// A run that is set up.
 pub fn finish(mut w: World) -> Result<Tally, String> {
     let first_ms = w.plan.fault_phase_ms;
@@ -37,6 +44,10 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
             return Err(format!("one broken link, and a client has waited {} ms", w.longest_wait()));
         }
         Scenario::OneBrokenLink => {}
+        Scenario::TooFewMembers => {
+            w.undercut();
+            go_on(&mut w, 0)?;
+        }
         Scenario::Faults => {
             while !w.has_seen_enough() {
                 if w.now > RUN_MS_MAX {
@@ -125,6 +136,9 @@ fn settle(w: &mut World) -> Result<(), String> {
     w.heal();
     for c in &mut w.clients {
         c.draining = true;
+    }
+    if w.plan.scenario == Scenario::TooFewMembers && !wait_until(w, HEAL_MS, |w| w.all_clean())? {
+        w.relieve();
     }
     let idle = |w: &World| w.clients.iter().all(|c| c.idle());
     wait_until(w, HEAL_MS, |w| w.all_clean() && idle(w) && w.leftovers() == 0)?;

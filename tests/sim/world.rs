@@ -168,7 +168,7 @@ impl World {
         let pool = must(Command::CreatePool {
             name: "p".into(),
             redundancy: plan.redundancy,
-            min_size: 0,
+            min_size: plan.min_size(plan.redundancy),
             failure_domain: FailureDomain::Host,
             pg_count: GROUPS,
             object_bytes: 1 << 20,
@@ -216,11 +216,11 @@ impl World {
         }
         world.at(MONITOR_TICK_MS, Ev::MonitorTick);
         let first = world.rng.range(3_000, 6_000);
-        let trouble = match world.plan.scenario {
-            Scenario::Faults => Ev::Fault { chain: 0 },
-            Scenario::OneBrokenLink => Ev::BreakLink,
-        };
-        world.at(first, trouble);
+        match world.plan.scenario {
+            Scenario::Faults => world.at(first, Ev::Fault { chain: 0 }),
+            Scenario::OneBrokenLink => world.at(first, Ev::BreakLink),
+            Scenario::TooFewMembers => {}
+        }
         world
     }
 

@@ -59,16 +59,16 @@ pub enum Rule {
     AllShards,
     /// Erasure coding: rows are computed from shards of one version only (E2).
     OneVersion,
-    /// Erasure coding: a group with too few members to serve fills empty positions (E5). Not among [`Rule::ALL`]: random faults hardly ever need it.
+    /// Erasure coding: a group with too few members to serve fills empty positions (E5).
     Fill,
-    /// Erasure coding: it does so when its members hold everything (E5). As `Fill`.
+    /// Erasure coding: it does so when its members hold everything (E5).
     FillWhole,
     /// A copy that a scrub finds bad is replaced.
     ScrubRepairs,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 28] = [
+    pub const ALL: [Rule; 30] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -96,6 +96,8 @@ impl Rule {
         Rule::TwoPhases,
         Rule::AllShards,
         Rule::OneVersion,
+        Rule::Fill,
+        Rule::FillWhole,
         Rule::ScrubRepairs,
     ];
 }

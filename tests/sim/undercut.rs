@@ -1,0 +1,120 @@
+//! Erasure-coded groups with fewer members than they need to serve, although enough shards are there: those that could
+//! fill the empty positions are held back, because another shard of theirs may be needed (rule E5).
+
+use crate::world::World;
+use gabion_monitor::state::Command;
+use gabion_proto::ids::{OsdId, PgId};
+use gabion_proto::map::{PgRecord, Redundancy};
+use std::collections::BTreeSet;
+
+/// In the tally: a group with too few members has brought them up to date.
+pub const FILLED: &str = "too few members brought up to date";
+/// In the tally: that was not enough.
+const RELIEVED: &str = "fresh disks instead of those held back";
+
+/// Longer than it takes the monitor to notice.
+const PATIENCE_MS: u64 = 60_000;
+/// Longer than it takes until what was written is committed.
+const QUIET_MS: u64 = 5_000;
+
+impl World {
+    /// Disks that were spare stand in for members that are away. Before they have everything as many others are lost for good,
+    /// and those that were away come back, to other positions than they had.
+    pub fn undercut(&mut self) {
+        let Redundancy::Erasure { m, .. } = self.plan.redundancy else { return };
+        self.wait_for("clean groups", World::all_clean);
+        let acting = |w: &World| first(w).map(|r| r.acting.clone()).unwrap_or_default();
+        let before = acting(self);
+        let (mut members, spare): (Vec<usize>, Vec<usize>) =
+            (0..self.nodes.len()).partition(|n| before.contains(&self.nodes[*n].id));
+        if self.rng.chance(700) {
+            // What they lack they do not get before the others are lost.
+            spare.iter().for_each(|n| self.nodes[*n].disk.fill(true));
+        }
+        // What was being written when the first ones went away, and those that stood in did not get, is all that may be waited for.
+        let quiet = self.rng.chance(600);
+        if quiet {
+            self.drain(true);
+            let later = self.now + QUIET_MS;
+            self.run_until(later);
+        }
+        let away = self.draw(&mut members, m as usize);
+        for node in &away {
+            self.log(|| format!("osd.{node} goes away"));
+            let power_fails = self.rng.chance(500);
+            self.stop(*node, power_fails);
+            self.command(Command::OutOsd { osd: self.nodes[*node].id, automatic: false });
+        }
+        let gone: Vec<OsdId> = away.iter().map(|n| self.nodes[*n].id).collect();
+        let replaced = |r: &PgRecord| r.activated && !r.acting.iter().any(|o| gone.contains(o));
+        self.wait_for("spare disks to stand in", |w| first(w).is_some_and(&replaced));
+        self.drain(false);
+        let soon = self.now + self.rng.below(400);
+        self.run_until(soon);
+        for node in self.draw(&mut members, m as usize) {
+            self.log(|| format!("osd.{node} is lost for good"));
+            self.stop(node, true);
+            self.nodes[node].disk.forget();
+            self.nodes[node].lost = true;
+            self.command(Command::OutOsd { osd: self.nodes[node].id, automatic: false });
+        }
+        for node in away {
+            self.command(Command::InOsd { osd: self.nodes[node].id });
+            self.start(node);
+        }
+        let crashes = self.rng.below(3);
+        for _ in 0..crashes {
+            let next = self.now + self.rng.range(100, 8_000);
+            self.run_until(next);
+            let node = self.rng.below(self.nodes.len() as u64) as usize;
+            self.crash(node);
+        }
+    }
+
+    /// Groups that are not clean must say that it is because of objects about which only more members can decide: fresh disks, instead of
+    /// those that are held back, let them serve.
+    pub fn relieve(&mut self) {
+        let waits = |w: &World, pg: &PgId| {
+            let statuses = w.nodes.iter().filter_map(|n| n.core.as_ref()).flat_map(|c| c.pg_statuses());
+            let mut of = statuses.filter(|s| s.pool == pg.pool.0 && s.index == pg.index);
+            of.any(|s| s.waiting_for.contains("a member of an earlier interval, about"))
+        };
+        let waiting = self.monitor.state.map.pgs.clone().into_iter().filter(|(_, r)| !r.clean);
+        let mut held_back = BTreeSet::new();
+        for (pg, record) in waiting {
+            if !waits(self, &pg) {
+                return self.finding = Some(format!("{pg} waits for nothing\n{}", self.describe()));
+            }
+            held_back.extend(record.held_back());
+        }
+        *self.tally.work.entry(RELIEVED).or_default() += 1;
+        for osd in held_back {
+            self.command(Command::OutOsd { osd, automatic: false });
+            self.add_node();
+            self.start(self.nodes.len() - 1);
+        }
+    }
+
+    fn drain(&mut self, draining: bool) {
+        self.clients.iter_mut().for_each(|c| c.draining = draining);
+    }
+
+    fn draw(&mut self, from: &mut Vec<usize>, count: usize) -> Vec<usize> {
+        (0..count).map(|_| from.swap_remove(self.rng.below(from.len() as u64) as usize)).collect()
+    }
+
+    fn wait_for(&mut self, what: &str, done: impl Fn(&World) -> bool) {
+        let deadline = self.now + PATIENCE_MS;
+        while self.finding.is_none() && !done(self) {
+            if self.now >= deadline {
+                self.finding = Some(format!("no {what} within {PATIENCE_MS} ms\n{}", self.describe()));
+            }
+            let next = self.now + 20;
+            self.run_until(next);
+        }
+    }
+}
+
+fn first(w: &World) -> Option<&PgRecord> {
+    w.monitor.state.map.pgs.values().next()
+}
