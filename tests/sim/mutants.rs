@@ -2,6 +2,7 @@
 
 use crate::plan::{Plan, SHORT};
 use crate::rng::Rng;
+use crate::tally::Tally;
 use crate::world::World;
 use gabion_osd::core::{Rule, Rules};
 use gabion_proto::map::Redundancy;
@@ -15,12 +16,11 @@ pub const SEEDS: u64 = 3_000;
 
 fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     if rule == Rule::StuckReports {
-        return Plan { rules: Rules::without(rule), ..Plan::with_a_broken_link(rng) };
+        return Plan::with_a_broken_link(rng);
     }
     if let Rule::Fill | Rule::FillWhole = rule {
         let m = 1 + u32::from(rng.chance(500));
-        let plan = Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
-        return Plan { rules: Rules::without(rule), ..plan };
+        return Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
     }
     let coded = matches!(
         rule,
@@ -31,7 +31,6 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
         (true, false) => Plan::with(Redundancy::Erasure { k: 2, m: 1 }, rng, SHORT),
         (true, true) => Plan::with(Redundancy::Erasure { k: 4, m: 2 }, rng, SHORT),
     };
-    let plan = Plan { rules: Rules::without(rule), ..plan };
     match rule {
         // Who reads beside the holder sees what a primary without a lease still serves.
         Rule::Lease => Plan { observed: 1_000, ..plan },
@@ -39,15 +38,17 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     }
 }
 
+/// One seed of the runs that are to miss `rule`.
+pub fn run(seed: u64, rule: Rule, rules: Rules) -> Result<Tally, String> {
+    let mut rng = Rng::new(seed);
+    let plan = Plan { rules, ..plan(&mut rng, rule) };
+    crate::run::finish(World::planned(plan, rng, false))
+}
+
 /// The first seed that notices, and how.
 pub fn noticed(rule: Rule, seeds: u64) -> Option<(u64, String)> {
     (1..=seeds).find_map(|seed| {
-        let run = || {
-            let mut rng = Rng::new(seed);
-            let plan = plan(&mut rng, rule);
-            crate::run::finish(World::planned(plan, rng, false))
-        };
-        match catch_unwind(AssertUnwindSafe(run)) {
+        match catch_unwind(AssertUnwindSafe(|| run(seed, rule, Rules::without(rule)))) {
             Ok(Ok(_)) => None,
             Ok(Err(finding)) => Some((seed, finding.lines().next().unwrap_or_default().to_owned())),
             Err(_) => Some((seed, "a panic".to_owned())),

@@ -18,7 +18,7 @@ const PATIENCE_MS: u64 = 60_000;
 const QUIET_MS: u64 = 5_000;
 
 impl World {
-    /// Disks that were spare stand in for members that are away. Before they have everything as many others are lost for good,
+    /// Disks that were spare stand in for members that are away. Before they have everything as many others are lost for good, if all groups can spare them,
     /// and those that were away come back, to other positions than they had.
     pub fn undercut(&mut self) {
         let Redundancy::Erasure { m, .. } = self.plan.redundancy else { return };
@@ -51,7 +51,13 @@ impl World {
         self.drain(false);
         let soon = self.now + self.rng.below(400);
         self.run_until(soon);
+        let mut lost = BTreeSet::new();
         for node in self.draw(&mut members, m as usize) {
+            lost.insert(self.nodes[node].id);
+            if !self.may_lose(&lost) {
+                lost.remove(&self.nodes[node].id);
+                continue;
+            }
             self.log(|| format!("osd.{node} is lost for good"));
             self.stop(node, true);
             self.nodes[node].disk.forget();
@@ -93,6 +99,21 @@ impl World {
             self.add_node();
             self.start(self.nodes.len() - 1);
         }
+    }
+
+    /// As many shards as decode are left of every interval that may have written. A disk that is spare for one group is a member of others, and
+    /// when it was full they may have gone on without it: they can spare fewer.
+    fn may_lose(&self, lost: &BTreeSet<OsdId>) -> bool {
+        let Redundancy::Erasure { k, .. } = self.plan.redundancy else { return false };
+        let left =
+            |acting: &[OsdId]| acting.iter().filter(|o| **o != OsdId::NONE && !lost.contains(o)).count();
+        self.monitor
+            .state
+            .map
+            .pgs
+            .values()
+            .flat_map(PgRecord::holders)
+            .all(|acting| left(acting) >= k as usize)
     }
 
     fn drain(&mut self, draining: bool) {
