@@ -101,7 +101,7 @@ fn seeds(args: &Args) -> ExitCode {
 mod tests {
     use super::plan::{FULL, Form, SHORT};
     use super::*;
-    use gabion_osd::core::Rule;
+    use gabion_osd::core::{Rule, Rules};
 
     fn without_a_finding(seeds: std::ops::RangeInclusive<u64>, pool: Option<&str>, form: Form) {
         for seed in seeds {
@@ -164,8 +164,9 @@ mod tests {
     #[test]
     fn groups_that_are_not_filled_or_too_early_are_noticed() {
         for rule in [Rule::Fill, Rule::FillWhole] {
-            let noticed = mutants::noticed(rule, 30);
-            println!("{rule:?}: {:?}", noticed.expect("nobody noticed"));
+            let (seed, how) = mutants::noticed(rule, 30).expect("nobody noticed");
+            println!("{rule:?}: seed {seed}: {how}");
+            mutants::run(seed, rule, Rules::default()).expect("a finding with all rules, too");
         }
     }
 
