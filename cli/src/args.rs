@@ -291,6 +291,15 @@ pub enum OsdVerb {
         #[arg(value_parser = parse_weight)]
         weight: u32,
     },
+    /// What is done about OSDs that answer much slower than the others, and which do
+    SlowPolicy {
+        /// Take one out when it has been slow for so long, as 10m or 1h, at least 60s; 0: never, only warn.
+        #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+        evict_after: Option<u64>,
+        /// How long one member may delay a write, at least 4s; then its group goes on without it.
+        #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+        limit: Option<u64>,
+    },
     /// Forgets it: refused unless it is down, out and not needed
     Rm {
         id: OsdId,

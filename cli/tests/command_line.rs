@@ -41,6 +41,7 @@ fn wrong_usage_is_2() {
         &["export", "add", "v"],
         &["-o", "xml", "status"],
         &["snapshot", "create", "v"],
+        &["osd", "slow-policy", "--evict-after", "soon"],
         &["vm", "create", "v", "--cpus", "1", "--memory", "1G", "--disk", "d", "--cpu", "pentium"],
     ] {
         let out = gabion(dir.path()).args(args).output().unwrap();

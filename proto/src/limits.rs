@@ -89,8 +89,20 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 /// How much longer than a lease the monitor waits before it relies on silence: clock drift of
 /// 1 in 1,000 and scheduling.
 pub const LEASE_GRACE: Duration = Duration::from_millis(500);
-/// How long a replica may sit on a sub-operation before the primary reports it (rule P8).
+/// How long a replica may sit on a sub-operation before the primary reports it (rule P8): settable, this is the default.
 pub const SUBOP_STUCK: Duration = Duration::from_secs(10);
+/// Whoever is down is noticed by its lease first.
+pub const SUBOP_STUCK_MIN: Duration = Duration::from_secs(4);
+pub const SUBOP_STUCK_MAX: Duration = Duration::from_secs(600);
+/// Latencies are summed up and compared in windows of this length.
+pub const LATENCY_WINDOW: Duration = Duration::from_secs(5);
+/// Peers of which one OSD tells the monitors, those that it works with most.
+pub const LATENCY_PEERS_MAX: usize = 128;
+/// An OSD that stays slow is taken out no earlier than this, and no later (settable).
+pub const SLOW_EVICT_MIN: Duration = Duration::from_secs(60);
+pub const SLOW_EVICT_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// OSDs that are called slow at a time.
+pub const SLOW_OSDS_MAX: usize = 64;
 /// A disk that owes answers and gives none for this long stops its OSD (rule S9).
 pub const DISK_SILENT_MAX: Duration = Duration::from_secs(30);
 /// Down for this long means out (settable; this is the default).
@@ -110,6 +122,7 @@ const _: () = assert!(OP_DATA_BYTES_MAX <= OBJECT_BYTES_MIN);
 const _: () = assert!(RECOVERY_FREE_PERCENT < FULL_FREE_PERCENT);
 const _: () = assert!(FULL_FREE_PERCENT < NEARFULL_FREE_PERCENT);
 const _: () = assert!(HEARTBEAT.as_millis() * 3 <= LEASE.as_millis());
+const _: () = assert!(SUBOP_STUCK_MIN.as_millis() > LEASE.as_millis() + LEASE_GRACE.as_millis());
 const _: () = assert!(2 * COMMAND_BYTES_MAX * MONITOR_APPEND_ENTRIES_MAX <= MONITOR_PEER_MESSAGE_BYTES_MAX);
 // An encoded byte takes at most two.
 const _: () = assert!(2 * MONITOR_SNAPSHOT_PIECE_BYTES < MONITOR_PEER_MESSAGE_BYTES_MAX);

@@ -277,6 +277,19 @@ pub enum PeerBody {
     /// A member to its primary, again and again while it is so: its store has too little room for clients'
     /// writes (rule P7).
     Full,
+    /// Whole copies: the primary asks for blocks, through these layers, that are not written meanwhile. Its own disk is late.
+    BlockRead {
+        tid: u64,
+        object: ObjectId,
+        below: Vec<LayerId>,
+        first_block: u32,
+        block_count: u32,
+    },
+    /// The blocks, or why not. Bytes in the frame's data.
+    BlockData {
+        tid: u64,
+        result: Result<Vec<Extent>, SubResult>,
+    },
 }
 
 /// Objects that a scrub looks at.

@@ -2,6 +2,7 @@
 
 use super::Context;
 use super::monitor::monitor_json;
+use super::osd::{slow_json, slow_text};
 use super::rebuild::rebuild_json;
 use crate::output::{Paint, printable};
 use crate::rpc;
@@ -50,6 +51,9 @@ pub async fn status(cx: &Context) -> Result<()> {
     match &s.rebuild {
         Some(r) if r.pgs_not_clean > 0 => lines.push(format!("rebuild   {}", super::rebuild::line(r))),
         _ => lines.push("rebuild   nothing to do".to_owned()),
+    }
+    if let Some(policy) = &s.slow_policy {
+        lines.push(format!("policy    {}", slow_text(policy)));
     }
     for check in s.health.iter().flat_map(|h| &h.checks) {
         lines.push(format!("  {}: {}", printable(&check.code), printable(&check.summary)));
@@ -182,6 +186,7 @@ fn status_json(s: &pb::ClusterStatus) -> Value {
             "write_bytes_per_s": io.write_bytes_per_s,
         },
         "rebuild": s.rebuild.as_ref().map(rebuild_json),
+        "slow_policy": s.slow_policy.as_ref().map(slow_json),
     })
 }
 

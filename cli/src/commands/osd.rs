@@ -2,12 +2,12 @@
 
 use super::Context;
 use crate::args::OsdVerb;
-use crate::output::removed;
+use crate::output::{printable, removed};
 use crate::rpc;
 use crate::rpc::Monitors;
 use crate::size::human_exact;
 use anyhow::{Result, bail};
-use gabion_proto::pb::{self, OsdDetail, OsdRequest};
+use gabion_proto::pb::{self, OsdDetail, OsdRequest, SlowOsd, SlowPolicy};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -51,6 +51,18 @@ pub async fn run(cx: &Context, verb: OsdVerb) -> Result<()> {
             let request = pb::ReweightOsdRequest { id: id.0, weight };
             rpc!(monitors, format!("osd {}", id.0), admin.reweight_osd, request)?;
             done(cx, &monitors, id.0, "has its new weight").await
+        }
+        OsdVerb::SlowPolicy { evict_after, limit } => {
+            let policy = if evict_after.is_none() && limit.is_none() {
+                rpc!(monitors, "osd slow-policy", admin.get_slow_policy, pb::Empty {})?
+            } else {
+                let limit_ms = limit.map(|s| s.saturating_mul(1_000));
+                let request = pb::SetSlowPolicyRequest { evict_after_s: evict_after, limit_ms };
+                rpc!(monitors, "osd slow-policy", admin.set_slow_policy, request)?
+            };
+            let lines: Vec<_> =
+                std::iter::once(slow_text(&policy)).chain(policy.osds.iter().map(slow_line)).collect();
+            cx.out.done(&lines.join("\n"), slow_json(&policy))
         }
         OsdVerb::Rm { id, force } => {
             if force {
@@ -140,4 +152,46 @@ fn osd_json(o: &OsdDetail, all: &[OsdDetail]) -> Value {
         "primary_pgs": o.primary_pgs,
         "fatal": o.fatal,
     })
+}
+
+/// The policy in one line.
+pub fn slow_text(p: &SlowPolicy) -> String {
+    let evict = match p.evict_after_s {
+        0 => "only a warning".to_owned(),
+        after => format!("taken out after {after} s"),
+    };
+    format!("slow OSDs: {evict}; one delays a write for at most {} s", p.limit_ms.div_ceil(1_000))
+}
+
+fn slow_line(s: &SlowOsd) -> String {
+    let what = if s.reads { "read" } else { "write" };
+    let ms = |us: u64| us as f64 / 1_000.0;
+    format!(
+        "  osd.{} on host {}: a {what} takes {:.1} ms, with the others {:.1} ms, for {} s",
+        s.id,
+        printable(&s.host),
+        ms(s.mean_us),
+        ms(s.others_mean_us),
+        s.slow_for_ms / 1_000
+    )
+}
+
+pub fn slow_json(p: &SlowPolicy) -> Value {
+    let osds: Vec<_> = p
+        .osds
+        .iter()
+        .map(|s| {
+            json!({
+                "id": s.id,
+                "host": s.host,
+                "slow_for_s": s.slow_for_ms / 1_000,
+                "operation": if s.reads { "read" } else { "write" },
+                "mean_us": s.mean_us,
+                "others_mean_us": s.others_mean_us,
+                "accusers": s.accusers,
+                "witnesses": s.witnesses,
+            })
+        })
+        .collect();
+    json!({ "evict_after_s": p.evict_after_s, "limit_s": p.limit_ms.div_ceil(1_000), "osds": osds })
 }

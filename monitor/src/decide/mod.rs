@@ -37,9 +37,12 @@
 //! An OSD that is paused with a lease in hand and goes on afterwards must notice by its own clock, which
 //! counts pauses of the machine (CLOCK_BOOTTIME).
 
+pub mod slow;
+
 use crate::state::{Command, MonitorState};
 use gabion_proto::ids::*;
-use gabion_proto::limits;
+use gabion_proto::{limits, pb};
+use slow::{Slow, SlowDetector};
 use std::collections::BTreeMap;
 
 /// How long a group goes on without a suspect before it tries it again.
@@ -100,6 +103,9 @@ pub struct FailureDetector {
     leases: BTreeMap<OsdId, Lease>,
     down_since_ms: BTreeMap<OsdId, u64>,
     suspect_since_ms: BTreeMap<(PgId, OsdId, Incarnation), u64>,
+    slow: SlowDetector,
+    /// When something last stood against taking a slow OSD out.
+    kept_ms: BTreeMap<OsdId, u64>,
 }
 
 impl FailureDetector {
@@ -110,7 +116,25 @@ impl FailureDetector {
             leases: BTreeMap::new(),
             down_since_ms: BTreeMap::new(),
             suspect_since_ms: BTreeMap::new(),
+            slow: SlowDetector::default(),
+            kept_ms: BTreeMap::new(),
         }
+    }
+
+    /// Takes in how long operations took, as an OSD that is up as `incarnation` tells.
+    pub fn latency(
+        &mut self,
+        now_ms: u64,
+        state: &MonitorState,
+        (osd, incarnation): (OsdId, Incarnation),
+        window: &pb::LatencyWindow,
+    ) {
+        self.slow.report(now_ms, state, osd, incarnation, window);
+    }
+
+    /// OSDs that answer much slower than the others.
+    pub fn slow(&self) -> Vec<Slow> {
+        self.slow.slow().collect()
     }
 
     /// Whether the lease of this run of an OSD may be renewed now; call it right before the answer
@@ -140,7 +164,9 @@ impl FailureDetector {
             Event::Tick => {
                 self.check_leases(now_ms, state, &mut out);
                 self.check_down(now_ms, state, &mut out);
+                self.slow.tick(now_ms, state);
                 self.check_suspects(now_ms, state, &mut out);
+                self.check_slow(now_ms, state, &mut out);
             }
             Event::Goodbye { osd, incarnation } => {
                 let current = state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation);
@@ -155,7 +181,7 @@ impl FailureDetector {
                     r.interval == interval && r.primary == Some(osd) && r.acting.contains(&peer)
                 });
                 let peer_up = state.map.up_osd(peer).is_some_and(|o| o.incarnation == peer_incarnation);
-                if current && peer_up && u128::from(age_ms) >= limits::SUBOP_STUCK.as_millis() {
+                if current && peer_up && age_ms >= state.slow_policy.limit_ms {
                     out.push(Command::SuspectPeer { osd, incarnation, pg, interval, peer, peer_incarnation });
                 }
             }
@@ -199,9 +225,26 @@ impl FailureDetector {
         for (pg, suspects) in &state.suspects {
             for (peer, incarnation) in suspects {
                 let since_ms = self.suspect_since_ms.entry((*pg, *peer, *incarnation)).or_insert(now_ms);
-                if now_ms >= *since_ms + SUSPECT_MS {
+                // While it is slow another try costs clients as long a wait as the last one.
+                if now_ms >= *since_ms + SUSPECT_MS && !self.slow.is_slow(*peer, *incarnation) {
                     out.push(Command::ClearSuspect { pg: *pg, peer: *peer, peer_incarnation: *incarnation });
                 }
+            }
+        }
+    }
+
+    /// By policy an OSD that stays slow is taken out. The time counts only while nothing stands against it: a rebuild makes slow, too.
+    fn check_slow(&mut self, now_ms: u64, state: &MonitorState, out: &mut Vec<Command>) {
+        let slow = self.slow();
+        self.kept_ms.retain(|osd, _| slow.iter().any(|s| s.osd == *osd));
+        let after_ms = state.slow_policy.evict_after_s.saturating_mul(1_000);
+        for s in slow {
+            if state.evictable(s.osd, s.incarnation).is_err() {
+                self.kept_ms.insert(s.osd, now_ms);
+            }
+            let since_ms = self.kept_ms.get(&s.osd).copied().unwrap_or(0).max(s.since_ms);
+            if after_ms > 0 && now_ms >= since_ms.saturating_add(after_ms) && out.is_empty() {
+                out.push(Command::EvictSlow { osd: s.osd, incarnation: s.incarnation });
             }
         }
     }

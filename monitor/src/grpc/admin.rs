@@ -4,6 +4,7 @@ use super::leadership::open;
 use super::monitors::member;
 use super::{Monitor, invalid, refused, view};
 use crate::state::scrubs::ScrubSettings;
+use crate::state::slow::SlowPolicy;
 use crate::state::{Command, DiskRequest, ExportKind, Nic, Reply, Vm, VmAction};
 use gabion_proto::admission::{self, Resources};
 use gabion_proto::convert;
@@ -213,6 +214,23 @@ impl pb::admin_service_server::AdminService for Monitor {
         self.propose_for(id, Command::SetRebuildRate(r.max_rate_bytes_per_s)).await?;
         let max_rate_bytes_per_s = self.state().rebuild_rate_bytes_per_s;
         Ok(Response::new(pb::RebuildSettings { max_rate_bytes_per_s }))
+    }
+
+    async fn get_slow_policy(&self, _: Request<Empty>) -> Answer<pb::SlowPolicy> {
+        self.confirm().await?;
+        Ok(Response::new(self.slow_policy()))
+    }
+
+    async fn set_slow_policy(&self, request: Request<pb::SetSlowPolicyRequest>) -> Answer<pb::SlowPolicy> {
+        let (id, r) = open(request)?;
+        self.confirm().await?;
+        let now = self.state().slow_policy;
+        let policy = SlowPolicy {
+            evict_after_s: r.evict_after_s.unwrap_or(now.evict_after_s),
+            limit_ms: r.limit_ms.unwrap_or(now.limit_ms),
+        };
+        self.propose_for(id, Command::SetSlowPolicy(policy)).await?;
+        Ok(Response::new(self.slow_policy()))
     }
 
     async fn list_scrubs(&self, request: Request<pb::ListPgsRequest>) -> Answer<pb::ListScrubsReply> {

@@ -1,8 +1,8 @@
 //! Health: each problem with a stable code, one sentence on what is wrong and one on what to do.
 
 use super::monitors::Quorum;
-use super::view;
 use super::volatile::Volatile;
+use super::{slow, view};
 use crate::state::MonitorState;
 use gabion_proto::ids::*;
 use gabion_proto::limits::{FULL_FREE_PERCENT, NEARFULL_FREE_PERCENT};
@@ -191,6 +191,13 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
             of(&|o| (!o.up && o.r#in).then(|| format!("osd.{} on host {}", o.id, o.host))),
         ),
         check(
+            "OSD_SLOW",
+            Warn,
+            "{n} OSDs answer much slower than the others",
+            "Look at the disk and the network of their host; `gabion osd out` moves the data away, `gabion osd slow-policy` lets the cluster do it.",
+            volatile.slow.iter().map(|s| slow::words(state, s)).collect(),
+        ),
+        check(
             "PG_DEGRADED",
             Warn,
             "{n} groups have fewer copies than they should",
@@ -230,7 +237,11 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
             Info,
             "{n} OSDs are out",
             "Remove them when the rebuild is done, or take them in again.",
-            of(&|o| (!o.r#in && o.incarnation > 0).then(|| format!("osd.{} on host {}", o.id, o.host))),
+            of(&|o| {
+                let slow = state.osd_flags.get(&OsdId(o.id)).is_some_and(|f| f.slow_out);
+                let why = if slow { ", because it was slow" } else { "" };
+                (!o.r#in && o.incarnation > 0).then(|| format!("osd.{} on host {}{why}", o.id, o.host))
+            }),
         ),
     ];
     let checks: Vec<HealthCheck> = checks.into_iter().flatten().collect();

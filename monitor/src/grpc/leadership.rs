@@ -194,7 +194,12 @@ impl Monitor {
             self.detect(Event::Tick).await;
             let state = self.state();
             self.give_up_snapshots(&state).await;
-            let forgot = self.0.volatile.lock().tick(boottime_ms(), &state);
+            let slow = self.0.lead.lock().as_ref().map(|l| l.detector.slow()).unwrap_or_default();
+            let forgot = {
+                let mut volatile = self.0.volatile.lock();
+                volatile.slow = slow;
+                volatile.tick(boottime_ms(), &state)
+            };
             if forgot {
                 self.0.host_reports.send_modify(|n| *n += 1);
             }

@@ -32,6 +32,7 @@ impl Source for Monitor {
         page.gauge("osds", "OSDs in the map", osds.len() as u64)?;
         page.gauge("osds_up", "OSDs that are up", count(&|o| o.up))?;
         page.gauge("osds_in", "OSDs that hold data by placement", count(&|o| o.r#in))?;
+        page.gauge("osds_slow", "OSDs that answer much slower than the others", volatile.slow.len() as u64)?;
         let counted = || osds.iter().filter(|o| o.r#in);
         page.gauge(
             "capacity_bytes",

@@ -16,6 +16,7 @@ mod metrics;
 mod monitors;
 mod osds;
 mod rebuild;
+mod slow;
 mod snapshots;
 mod status;
 mod view;

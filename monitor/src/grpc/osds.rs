@@ -102,6 +102,9 @@ impl pb::osd_service_server::OsdService for Monitor {
                 // The state is read under the lock: an older one may call up who was marked down since.
                 let state = self.state();
                 let renewed = lead.detector.renew(boottime_ms(), &state, osd, incarnation);
+                if let Some(window) = r.latency.as_ref().filter(|_| renewed) {
+                    lead.detector.latency(boottime_ms(), &state, (osd, incarnation), window);
+                }
                 (state, renewed)
             }
             // A later term has begun meanwhile: the OSD asks again.
@@ -119,7 +122,11 @@ impl pb::osd_service_server::OsdService for Monitor {
         });
         let scrubs = scrubs.collect();
         let stuck = std::mem::take(&mut r.stuck);
-        self.0.volatile.lock().heartbeat(&state, osd, r);
+        let slow_osds = {
+            let mut volatile = self.0.volatile.lock();
+            volatile.heartbeat(&state, osd, r);
+            volatile.slow.iter().map(|s| s.osd.0).collect()
+        };
         self.0.osd_reports.send_modify(|n| *n += 1);
         self.report_stuck(osd, incarnation, stuck);
         Ok(Response::new(pb::HeartbeatReply {
@@ -128,6 +135,8 @@ impl pb::osd_service_server::OsdService for Monitor {
             scrubs,
             scrub_rate_bytes_per_s: state.scrub_settings.rate_bytes_per_s,
             rebuild_rate_bytes_per_s: state.rebuild_rate_bytes_per_s,
+            slow_limit_ms: state.slow_policy.limit_ms,
+            slow_osds,
         }))
     }
 

@@ -1,7 +1,7 @@
 //! `StatusService`: status, health, rebuilds and events.
 
 use super::monitors::member;
-use super::{Answers, Monitor, Sender, health, view};
+use super::{Answers, Monitor, Sender, health, slow, view};
 use crate::state::{EVENTS_MAX, EventSeverity};
 use gabion_common::monitor_client::headers;
 use gabion_proto::pb::{self, Empty};
@@ -93,6 +93,7 @@ impl pb::status_service_server::StatusService for Monitor {
             health: Some(health::report(&state, &volatile, &quorum)),
             monitors: quorum.members.into_iter().map(member).collect(),
             stale: !quorum.held,
+            slow_policy: Some(slow::policy(&state, &volatile)),
             osds: osds.len() as u32,
             osds_up: osds.iter().filter(|o| o.up).count() as u32,
             osds_in: counted().count() as u32,

@@ -4,6 +4,7 @@
 //! Bounded: only OSDs, groups, exports and VMs that exist are kept.
 
 use super::rebuild::{Meter, Recovered};
+use crate::decide::slow::Slow;
 use crate::state::MonitorState;
 use gabion_proto::ids::*;
 use gabion_proto::pb;
@@ -34,6 +35,8 @@ pub(super) struct Volatile {
     pub meter: Meter,
     /// Since when this leader knows that a snapshot waits for its volume's holder.
     pub taking: BTreeMap<SnapshotId, u64>,
+    /// OSDs that answer much slower than the others, as of the last look.
+    pub slow: Vec<Slow>,
     sampled_ms: u64,
 }
 

@@ -5,6 +5,7 @@
 
 use super::Nic;
 use super::scrubs::{ScrubResult, ScrubSettings};
+use super::slow::SlowPolicy;
 use gabion_proto::ids::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
 use serde::{Deserialize, Serialize};
@@ -272,6 +273,12 @@ pub enum Command {
         incarnation: Incarnation,
         pg: PgId,
         interval: Epoch,
+    },
+    SetSlowPolicy(SlowPolicy),
+    /// It has been slow for as long as the policy allows: its data moves elsewhere.
+    EvictSlow {
+        osd: OsdId,
+        incarnation: Incarnation,
     },
 }
 

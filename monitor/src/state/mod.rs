@@ -12,11 +12,13 @@ mod pgs;
 mod pools;
 mod requests;
 pub mod scrubs;
+pub mod slow;
 mod snapshots;
 mod volumes;
 
 pub use command::*;
 use scrubs::{ScrubRecord, ScrubSettings};
+use slow::SlowPolicy;
 
 use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
@@ -120,6 +122,8 @@ pub struct Vm {
 pub struct OsdFlags {
     /// Out without an operator's word (never booted, or down for too long): the next boot brings it in.
     pub automatic_out: bool,
+    /// Out because it was slow, until an operator says otherwise.
+    pub slow_out: bool,
 }
 
 /// How bad an event is.
@@ -177,6 +181,7 @@ pub struct MonitorState {
     pub rebuild_rate_bytes_per_s: u64,
     pub scrub_settings: ScrubSettings,
     pub scrubs: BTreeMap<PgId, ScrubRecord>,
+    pub slow_policy: SlowPolicy,
     answered: requests::Answered,
     counters: Counters,
 }
@@ -282,6 +287,8 @@ impl MonitorState {
             Command::PgFilled { osd, incarnation, pg, interval } => {
                 self.pg_filled(osd, incarnation, pg, interval)
             }
+            Command::SetSlowPolicy(policy) => self.set_slow_policy(policy),
+            Command::EvictSlow { osd, incarnation } => self.evict_slow(osd, incarnation),
             Command::Announce { text } => {
                 self.event(EventSeverity::Ok, text);
                 Ok(Reply::Done)
@@ -348,4 +355,4 @@ impl MonitorState {
 #[cfg(test)]
 mod places_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -66,7 +66,7 @@ impl MonitorState {
             disk,
             capacity_bytes,
         };
-        self.osd_flags.insert(id, OsdFlags { automatic_out: true });
+        self.osd_flags.insert(id, OsdFlags { automatic_out: true, slow_out: false });
         self.bump(|map| {
             map.osds.insert(id, info);
         });
@@ -144,7 +144,8 @@ impl MonitorState {
         if automatic && self.osd(osd)?.up {
             return Err(Refusal::precondition(format!("{osd} is up again")));
         }
-        self.osd_flags.entry(osd).or_default().automatic_out = automatic;
+        let flags = self.osd_flags.entry(osd).or_default();
+        (flags.automatic_out, flags.slow_out) = (automatic, false);
         self.change_groups(true, |map| {
             if let Some(info) = map.osds.get_mut(&osd) {
                 info.in_cluster = false;
@@ -159,7 +160,7 @@ impl MonitorState {
         if self.osd(osd)?.in_cluster {
             return Ok(Reply::Done);
         }
-        self.osd_flags.entry(osd).or_default().automatic_out = false;
+        self.osd_flags.insert(osd, OsdFlags::default());
         self.change_groups(true, |map| {
             if let Some(info) = map.osds.get_mut(&osd) {
                 info.in_cluster = true;

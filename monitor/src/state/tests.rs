@@ -2,7 +2,7 @@ use super::*;
 use gabion_proto::map::{FailureDomain, Redundancy};
 use proptest::prelude::*;
 
-pub(super) fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
+pub(crate) fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
     state.apply(
         0,
         Command::BootOsd {
@@ -16,12 +16,12 @@ pub(super) fn boot(state: &mut MonitorState, n: u8) -> CommandResult {
     )
 }
 
-pub(super) fn down(state: &mut MonitorState, n: u32) {
+pub(crate) fn down(state: &mut MonitorState, n: u32) {
     let incarnation = state.map.osds[&OsdId(n)].incarnation;
     state.apply(0, Command::MarkDown { osd: OsdId(n), incarnation, reason: "test".into() }).unwrap();
 }
 
-pub(super) fn cluster(osds: u8, pgs: u32) -> MonitorState {
+pub(crate) fn cluster(osds: u8, pgs: u32) -> MonitorState {
     let mut state = MonitorState::default();
     state.apply(0, Command::Bootstrap { cluster: ClusterId([9; 16]) }).unwrap();
     for n in 0..osds {
@@ -46,7 +46,7 @@ fn pool(name: &str, size: u32, pg_count: u32) -> Command {
     }
 }
 
-pub(super) fn pg(index: u32) -> PgId {
+pub(crate) fn pg(index: u32) -> PgId {
     PgId { pool: PoolId(1), index }
 }
 
@@ -56,12 +56,12 @@ pub(super) fn report(state: &MonitorState, pg: PgId) -> (OsdId, Incarnation, Epo
     (osd, state.map.osds[&osd].incarnation, record.interval)
 }
 
-pub(super) fn activate(state: &mut MonitorState, pg: PgId) {
+pub(crate) fn activate(state: &mut MonitorState, pg: PgId) {
     let (osd, incarnation, interval) = report(state, pg);
     state.apply(0, Command::PgActivated { osd, incarnation, pg, interval }).unwrap();
 }
 
-pub(super) fn clean(state: &mut MonitorState, pg: PgId) {
+pub(crate) fn clean(state: &mut MonitorState, pg: PgId) {
     let (osd, incarnation, interval) = report(state, pg);
     state.apply(0, Command::PgClean { osd, incarnation, pg, interval }).unwrap();
 }

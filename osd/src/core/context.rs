@@ -1,5 +1,6 @@
 //! What a placement group needs from its surroundings during one step.
 
+use super::latency::Latencies;
 use super::scrub_budget::ScrubBudget;
 use super::throttle::Throttle;
 use super::{Branch, Branches, Effect, Millis, Rule, Rules, Token};
@@ -14,6 +15,8 @@ use std::collections::BTreeMap;
 pub struct Purpose<T> {
     pub pg: PgId,
     pub round: u64,
+    /// When it was issued.
+    pub since: Millis,
     pub what: T,
 }
 
@@ -55,6 +58,8 @@ pub struct Context<'a, T> {
     pub recovery_bytes_elsewhere: u64,
     /// How fast recovery may go.
     pub throttle: &'a mut Throttle,
+    /// How long sub-operations take here and at peers.
+    pub latency: &'a mut Latencies,
     /// What scrubs may still read here.
     pub scrub: &'a mut ScrubBudget,
     pub rules: Rules,

@@ -7,6 +7,7 @@
 
 mod branches;
 mod context;
+mod latency;
 mod osd;
 #[cfg(test)]
 mod peering_tests;
@@ -76,8 +77,12 @@ pub enum Event {
     Full(bool),
     /// The monitors want these groups, which this OSD leads, to be scrubbed, and let scrubs read so much here.
     Scrub { orders: Vec<ScrubOrder>, rate_bytes_per_s: u64 },
+    /// What the monitors say of slow OSDs: how long a member may owe a sub-operation before it is reported, and who is slow.
+    Slow { limit_ms: Millis, osds: Vec<OsdId> },
     /// Time passes; at least every 100 ms.
     Tick,
+    /// The time that [`OsdCore::wake_at`] named has come.
+    Wake,
 }
 
 /// The monitors' word that a group is to be scrubbed.

@@ -1,11 +1,12 @@
 //! One OSD's decisions: the map, the lease, the fences, and its placement groups.
 
 use super::context::{Context, Tokens};
+use super::latency::Latencies;
 use super::pg::{Pg, What};
 use super::scrub_budget::ScrubBudget;
 use super::throttle::Throttle;
 use super::*;
-use gabion_proto::limits::CONN_OPS_MAX;
+use gabion_proto::limits::{CONN_OPS_MAX, SUBOP_STUCK, SUBOP_STUCK_MAX, SUBOP_STUCK_MIN};
 use gabion_proto::msg::RetryWhy;
 use gabion_proto::pb;
 use std::collections::BTreeMap;
@@ -54,6 +55,9 @@ pub struct OsdCore {
     recovery_bytes: u64,
     throttle: Throttle,
     scrub_budget: ScrubBudget,
+    latency: Latencies,
+    /// How long a member may owe a sub-operation.
+    stuck_ms: Millis,
     now: Millis,
 }
 
@@ -79,6 +83,8 @@ impl OsdCore {
             recovery_bytes: 0,
             throttle: Throttle::new(now),
             scrub_budget: ScrubBudget::new(now),
+            latency: Latencies::new(boot.id, now),
+            stuck_ms: SUBOP_STUCK.as_millis() as Millis,
             now,
         }
     }
@@ -94,8 +100,12 @@ impl OsdCore {
         self.scrub_budget.refill(now);
         let (waiting, under_way) = (self.client_waiting, self.client_ops - self.client_waiting);
         self.throttle.elapse(now, under_way, waiting, self.recovery_bytes);
+        self.latency.elapse(now);
         let before = out.len();
         self.take(event, out);
+        if self.latency.take_due(now) {
+            self.every_pg(out, |pg, cx| pg.hedge(cx));
+        }
         let ended = |e: &&Effect| {
             matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })
         };
@@ -151,7 +161,14 @@ impl OsdCore {
             Event::Monitor { token, result } => {
                 self.answer(token, out, |pg, cx, what| pg.monitor_answered(cx, what, result));
             }
+            Event::Slow { limit_ms, osds } => {
+                let (least, most) = (SUBOP_STUCK_MIN.as_millis(), SUBOP_STUCK_MAX.as_millis());
+                self.stuck_ms = limit_ms.clamp(least as Millis, most as Millis);
+                self.latency.set_slow(osds);
+            }
             Event::Tick => self.every_pg(out, |pg, cx| pg.tick(cx)),
+            // Looked at with every event.
+            Event::Wake => {}
         }
         if self.acked < self.map.epoch {
             let waits = self.rules.keep(Rule::FenceDrains)
@@ -178,7 +195,17 @@ impl OsdCore {
         if !self.rules.keep(Rule::StuckReports) {
             return Vec::new();
         }
-        self.pgs.values().flat_map(|pg| pg.stuck(self.id, self.now, &self.map)).collect()
+        self.pgs.values().flat_map(|pg| pg.stuck(self.id, self.now, self.stuck_ms, &self.map)).collect()
+    }
+
+    /// How long sub-operations took in the last whole window.
+    pub fn latency_window(&self) -> &pb::LatencyWindow {
+        self.latency.window()
+    }
+
+    /// When [`Event::Wake`] is wanted; other events do as well.
+    pub fn wake_at(&self) -> Option<Millis> {
+        self.latency.wake_at()
     }
 
     /// Which of its ways this run has gone.
@@ -200,6 +227,8 @@ impl OsdCore {
             sum.scrubbed_bytes += c.scrubbed_bytes;
             sum.scrub_findings += c.scrub_findings;
             sum.scrub_repaired += c.scrub_repaired;
+            sum.hedged_reads += c.hedged_reads;
+            sum.hedges_won += c.hedges_won;
         }
         sum
     }
@@ -219,6 +248,7 @@ impl OsdCore {
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
             throttle: &mut self.throttle,
+            latency: &mut self.latency,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
             branches: &mut self.branches,
@@ -252,6 +282,7 @@ impl OsdCore {
             full: self.full,
             recovery_bytes_elsewhere: self.recovery_bytes,
             throttle: &mut self.throttle,
+            latency: &mut self.latency,
             scrub: &mut self.scrub_budget,
             rules: self.rules,
             branches: &mut self.branches,
@@ -271,6 +302,9 @@ impl OsdCore {
         f: impl FnOnce(&mut Pg, &mut Context<'_, What>, What),
     ) {
         let Some(purpose) = self.tokens.take(token) else { return };
+        if let Some(kind) = purpose.what.measured() {
+            self.latency.took(self.id, kind, self.now.saturating_sub(purpose.since));
+        }
         self.with_pg(purpose.pg, out, |pg, cx| {
             if pg.round() == purpose.round {
                 f(pg, cx, purpose.what);

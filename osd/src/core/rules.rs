@@ -65,6 +65,10 @@ pub enum Rule {
     FillWhole,
     /// A copy that a scrub finds bad is replaced.
     ScrubRepairs,
+    /// A read that waits for long is asked of somebody else, too.
+    HedgedReads,
+    /// Only a member that holds the object is asked, and answers (P5).
+    HedgeHolders,
 }
 
 impl Rule {

@@ -3,7 +3,7 @@
 use crate::store::Stats;
 use gabion_common::metrics::{Page, Source};
 use gabion_proto::ids::OsdId;
-use gabion_proto::pb::OsdStats;
+use gabion_proto::pb::{LatencyFigures, LatencyWindow, OsdStats, PeerLatency};
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct Figures {
     osd: OsdId,
-    last: Arc<Mutex<(OsdStats, Stats, u64)>>,
+    last: Arc<Mutex<(OsdStats, Stats, u64, LatencyWindow)>>,
 }
 
 impl Figures {
@@ -20,14 +20,14 @@ impl Figures {
         Figures { osd, last: Arc::default() }
     }
 
-    pub fn set(&self, stats: OsdStats, store: Stats, primary_pgs: u64) {
-        *self.last.lock() = (stats, store, primary_pgs);
+    pub fn set(&self, stats: OsdStats, store: Stats, primary_pgs: u64, latency: LatencyWindow) {
+        *self.last.lock() = (stats, store, primary_pgs, latency);
     }
 }
 
 impl Source for Figures {
     fn collect(&self, page: &mut Page<'_>) -> fmt::Result {
-        let (stats, store, primary_pgs) = self.last.lock().clone();
+        let (stats, store, primary_pgs, latency) = self.last.lock().clone();
         let osd = self.osd.0.to_string();
         page.gauges("osd_info", "The number of this OSD", [(vec![("osd", osd.as_str())], 1)])?;
         page.counter("osd_reads", "Reads of clients", stats.reads)?;
@@ -53,6 +53,22 @@ impl Source for Figures {
             "Blocks that did not match their checksum",
             stats.checksum_errors,
         )?;
+        page.counter(
+            "osd_hedged_reads",
+            "Reads of this primary that were asked of another OSD as well, because the first one was late",
+            stats.hedged_reads,
+        )?;
+        page.counter("osd_hedges_won", "Of them answered that way", stats.hedges_won)?;
+        let writes = |p: &PeerLatency| p.writes;
+        let reads = |p: &PeerLatency| p.reads;
+        latencies(
+            page,
+            "osd_peer_write_mean_us",
+            "Mean time until a write was durable at an OSD",
+            &latency,
+            writes,
+        )?;
+        latencies(page, "osd_peer_read_mean_us", "Mean time of a read at an OSD", &latency, reads)?;
         page.gauge("osd_capacity_bytes", "Room on the disk", stats.capacity_bytes)?;
         page.gauge("osd_used_bytes", "Of it used", stats.used_bytes)?;
         page.gauge("osd_objects", "Objects on the disk", stats.objects)?;
@@ -72,4 +88,17 @@ impl Source for Figures {
             store.traffic.durable_writes,
         )
     }
+}
+
+/// Of the last whole window, by OSD: this one, and those that it works with.
+fn latencies(
+    page: &mut Page<'_>,
+    name: &str,
+    help: &str,
+    window: &LatencyWindow,
+    of: impl Fn(&PeerLatency) -> Option<LatencyFigures>,
+) -> fmt::Result {
+    let figures = window.peers.iter().filter_map(|p| Some((p.osd.to_string(), of(p)?.mean_us)));
+    let figures: Vec<(String, u64)> = figures.collect();
+    page.gauges(name, help, figures.iter().map(|(osd, us)| (vec![("osd", osd.as_str())], *us)))
 }

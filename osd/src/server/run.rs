@@ -13,7 +13,9 @@ use gabion_common::clock::boottime_ms;
 use gabion_common::metrics::Endpoint;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
-use gabion_proto::limits::{FULL_FREE_PERCENT, HEARTBEAT, LEASE, SCRUB_ORDERS_MAX};
+use gabion_proto::limits::{
+    FULL_FREE_PERCENT, HEARTBEAT, LEASE, SCRUB_ORDERS_MAX, SLOW_OSDS_MAX, SUBOP_STUCK,
+};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
 use gabion_proto::pb::{BootRequest, HeartbeatReply, HeartbeatRequest, OsdStats};
@@ -187,6 +189,12 @@ pub async fn serve(
     }
 }
 
+fn slow_osds(r: &HeartbeatReply) -> Event {
+    let limit_ms = if r.slow_limit_ms > 0 { r.slow_limit_ms } else { SUBOP_STUCK.as_millis() as Millis };
+    let osds = r.slow_osds.iter().take(SLOW_OSDS_MAX).map(|o| OsdId(*o)).collect();
+    Event::Slow { limit_ms, osds }
+}
+
 fn scrub_orders(r: &HeartbeatReply) -> Event {
     let orders = r.scrubs.iter().take(SCRUB_ORDERS_MAX).map(|o| ScrubOrder {
         pg: PgId { pool: PoolId(o.pool), index: o.index },
@@ -194,6 +202,12 @@ fn scrub_orders(r: &HeartbeatReply) -> Event {
         deep: o.deep,
     });
     Event::Scrub { orders: orders.collect(), rate_bytes_per_s: r.scrub_rate_bytes_per_s }
+}
+
+/// The core's clock is the boot clock; a wait is short.
+async fn sleep_until(at: Option<Millis>) {
+    let wait = at.unwrap_or_default().saturating_sub(boottime_ms());
+    tokio::time::sleep(Duration::from_millis(wait)).await;
 }
 
 struct Shell {
@@ -270,6 +284,7 @@ impl Shell {
                             let lease = r.lease_ms.min(LEASE.as_millis() as u64);
                             self.step(&mut run, Event::Lease { until: sent_ms + lease, epoch: Epoch(r.epoch) });
                             self.step(&mut run, scrub_orders(&r));
+                            self.step(&mut run, slow_osds(&r));
                             let bytes_per_s = r.rebuild_rate_bytes_per_s;
                             self.step(&mut run, Event::RebuildLimit { bytes_per_s });
                         }
@@ -296,6 +311,7 @@ impl Shell {
                     self.step(&mut run, Event::Map(map));
                 }
                 _ = tick.tick() => self.step(&mut run, Event::Tick),
+                () = sleep_until(run.core.wake_at()), if run.core.wake_at().is_some() => self.step(&mut run, Event::Wake),
                 Some(input) = self.inputs.recv(), if self.backlog.len() < STORE_REQUESTS_MAX => self.input(&mut run, input),
             }
         }
@@ -434,7 +450,8 @@ impl Shell {
             ..run.core.stats()
         };
         let pgs = run.core.pg_statuses();
-        self.figures.set(stats.clone(), self.store.stats(), pgs.len() as u64);
+        let latency = run.core.latency_window().clone();
+        self.figures.set(stats.clone(), self.store.stats(), pgs.len() as u64, latency.clone());
         let request = HeartbeatRequest {
             id: self.identity.osd.0,
             incarnation: run.incarnation.0,
@@ -442,6 +459,7 @@ impl Shell {
             stats: Some(stats),
             stuck: run.core.stuck_peers(),
             pgs,
+            latency: Some(latency),
         };
         let monitors = self.monitors.clone();
         tokio::spawn(async move {

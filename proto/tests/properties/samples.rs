@@ -194,7 +194,7 @@ pub fn frame(seed: u64) -> Frame {
         })
     };
     let mut data = Bytes::new();
-    let message = match n.below(12) {
+    let message = match n.below(14) {
         0 => Message::Hello(Hello {
             cluster: ClusterId([n.any() as u8; 16]),
             role: Role::Client { id: ClientId(n.any()) },
@@ -273,6 +273,17 @@ pub fn frame(seed: u64) -> Frame {
             };
             let entries = vec![entry; n.below(SCRUB_ENTRIES_MAX as u64 + 1) as usize];
             let body = PeerBody::ScrubInfo { tid: n.any(), entries, last: n.flag() };
+            peer(n, body)
+        }
+        11 => {
+            let (first_block, block_count) = (n.any() as u32, n.any() as u32);
+            let below = (0..n.below(5)).map(|_| LayerId(n.any() as u32)).collect();
+            let body = PeerBody::BlockRead { tid: n.any(), object, below, first_block, block_count };
+            peer(n, body)
+        }
+        12 => {
+            data = content.data;
+            let body = PeerBody::BlockData { tid: n.any(), result: Ok(content.extents) };
             peer(n, body)
         }
         _ => {

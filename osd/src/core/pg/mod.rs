@@ -37,6 +37,7 @@
 //! - *Reads* (P5, P6) need the lease, wait for overlapping writes in flight, and for objects about which the authority disagreed
 //!   until every acting member has the same version.
 
+mod hedge;
 mod history;
 mod member;
 mod ops;
@@ -48,6 +49,7 @@ mod status;
 mod writes;
 
 use super::context::{Context, Purpose};
+use super::latency::Kind;
 use super::{Branch, ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
 use crate::erasure::Code;
 use crate::store::{Needed, PgMeta, StoreError, Txn, TxnOp};
@@ -111,6 +113,12 @@ pub enum What {
         to: OsdId,
         tid: u64,
     },
+    /// Blocks of the own copy for the primary.
+    ServeBlocks {
+        to: OsdId,
+        tid: u64,
+        layers: Vec<ObjectId>,
+    },
     /// The copy, or what an earlier place left of one.
     Removed,
     ReportActivated,
@@ -124,6 +132,19 @@ pub enum What {
     },
     /// Nothing depends on it beyond its success.
     Housekeeping,
+}
+
+impl What {
+    /// What tells how fast the own disk answers: small and asked for by clients, here or at another primary.
+    pub fn measured(&self) -> Option<Kind> {
+        match self {
+            What::Write { .. } | What::SubWrite { .. } => Some(Kind::Write),
+            What::Read { .. } | What::OwnRows { .. } | What::ServeRows { .. } | What::ServeBlocks { .. } => {
+                Some(Kind::Read)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A version as held.
@@ -164,6 +185,8 @@ pub struct Counters {
     pub scrubbed_bytes: u64,
     pub scrub_findings: u64,
     pub scrub_repaired: u64,
+    pub hedged_reads: u64,
+    pub hedges_won: u64,
 }
 
 /// How far the group has come in its interval, on this member.
@@ -254,7 +277,7 @@ impl Pg {
     }
 
     fn token(&self, cx: &mut Cx<'_>, what: What) -> Token {
-        cx.tokens.issue(Purpose { pg: self.id, round: self.round, what })
+        cx.tokens.issue(Purpose { pg: self.id, round: self.round, since: cx.now, what })
     }
 
     fn submit(&mut self, cx: &mut Cx<'_>, what: What, ops: Vec<TxnOp>) {
@@ -461,6 +484,7 @@ impl Pg {
             Phase::Active(_) => {
                 self.resend_writes(cx);
                 self.gather_again(cx);
+                self.hedge(cx);
                 self.commit_lazily(cx);
                 self.recover(cx);
                 self.resume(cx);
@@ -498,6 +522,10 @@ impl Pg {
                 self.serve_rows(cx, from, tid, object, version, (first_row, row_count));
             }
             PeerBody::ShardData { tid, result } => self.rows_came(cx, from, tid, result, data),
+            PeerBody::BlockRead { tid, object, below, first_block, block_count } if is_primary => {
+                self.serve_blocks(cx, from, tid, (object, below), (first_block, block_count));
+            }
+            PeerBody::BlockData { tid, result } => self.blocks_came(cx, from, tid, result, data),
             PeerBody::Commit { objects } if is_primary => self.commit_told(cx, from, objects),
             PeerBody::CommitAck { objects } => self.commit_acked(from, &objects),
             PeerBody::Info { activated, shard, .. } => self.info(cx, from, activated, shard),

@@ -11,6 +11,8 @@ use gabion_proto::map::Attachment;
 const WAIT_MS: Millis = 1_000;
 /// Unacknowledged sub-writes are sent again after this long at first, then ever later: a busy member has them already.
 const RESEND_MS: Millis = 500;
+/// What is not a client's write is not held against a member sooner, whatever the limit is.
+pub(super) const PATIENCE_MS: Millis = SUBOP_STUCK.as_millis() as Millis;
 /// From this version counter on, another interval is asked for, long before the versions end.
 const VERSIONS_WORN: u32 = 1 << 31;
 /// Writes of one object that may be in flight.
@@ -29,11 +31,17 @@ pub struct ClientWork {
 pub(super) struct Read {
     op: ClientOp,
     arrived: Millis,
+    /// When it began.
+    pub since: Millis,
+    /// The own store was asked.
+    pub own: bool,
+    /// The number under which another member was asked.
+    pub hedge: Option<u64>,
 }
 
 impl Read {
-    pub(super) fn of(work: &ClientWork) -> Read {
-        Read { op: work.op.clone(), arrived: work.arrived }
+    pub(super) fn of(work: &ClientWork, now: Millis) -> Read {
+        Read { op: work.op.clone(), arrived: work.arrived, since: now, own: false, hedge: None }
     }
 
     pub(super) fn op(&self) -> &ClientOp {
@@ -64,6 +72,10 @@ impl ClientWork {
 pub struct Active {
     pub(super) writes: BTreeMap<u64, Write>,
     pub(super) reads: BTreeMap<ClientToken, Read>,
+    /// Questions to other members about reads, by number.
+    pub(super) hedges: BTreeMap<u64, hedge::Hedge>,
+    /// Reads of the own store that nobody waits for any more: another member was faster.
+    pub(super) overtaken: BTreeSet<ClientToken>,
     pub(super) shards: shards::Shards,
     next_tid: u64,
     pub recovery: recovery::Recovery,
@@ -84,6 +96,8 @@ impl Active {
         Active {
             writes: BTreeMap::new(),
             reads: BTreeMap::new(),
+            hedges: BTreeMap::new(),
+            overtaken: BTreeSet::new(),
             shards: shards::Shards::new(pending, now),
             next_tid: 0,
             recovery,
@@ -317,7 +331,8 @@ impl Pg {
                 cx.takes(Branch::ReadWaitsForWrite);
                 return false;
             }
-            self.start_read(cx, work, first_block, block_count, layers.to_vec());
+            a.reads.insert(work.token, Read::of(work, cx.now));
+            self.begin_read(cx, work.token);
             return true;
         }
         let same = a.writes.values().filter(|w| w.object == op.object).count();
@@ -341,44 +356,41 @@ impl Pg {
         true
     }
 
-    fn start_read(
-        &mut self,
-        cx: &mut Cx<'_>,
-        work: &ClientWork,
-        first_block: u32,
-        block_count: u32,
-        below: Vec<LayerId>,
-    ) {
-        let op = work.op.clone();
-        let object = op.object;
-        let Phase::Active(a) = &mut self.phase else { return };
-        a.reads.insert(work.token, Read { op, arrived: work.arrived });
-        let token = self.token(cx, What::Read { token: work.token });
-        cx.out.push(Effect::Read { token, pg: self.id, object, below, first_block, block_count });
-    }
-
     pub fn read_done(&mut self, cx: &mut Cx<'_>, what: What, result: Result<Content, StoreError>) {
         let token = match what {
             What::Read { token } => token,
             What::OwnRows { tid } => return self.own_rows_read(cx, tid, result),
             What::ServeRows { to, tid } => return self.rows_read(cx, to, tid, result),
+            What::ServeBlocks { to, tid, layers } => return self.blocks_read(cx, (to, tid, layers), result),
             _ => return,
         };
         let Phase::Active(a) = &mut self.phase else { return };
-        let Some(Read { op, arrived }) = a.reads.remove(&token) else { return };
-        self.answer_read(cx, token, op, arrived, result);
+        let overtaken = a.overtaken.remove(&token);
+        let Some(read) = a.reads.remove(&token) else {
+            // Nobody waits, but a bad block is a bad block.
+            if let (true, Err(StoreError::Unreadable { object, block, why })) = (overtaken, result)
+                && !a.scrub.damaged.contains_key(&object)
+                && !a.has_writes(&object)
+            {
+                tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
+                self.lose_own_copy(cx, object);
+            }
+            return;
+        };
+        self.answer_read(cx, token, read, result);
         // Writes may have waited for it.
         self.resume(cx);
     }
 
-    fn answer_read(
+    /// Whoever else was asked for it answers to nobody.
+    pub(super) fn answer_read(
         &mut self,
         cx: &mut Cx<'_>,
         token: ClientToken,
-        op: ClientOp,
-        arrived: Millis,
+        read: Read,
         result: Result<Content, StoreError>,
     ) {
+        let Read { op, arrived, .. } = read;
         // Rule P6: the lease was good when the bytes were read.
         if !cx.has_lease() {
             cx.takes(Branch::LeaseRanOut);
@@ -497,7 +509,9 @@ impl Pg {
         let Some(w) = a.writes.get_mut(&tid) else { return };
         match result {
             SubResult::Ok => {
-                w.waiting.remove(&from);
+                if w.waiting.remove(&from) {
+                    cx.latency.took(from, Kind::Write, cx.now.saturating_sub(w.started));
+                }
                 self.finish_write(cx, tid);
             }
             // Sent again by the timer.
@@ -597,21 +611,23 @@ impl Pg {
     }
 
     /// Rules P7 and P8: who owes what to this primary, and for how long.
-    pub(super) fn late_members(&self, now: Millis) -> BTreeMap<OsdId, Millis> {
+    pub(super) fn late_members(&self, now: Millis, limit_ms: Millis) -> BTreeMap<OsdId, Millis> {
         let mut late: BTreeMap<OsdId, Millis> = BTreeMap::new();
         let Phase::Active(a) = &self.phase else { return late };
         for w in a.writes.values() {
             for o in &w.waiting {
                 // A refusal is final: no need to wait any longer.
                 let age = match w.refused.contains_key(o) {
-                    true => SUBOP_STUCK.as_millis() as Millis,
+                    true => limit_ms,
                     false => now.saturating_sub(w.started),
                 };
                 let entry = late.entry(*o).or_default();
                 *entry = (*entry).max(age);
             }
         }
-        for (o, since) in a.recovery.late().chain(a.shards.late()) {
+        // Recovery moves whole objects, and tries again by itself.
+        let patient = a.recovery.late().filter(|(_, since)| now >= since + PATIENCE_MS);
+        for (o, since) in patient.chain(a.shards.late()) {
             let entry = late.entry(o).or_default();
             *entry = (*entry).max(now.saturating_sub(since));
         }

@@ -279,6 +279,11 @@ impl Recovery {
         lacking
     }
 
+    /// Whether a member lacks the object, as far as is known.
+    pub fn lacks(&self, member: OsdId, object: &ObjectId) -> bool {
+        self.missing.get(&member).is_some_and(|m| m.contains_key(object))
+    }
+
     pub fn demand(&mut self, object: ObjectId) {
         self.demanded.insert(object);
     }

@@ -1,8 +1,8 @@
 //! What the group tells the monitors.
 
+use super::ops::PATIENCE_MS;
 use super::*;
 use crate::core::Damage;
-use gabion_proto::limits::SUBOP_STUCK;
 use gabion_proto::pb;
 
 /// As the monitors hear of it.
@@ -98,18 +98,19 @@ impl Pg {
 
     /// Members that owe this primary something for long enough to be reported, and the primary itself when it cannot
     /// go on.
-    pub fn stuck(&self, own: OsdId, now: Millis, map: &ClusterMap) -> Vec<pb::StuckPeer> {
-        let mut late = self.late_members(now);
-        // Peering and activation wait for every acting member, too.
+    pub fn stuck(&self, own: OsdId, now: Millis, limit_ms: Millis, map: &ClusterMap) -> Vec<pb::StuckPeer> {
+        let mut late = self.late_members(now, limit_ms);
+        // Peering and activation wait for every acting member, too; they take what they take.
         let age = now.saturating_sub(self.since);
+        let age = if age < PATIENCE_MS { 0 } else { age };
         match &self.phase {
             Phase::Peering(p) => late.extend(p.silent_members(&self.record).into_iter().map(|o| (o, age))),
             Phase::Activating(a) => late.extend(a.waiting_for().into_iter().map(|o| (o, age))),
             _ => {}
         }
-        late.extend(self.own_fault(own, age, map).map(|age| (own, age)));
+        late.extend(self.own_fault(own, (age, limit_ms), map).map(|age| (own, age)));
         late.into_iter()
-            .filter(|(_, age)| u128::from(*age) >= SUBOP_STUCK.as_millis())
+            .filter(|(_, age)| *age >= limit_ms)
             .filter_map(|(o, age_ms)| {
                 let incarnation = map.up_osd(o)?.incarnation;
                 Some(pb::StuckPeer {
@@ -125,10 +126,9 @@ impl Pg {
     }
 
     /// For how long the group has needed an interval without its own primary.
-    fn own_fault(&self, own: OsdId, age: Millis, map: &ClusterMap) -> Option<Millis> {
+    fn own_fault(&self, own: OsdId, (age, at_once): (Millis, Millis), map: &ClusterMap) -> Option<Millis> {
         let enough = map.pools.get(&self.id.pool)?.min_size as usize;
         let others_go_on = self.record.members().count() > enough;
-        let at_once = SUBOP_STUCK.as_millis() as Millis;
         match &self.phase {
             Phase::Broken(_) if self.record.primary != Some(own) => None,
             Phase::Broken(_) if others_go_on => Some(at_once),

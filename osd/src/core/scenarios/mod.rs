@@ -9,6 +9,7 @@ mod dirty;
 mod fills;
 mod frozen;
 mod full;
+mod hedge;
 mod maps;
 mod noted;
 mod places;

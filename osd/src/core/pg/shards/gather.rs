@@ -15,6 +15,11 @@ const GIVE_UP_MS: Millis = 4_000;
 /// What could not be gathered for recovery is tried again after this long.
 const AGAIN_MS: Millis = 2_000;
 
+/// Rows that one member owes and nobody waits for; with more, it is not asked first.
+const OVERTAKEN_MAX: usize = 8;
+/// After this long the answer is not expected any more.
+const OVERTAKEN_MS: Millis = 10_000;
+
 /// Who wants the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum For {
@@ -28,6 +33,8 @@ struct Asked {
     member: OsdId,
     first: Millis,
     last: Millis,
+    /// Others make up for it.
+    passed: bool,
 }
 
 impl Asked {
@@ -56,6 +63,10 @@ pub struct Gather {
     bad: BTreeSet<u8>,
     /// Some shard was there and could not be read.
     unreadable: bool,
+    /// More was asked for than would do, because something was late.
+    hedged: bool,
+    /// Members that are not asked, as long as there are others.
+    shunned: BTreeSet<OsdId>,
 }
 
 impl Shards {
@@ -86,10 +97,11 @@ impl Pg {
             return self.reply(cx, work.token, OpReply::Data { extents: Vec::new() });
         };
         let Phase::Active(a) = &mut self.phase else { return };
-        a.reads.insert(work.token, ops::Read::of(work));
+        a.reads.insert(work.token, ops::Read::of(work, cx.now));
         let wanted = (first_block..first_block + block_count).take(geometry.k.into());
         let wanted = wanted.map(|b| geometry.place(b).0).collect();
         let purpose = For::Read { token: work.token, first_block, block_count };
+        cx.latency.read_begun(cx.now);
         self.gather(cx, purpose, work.op().object, rows, wanted);
     }
 
@@ -133,8 +145,70 @@ impl Pg {
             asked: BTreeMap::new(),
             bad: BTreeSet::new(),
             unreadable: false,
+            hedged: false,
+            shunned: BTreeSet::new(),
         };
         a.shards.gathers.insert(tid, gather);
+        self.shun(cx, tid);
+        self.gather_on(cx, tid);
+    }
+
+    /// Members that still owe much that was read elsewhere are not asked for more while others can decode it.
+    fn shun(&mut self, cx: &mut Cx<'_>, tid: u64) {
+        let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
+        if a.shards.overtaken.is_empty() || !matches!(g.purpose, For::Read { .. }) {
+            return;
+        }
+        let holders = a.recovery.holders(&g.object, true);
+        let owes =
+            |o: &OsdId| a.shards.overtaken.keys().filter(|(_, member)| member == o).count() >= OVERTAKEN_MAX;
+        let busy: BTreeSet<OsdId> = holders.values().copied().filter(owes).collect();
+        let wanted = g.wanted.iter().filter_map(|n| holders.get(n)).copied();
+        let late: Vec<OsdId> = wanted.filter(|o| busy.contains(o)).collect();
+        let others = holders.values().filter(|o| !busy.contains(o)).count();
+        if !late.is_empty() && others >= k && cx.latency.spend_hedge(late) {
+            (g.hedged, g.shunned) = (true, busy);
+            self.counters.hedged_reads += 1;
+        }
+    }
+
+    /// Reads whose shards have not come in time: others make up for those, if they can.
+    pub(in super::super) fn hedge_gathers(&mut self, cx: &mut Cx<'_>) {
+        let (now, after) = (cx.now, cx.latency.hedge_ms());
+        let Phase::Active(a) = &mut self.phase else { return };
+        a.shards.overtaken.retain(|_, (since, _)| now < *since + OVERTAKEN_MS);
+        let open = a.shards.gathers.iter();
+        let open = open.filter(|(_, g)| matches!(g.purpose, For::Read { .. }) && !g.hedged && !g.piecewise);
+        let deadlines =
+            open.filter_map(|(tid, g)| Some((*tid, g.asked.values().map(|a| a.first).min()? + after)));
+        let (due, later): (Vec<_>, Vec<_>) = deadlines.partition(|(_, at)| *at <= now);
+        if let Some(at) = later.into_iter().map(|(_, at)| at).min() {
+            cx.latency.wake(at);
+        }
+        for (tid, _) in due {
+            self.hedge_gather(cx, tid, after);
+        }
+    }
+
+    fn hedge_gather(&mut self, cx: &mut Cx<'_>, tid: u64, after: Millis) {
+        let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
+        let late: BTreeSet<OsdId> =
+            g.asked.values().filter(|a| cx.now >= a.first + after).map(|a| a.member).collect();
+        let there = |(n, o): &(u8, OsdId)| {
+            let up = *o == cx.id || cx.map.up_osd(*o).is_some();
+            g.parts.contains_key(n) || (up && !g.bad.contains(n) && !late.contains(o))
+        };
+        let others = a.recovery.holders(&g.object, true).into_iter().filter(there).count();
+        if others < k || !cx.latency.spend_hedge(late.iter().copied()) {
+            return;
+        }
+        g.hedged = true;
+        g.asked.values_mut().filter(|a| late.contains(&a.member)).for_each(|a| a.passed = true);
+        self.counters.hedged_reads += 1;
         self.gather_on(cx, tid);
     }
 
@@ -157,9 +231,14 @@ impl Pg {
         g.asked.retain(|_, a| up(&a.member));
         let mut free = a.recovery.holders(&g.object, g.piecewise || g.purpose != For::Recovery);
         free.retain(|n, o| {
-            up(o) && !g.parts.contains_key(n) && !g.asked.contains_key(n) && !g.bad.contains(n)
+            let asked = g.parts.contains_key(n) || g.asked.contains_key(n);
+            up(o) && !asked && !g.bad.contains(n) && !g.shunned.contains(o)
         });
-        let is_late = |a: &Asked| cx.now >= a.first + LATE_MS;
+        if !g.shunned.is_empty() && g.parts.len() + g.asked.len() + free.len() < k {
+            g.shunned.clear();
+            return self.gather_on(cx, tid);
+        }
+        let is_late = |a: &Asked| a.passed || cx.now >= a.first + LATE_MS;
         let awaited = g.asked.values().filter(|a| !is_late(a)).count();
         let reachable = |n: &u8| {
             g.parts.contains_key(n) || free.contains_key(n) || g.asked.get(n).is_some_and(|a| !is_late(a))
@@ -176,7 +255,7 @@ impl Pg {
             first.into_iter().chain(rest).take(lacking).collect()
         };
         for (n, member) in &ask {
-            g.asked.insert(*n, Asked { member: *member, first: cx.now, last: cx.now });
+            g.asked.insert(*n, Asked { member: *member, first: cx.now, last: cx.now, passed: false });
         }
         for (_, member) in ask {
             self.ask_rows(cx, tid, member);
@@ -262,8 +341,19 @@ impl Pg {
             return;
         }
         let Phase::Active(a) = &mut self.phase else { return };
+        if let Some((since, object)) = a.shards.overtaken.remove(&(tid, from)) {
+            measure(cx, from, since);
+            // Nobody waits, but a bad row is a bad row.
+            if result.is_err_and(|why| why == SubResult::Io) && !a.has_writes(&object) {
+                self.shard_unreadable(cx, from, object);
+            }
+            return;
+        }
         let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
         let Some(n) = g.asked.iter().find(|(_, a)| a.member == from).map(|(n, _)| *n) else { return };
+        if let Some(asked) = g.asked.get(&n).filter(|_| g.purpose != For::Recovery) {
+            measure(cx, from, asked.first);
+        }
         match result {
             Ok(content) => {
                 g.asked.remove(&n);
@@ -277,16 +367,24 @@ impl Pg {
                 let object = g.object;
                 if why == SubResult::Io && !is_removed(cx.map, &object) {
                     g.unreadable = true;
-                    tracing::warn!(pg = %self.id, member = %from, %object, shard = n, "unreadable shard, computing it from others");
-                    cx.takes(Branch::LoseShard);
-                    let version = self.acked(&object);
-                    let Phase::Active(a) = &mut self.phase else { return };
-                    a.recovery.lose_shard(from, object, version);
-                    a.clean_reported = false;
+                    self.shard_unreadable(cx, from, object);
                 }
             }
         }
         self.gather_on(cx, tid);
+    }
+
+    /// A member has its shard and cannot read it: it is computed anew.
+    fn shard_unreadable(&mut self, cx: &mut Cx<'_>, member: OsdId, object: ObjectId) {
+        if is_removed(cx.map, &object) {
+            return;
+        }
+        tracing::warn!(pg = %self.id, %member, %object, "unreadable shard, computing it from others");
+        cx.takes(Branch::LoseShard);
+        let version = self.acked(&object);
+        let Phase::Active(a) = &mut self.phase else { return };
+        a.recovery.lose_shard(member, object, version);
+        a.clean_reported = false;
     }
 
     fn gathering_failed(&mut self, cx: &mut Cx<'_>, tid: u64) {
@@ -350,6 +448,11 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         let (Some(mut g), Some(code)) = (a.shards.gathers.remove(&tid), self.code.clone()) else { return };
         let lost: Vec<u8> = g.wanted.iter().copied().filter(|n| !g.parts.contains_key(n)).collect();
+        self.counters.hedges_won += u64::from(g.hedged && !lost.is_empty());
+        if matches!(g.purpose, For::Read { .. }) {
+            let object = g.object;
+            a.shards.overtaken.extend(g.asked.values().map(|a| ((tid, a.member), (a.first, object))));
+        }
         if !lost.is_empty() {
             if g.purpose != For::Recovery {
                 cx.takes(Branch::Decode);
@@ -489,6 +592,13 @@ impl Pg {
             Err(e) => (Err(rows_refused(e)), Bytes::new()),
         };
         self.send(cx, to, PeerBody::ShardData { tid, result }, data);
+    }
+}
+
+/// A member, other than this one, whose disk is measured by itself, has answered.
+fn measure(cx: &mut Cx<'_>, from: OsdId, since: Millis) {
+    if from != cx.id {
+        cx.latency.took(from, Kind::Read, cx.now.saturating_sub(since));
     }
 }
 

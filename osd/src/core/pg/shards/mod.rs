@@ -42,6 +42,8 @@ const OBJECT_BLOCKS: u32 = OBJECT_BYTES_MAX / BLOCK_BYTES;
 #[derive(Debug, Default)]
 pub struct Shards {
     gathers: BTreeMap<u64, Gather>,
+    /// Rows that members were asked for and that others made up for: since when, and of what.
+    overtaken: BTreeMap<(u64, OsdId), (Millis, ObjectId)>,
     uncommitted: BTreeMap<ObjectId, Uncommitted>,
 }
 

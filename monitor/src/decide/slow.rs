@@ -1,0 +1,311 @@
+//! Which OSDs answer much slower than the others. Pure, like the rest of `decide`; volatile: a new leader begins anew.
+//!
+//! Every OSD tells how long operations took in windows of a few seconds: at its own disk, and at each peer (what it sent there,
+//! until it was durable or read). Once a window each OSD is compared
+//!
+//! - by its own word with what the others say of theirs: a slow disk;
+//! - by each peer's word with the others whom that peer works with, its own disk included: a slow disk, host or link. A
+//!   peer that is slow itself finds everybody slow alike, and so accuses nobody.
+//!
+//! An OSD is an *outlier* of a window when its mean is [`FACTOR`] times that of the median of the others and above
+//! [`FLOOR_US`], by its own word or by that of most of its peers, two at least. It is not when it only has more to do: it
+//! serves more than the others, and with what waits taken into account as fast as they do. When half of those that can be judged or more are
+//! outliers, nobody is one: something else is wrong.
+//!
+//! A window as an outlier adds to an OSD's score, one without takes away from it. It is *slow* from a score of
+//! [`SLOW_AT`] until the score is back at zero, so that it takes a while both ways.
+
+use crate::state::MonitorState;
+use gabion_proto::ids::*;
+use gabion_proto::limits::{LATENCY_PEERS_MAX, LATENCY_WINDOW, SLOW_OSDS_MAX};
+use gabion_proto::pb;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// So many times slower than the median of the others.
+const FACTOR: u64 = 4;
+/// Faster than this is never slow.
+const FLOOR_US: u64 = 25_000;
+/// Fewer operations than these in a window say nothing, unless they took very long.
+const SAMPLES_MIN: u64 = 16;
+const FEW_SAMPLES_MIN: u64 = 2;
+const FEW_SAMPLES_US: u64 = 1_000_000;
+/// Accusers that are needed, if the OSD's own word is not against it.
+const ACCUSERS_MIN: usize = 2;
+/// Windows as an outlier until an OSD is slow, and how far the score goes.
+const SLOW_AT: u32 = 3;
+const SCORE_MAX: u32 = 6;
+/// Nothing is known of a slow OSD any more after so many windows in which nobody asked it for anything.
+const FORGET_WINDOWS: u32 = 60;
+const WINDOW_MS: u64 = LATENCY_WINDOW.as_millis() as u64;
+
+/// Operations of one kind in one window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    pub count: u64,
+    pub mean_us: u64,
+}
+
+impl Figures {
+    fn of(f: Option<pb::LatencyFigures>) -> Option<Figures> {
+        let figures = f.map(|f| Figures { count: f.count, mean_us: f.mean_us })?;
+        figures.says_enough().then_some(figures)
+    }
+
+    fn spent_us(&self) -> u64 {
+        self.count.saturating_mul(self.mean_us)
+    }
+
+    fn says_enough(&self) -> bool {
+        self.count >= SAMPLES_MIN || (self.count >= FEW_SAMPLES_MIN && self.spent_us() >= FEW_SAMPLES_US)
+    }
+
+    /// What one operation takes of the time, given how many were there at once.
+    fn served_us(&self, window_us: u64) -> u64 {
+        let at_a_time_percent = (self.spent_us() / (window_us / 100).max(1)).max(100);
+        self.mean_us.saturating_mul(100) / at_a_time_percent
+    }
+}
+
+/// Writes and reads.
+type Both = [Option<Figures>; 2];
+
+/// What one OSD told of one window.
+#[derive(Clone, Debug)]
+struct Report {
+    incarnation: Incarnation,
+    number: u64,
+    came_ms: u64,
+    window_us: u64,
+    /// Its own disk under its own number.
+    peers: BTreeMap<OsdId, Both>,
+}
+
+/// Why an OSD is an outlier.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Evidence {
+    pub reads: bool,
+    pub mean_us: u64,
+    /// Of the median of the others.
+    pub others_us: u64,
+    /// Peers that find it slow, of those that work with it; none: by its own word.
+    pub accusers: usize,
+    pub witnesses: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Record {
+    incarnation: Incarnation,
+    in_cluster: bool,
+    score: u32,
+    slow_since_ms: Option<u64>,
+    last: Option<Evidence>,
+    /// Windows without a word about it.
+    silent: u32,
+}
+
+/// An OSD that is slow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slow {
+    pub osd: OsdId,
+    pub incarnation: Incarnation,
+    pub since_ms: u64,
+    pub evidence: Evidence,
+}
+
+/// See the module docs.
+#[derive(Debug, Default)]
+pub struct SlowDetector {
+    reports: BTreeMap<OsdId, Report>,
+    records: BTreeMap<OsdId, Record>,
+    judged_ms: u64,
+}
+
+impl SlowDetector {
+    /// Takes in the window of an OSD that is up as `incarnation`. What it says of OSDs that do not exist is dropped.
+    pub fn report(
+        &mut self,
+        now_ms: u64,
+        state: &MonitorState,
+        osd: OsdId,
+        incarnation: Incarnation,
+        window: &pb::LatencyWindow,
+    ) {
+        let known = self.reports.get(&osd).filter(|r| r.incarnation == incarnation);
+        if window.number == 0 || known.is_some_and(|r| r.number >= window.number) {
+            return;
+        }
+        let peers = window.peers.iter().take(LATENCY_PEERS_MAX).map(|p| (OsdId(p.osd), p));
+        let peers = peers.filter(|(o, _)| state.map.up_osd(*o).is_some());
+        let report = Report {
+            incarnation,
+            number: window.number,
+            came_ms: now_ms,
+            window_us: window.length_ms.saturating_mul(1_000),
+            peers: peers.map(|(o, p)| (o, [Figures::of(p.writes), Figures::of(p.reads)])).collect(),
+        };
+        self.reports.insert(osd, report);
+    }
+
+    /// Once a window: compares what has come since the last time.
+    pub fn tick(&mut self, now_ms: u64, state: &MonitorState) {
+        if now_ms < self.judged_ms + WINDOW_MS {
+            return;
+        }
+        let since_ms = std::mem::replace(&mut self.judged_ms, now_ms);
+        let up = |osd: &OsdId, inc: Incarnation| state.map.up_osd(*osd).is_some_and(|o| o.incarnation == inc);
+        self.reports.retain(|osd, r| up(osd, r.incarnation));
+        let fresh: BTreeMap<OsdId, &Report> =
+            self.reports.iter().filter(|(_, r)| r.came_ms > since_ms).map(|(o, r)| (*o, r)).collect();
+        let verdict = compare(&fresh);
+        // Who has booted again or was taken in again is judged anew.
+        self.records.retain(|osd, r| {
+            let info = state.map.osds.get(osd);
+            info.is_some_and(|o| o.incarnation == r.incarnation && (r.in_cluster || !o.in_cluster))
+        });
+        for (osd, info) in &state.map.osds {
+            let word = verdict.get(osd);
+            if word.is_none() && !self.records.contains_key(osd) {
+                continue;
+            }
+            let record = self.records.entry(*osd).or_insert(Record {
+                incarnation: info.incarnation,
+                in_cluster: info.in_cluster,
+                score: 0,
+                slow_since_ms: None,
+                last: None,
+                silent: 0,
+            });
+            record.in_cluster = info.in_cluster;
+            record.judge(now_ms, word);
+        }
+        self.records.retain(|_, r| r.score > 0);
+    }
+
+    /// Those that are slow now.
+    pub fn slow(&self) -> impl Iterator<Item = Slow> + '_ {
+        let slow = self.records.iter().filter_map(|(osd, r)| {
+            let (since_ms, evidence) = (r.slow_since_ms?, r.last.clone()?);
+            Some(Slow { osd: *osd, incarnation: r.incarnation, since_ms, evidence })
+        });
+        slow.take(SLOW_OSDS_MAX)
+    }
+
+    pub fn is_slow(&self, osd: OsdId, incarnation: Incarnation) -> bool {
+        self.records.get(&osd).is_some_and(|r| r.incarnation == incarnation && r.slow_since_ms.is_some())
+    }
+}
+
+impl Record {
+    fn judge(&mut self, now_ms: u64, word: Option<&Word>) {
+        match word {
+            Some(Word::Outlier(evidence)) => {
+                self.last = Some(evidence.clone());
+                self.score = (self.score + 1).min(SCORE_MAX);
+                self.silent = 0;
+            }
+            Some(Word::Well) => {
+                self.score = self.score.saturating_sub(1);
+                self.silent = 0;
+            }
+            Some(Word::Unclear) => self.silent = 0,
+            None => self.silent += 1,
+        }
+        if self.silent >= FORGET_WINDOWS {
+            self.score = 0;
+        }
+        match self.score {
+            0 => self.slow_since_ms = None,
+            SLOW_AT.. => _ = self.slow_since_ms.get_or_insert(now_ms),
+            _ => {}
+        }
+    }
+}
+
+/// What one window says of an OSD.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Word {
+    Well,
+    Outlier(Evidence),
+    /// Too many are outliers.
+    Unclear,
+}
+
+/// The median of what the others took: of an even number, the slower one of the two.
+fn median(mut others: Vec<u64>) -> Option<u64> {
+    others.sort_unstable();
+    (others.len() >= 2).then(|| others[others.len() / 2])
+}
+
+/// The median of the others if `osd` is an outlier among them.
+fn outlier(osd: OsdId, all: &BTreeMap<OsdId, Figures>) -> Option<u64> {
+    let mean_us = all.get(&osd)?.mean_us;
+    let others_us = median(all.iter().filter(|(o, _)| **o != osd).map(|(_, f)| f.mean_us).collect())?;
+    (mean_us >= FLOOR_US && mean_us >= others_us.saturating_mul(FACTOR)).then_some(others_us)
+}
+
+/// Whether an OSD only has more to do than the others.
+fn has_more_to_do(osd: OsdId, own: &BTreeMap<OsdId, Figures>, window_us: u64) -> bool {
+    let of = |what: &dyn Fn(&Figures) -> u64| {
+        let others = own.iter().filter(|(o, _)| **o != osd).map(|(_, f)| what(f)).collect();
+        Some((own.get(&osd).map(what)?, median(others)?))
+    };
+    let busier = of(&|f| f.count).is_some_and(|(mine, others)| mine > others.saturating_add(others / 2));
+    busier && of(&|f| f.served_us(window_us)).is_some_and(|(mine, others)| mine < others.saturating_mul(2))
+}
+
+/// Everybody of whom something is known.
+fn compare(reports: &BTreeMap<OsdId, &Report>) -> BTreeMap<OsdId, Word> {
+    let mut words: BTreeMap<OsdId, Word> = BTreeMap::new();
+    for (kind, reads) in [(0, false), (1, true)] {
+        let of = |r: &Report, osd: &OsdId| r.peers.get(osd).and_then(|both| both[kind]);
+        let own: BTreeMap<OsdId, Figures> =
+            reports.iter().filter_map(|(osd, r)| Some((*osd, of(r, osd)?))).collect();
+        let views = reports.values().map(|r| {
+            let known = r.peers.iter().filter_map(|(osd, both)| Some((*osd, both[kind]?)));
+            known.collect::<BTreeMap<OsdId, Figures>>()
+        });
+        let views: Vec<(OsdId, BTreeMap<OsdId, Figures>)> = reports.keys().copied().zip(views).collect();
+        let seen: BTreeSet<OsdId> = views.iter().flat_map(|(_, v)| v.keys().copied()).collect();
+        for osd in seen {
+            let window_us = reports.get(&osd).map_or(WINDOW_MS * 1_000, |r| r.window_us);
+            let excused = has_more_to_do(osd, &own, window_us);
+            let by_itself = outlier(osd, &own).map(|others_us| (own[&osd].mean_us, others_us));
+            let witnesses: Vec<&BTreeMap<OsdId, Figures>> = views
+                .iter()
+                .filter(|(by, v)| *by != osd && v.contains_key(&osd) && v.len() > 2)
+                .map(|(_, v)| v)
+                .collect();
+            let accusers: Vec<(u64, u64)> =
+                witnesses.iter().filter_map(|v| Some((v.get(&osd)?.mean_us, outlier(osd, v)?))).collect();
+            let accused = accusers.len() >= ACCUSERS_MIN && 2 * accusers.len() > witnesses.len();
+            let evidence = match (by_itself, accused, excused) {
+                (Some((mean_us, others_us)), _, false) => Some((mean_us, others_us)),
+                (None, true, false) => accusers.iter().max().copied(),
+                _ => None,
+            };
+            let word = match evidence {
+                Some((mean_us, others_us)) => Word::Outlier(Evidence {
+                    reads,
+                    mean_us,
+                    others_us,
+                    accusers: accusers.len(),
+                    witnesses: witnesses.len(),
+                }),
+                None => Word::Well,
+            };
+            // One kind is enough.
+            match words.get(&osd) {
+                Some(Word::Outlier(_)) => {}
+                _ => _ = words.insert(osd, word),
+            }
+        }
+    }
+    let outliers = words.values().filter(|w| matches!(w, Word::Outlier(_))).count();
+    if 2 * outliers >= words.len() {
+        words.values_mut().filter(|w| matches!(w, Word::Outlier(_))).for_each(|w| *w = Word::Unclear);
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests;
