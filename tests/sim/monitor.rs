@@ -34,6 +34,8 @@ pub struct Beat {
     pub stuck: Vec<gabion_proto::pb::StuckPeer>,
     /// Groups that it leads.
     pub led: Vec<PgId>,
+    /// How long operations took.
+    pub latency: gabion_proto::pb::LatencyWindow,
 }
 
 fn detector() -> FailureDetector {
@@ -95,6 +97,7 @@ impl World {
         if self.monitor_runs() {
             let m = &mut self.monitor;
             let commands = m.detector.step(self.now, &m.state, decide::Event::Tick);
+            self.tally.called_slow += m.detector.slow().len() as u64;
             self.apply_all(commands);
         }
         if !self.all_clean() {
@@ -165,7 +168,8 @@ impl World {
         let Some(core) = &n.core else { return };
         let led = core.pg_statuses().iter().map(|s| PgId { pool: PoolId(s.pool), index: s.index }).collect();
         let (acked, stuck) = (core.acked_epoch(), core.stuck_peers());
-        let beat = Beat { incarnation: n.incarnation, acked, stuck, led };
+        let latency = core.latency_window().clone();
+        let beat = Beat { incarnation: n.incarnation, acked, stuck, led, latency };
         let (behind, full) = (n.epoch < self.monitor.published.epoch, n.disk.is_full());
         let (delay, sent) = (self.delay(), self.clock(node));
         if !self.lost_between(Place::Node(node), Place::Monitor) {
@@ -186,6 +190,9 @@ impl World {
         let m = &mut self.monitor;
         let ok = m.state.map.up_osd(id).is_some_and(|o| o.incarnation == beat.incarnation);
         let granted = ok && m.detector.renew(self.now, &m.state, id, beat.incarnation);
+        if granted {
+            m.detector.latency(self.now, &m.state, (id, beat.incarnation), &beat.latency);
+        }
         if ok {
             m.acked.insert(id, beat.acked);
             for s in beat.stuck {
@@ -211,6 +218,9 @@ impl World {
                 let rate_bytes_per_s = self.monitor.state.scrub_settings.rate_bytes_per_s;
                 let event = Event::Scrub { orders, rate_bytes_per_s };
                 self.at(delay, Ev::Core { node, run, event });
+                let limit_ms = self.monitor.state.slow_policy.limit_ms;
+                let osds = self.monitor.detector.slow().into_iter().map(|s| s.osd).collect();
+                self.at(delay, Ev::Core { node, run, event: Event::Slow { limit_ms, osds } });
             }
         }
     }

@@ -48,6 +48,8 @@ pub struct Node {
     idle: bool,
     /// Something came since the last tick.
     heard: bool,
+    /// When its core was last to be woken, by its clock.
+    woken_at: Option<u64>,
 }
 
 impl World {
@@ -90,6 +92,7 @@ impl World {
             tick: 0,
             idle: false,
             heard: false,
+            woken_at: None,
         });
     }
 
@@ -150,7 +153,7 @@ impl World {
         n.incarnation = incarnation;
         n.epoch = Epoch(0);
         n.tick += 1;
-        (n.idle, n.heard) = (false, false);
+        (n.idle, n.heard, n.woken_at) = (false, false, None);
         let (id, number) = (n.id, n.tick);
         self.monitor.acked.remove(&id);
         self.log(|| format!("osd.{node} boots as {incarnation} in {epoch}"));
@@ -161,7 +164,7 @@ impl World {
 
     /// The process ends, and what its disk had not flushed is lost if power fails.
     pub fn stop(&mut self, node: usize, power_fails: bool) {
-        self.count_branches(node);
+        self.count_ways(node);
         let n = &mut self.nodes[node];
         n.run += 1;
         n.core = None;
@@ -172,8 +175,12 @@ impl World {
         self.nodes[0].disk.rot_under_reads(0);
     }
 
-    /// Which ways a process has gone that ends now.
-    pub fn count_branches(&mut self, node: usize) {
+    /// Which ways a process has gone that ends now, and what it knows of its reads.
+    pub fn count_ways(&mut self, node: usize) {
+        if let Some(stats) = self.nodes[node].core.as_ref().map(OsdCore::stats) {
+            self.tally.hedged_reads += stats.hedged_reads;
+            self.tally.hedges_won += stats.hedges_won;
+        }
         for (branch, n) in self.nodes[node].core.iter().flat_map(|c| c.branches().taken()) {
             *self.tally.branches.entry(branch).or_default() += n;
         }
@@ -254,7 +261,10 @@ impl World {
     }
 
     pub fn step(&mut self, node: usize, event: Event) {
-        let routine = matches!(event, Event::Lease { .. } | Event::Full(_) | Event::Scrub { .. });
+        let routine = matches!(
+            event,
+            Event::Lease { .. } | Event::Full(_) | Event::Scrub { .. } | Event::Slow { .. } | Event::Wake
+        );
         let did = self.step_core(node, event);
         if (did || !routine) && self.nodes[node].core.is_some() {
             self.wake(node);
@@ -267,9 +277,19 @@ impl World {
         let Some(core) = self.nodes[node].core.as_mut() else { return false };
         let mut effects = Vec::new();
         core.step(now, event, &mut effects);
+        let wake_at = core.wake_at();
         let did = !effects.is_empty();
         for effect in effects {
             self.execute(node, effect);
+        }
+        let n = &mut self.nodes[node];
+        if wake_at != n.woken_at {
+            n.woken_at = wake_at;
+            let run = n.run;
+            if let Some(at) = wake_at {
+                // One more: its clock may be slower than the world's.
+                self.at(at.saturating_sub(now) + 1, Ev::Core { node, run, event: Event::Wake });
+            }
         }
         did
     }

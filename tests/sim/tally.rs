@@ -27,6 +27,11 @@ pub struct Tally {
     pub scrubs: u64,
     pub scrub_findings: u64,
     pub scrub_repaired: u64,
+    /// Reads that were asked of somebody else as well, and those that were answered so.
+    pub hedged_reads: u64,
+    pub hedges_won: u64,
+    /// OSDs that were slow when the monitors looked.
+    pub called_slow: u64,
     pub branches: BTreeMap<Branch, u64>,
 }
 
@@ -90,6 +95,9 @@ impl Report {
         sum.scrubs += run.scrubs;
         sum.scrub_findings += run.scrub_findings;
         sum.scrub_repaired += run.scrub_repaired;
+        sum.hedged_reads += run.hedged_reads;
+        sum.hedges_won += run.hedges_won;
+        sum.called_slow += run.called_slow;
         add(&mut sum.faults, &run.faults);
         add(&mut sum.changes, &run.changes);
         add(&mut sum.work, &run.work);
@@ -129,6 +137,10 @@ impl Report {
         println!(
             "scrubs: {} passes, {} findings, {} repaired",
             sum.scrubs, sum.scrub_findings, sum.scrub_repaired
+        );
+        println!(
+            "reads: {} hedged, {} answered so; somebody slow {} times when the monitors looked",
+            sum.hedged_reads, sum.hedges_won, sum.called_slow
         );
         println!("faults: {}", list(&sum.faults));
         println!("map changes: {}", list(&sum.changes));

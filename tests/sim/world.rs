@@ -280,7 +280,7 @@ impl World {
     /// What the run has counted.
     pub fn into_tally(mut self) -> Tally {
         for node in 0..self.nodes.len() {
-            self.count_branches(node);
+            self.count_ways(node);
         }
         self.tally.redundancy = match self.plan.redundancy {
             Redundancy::Replicated { size } => format!("replicated {size}"),
