@@ -103,6 +103,10 @@ impl Pg {
         let Some(read) = a.reads.get(&token) else { return false };
         let op = read.op();
         let OpKind::Read { first_block, block_count, below } = &op.kind else { return false };
+        // Copies that differ, and nobody knows which is right: clients see one of them, always the same.
+        if layers_of(op.object, below).any(|object| a.scrub.damaged.contains_key(&object)) {
+            return false;
+        }
         let lacks = |o: &OsdId| layers_of(op.object, below).any(|object| a.recovery.lacks(*o, &object));
         let holds = |o: &OsdId| !lacks(o) || !cx.rules.keep(Rule::HedgeHolders);
         let can = |o: &OsdId| cx.map.up_osd(*o).is_some() && !cx.latency.is_slow(*o) && holds(o);

@@ -371,6 +371,8 @@ impl Pg {
             if let (true, Err(StoreError::Unreadable { object, block, why })) = (overtaken, result)
                 && !a.scrub.damaged.contains_key(&object)
                 && !a.has_writes(&object)
+                // Recovery has forgotten what was removed, and would wait for it for ever.
+                && !is_removed(cx.map, &object)
             {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
                 self.lose_own_copy(cx, object);

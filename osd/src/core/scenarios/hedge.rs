@@ -172,6 +172,22 @@ fn a_bad_block_that_nobody_waits_for_any_more_is_repaired() {
     assert_eq!(pulls, 1);
 }
 
+/// Recovery knows nothing of what was removed: it would wait for it for ever.
+#[test]
+fn a_bad_block_of_a_volume_that_was_removed_meanwhile_is_nobodys() {
+    let (mut rig, read, asked) = late(&[1, 2]);
+    blocks(&mut rig, asked, OLD);
+    assert!(shown(&rig, read, OLD));
+    rig.map.removed_volumes.insert(VOLUME);
+    rig.map.epoch = Epoch(11);
+    rig.publish();
+    rig.take_sent();
+    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into() };
+    rig.answer_read(Err(bad));
+    let pulls = rig.take_sent().into_iter().filter(|(_, b)| matches!(b, PeerBody::Pull { .. })).count();
+    assert_eq!(pulls, 0);
+}
+
 #[test]
 fn who_lacks_the_object_is_not_asked() {
     let mut rig = Rig::new(&[(0, version(5, 1))]);

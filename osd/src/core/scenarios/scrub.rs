@@ -214,6 +214,21 @@ fn two_copies_that_differ_are_left_as_they_are() {
     assert_eq!(rig.report().expect("reported").damaged, [(object(0), Damage::Inconsistent)]);
 }
 
+/// Clients see one of two copies that differ, always the same: the other one is not asked when the disk is late.
+#[test]
+fn of_two_copies_that_differ_reads_see_one() {
+    let mut rig = Rig::active(&[(0, version(5, 1))], &[1, 2]);
+    rig.order(1, true);
+    rig.own_copies(version(5, 1));
+    rig.tell_copies(2, &[ScrubEntry { digest: 7, ..copy(0, version(5, 1)) }]);
+    rig.take_sent();
+    let read = rig.read(0, 0);
+    rig.tick(150);
+    assert!(!rig.take_sent().iter().any(|(_, b)| matches!(b, PeerBody::BlockRead { .. })));
+    rig.answer_read(Ok(content(1)));
+    assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
+}
+
 /// A member answers for the time before a write: that proves nothing.
 #[test]
 fn what_races_with_a_write_is_looked_at_again() {
