@@ -25,8 +25,10 @@ use std::collections::{BTreeMap, BTreeSet};
 const FACTOR: u64 = 4;
 /// Faster than this is never slow.
 const FLOOR_US: u64 = 25_000;
-/// Fewer operations than these in a window say nothing, unless they took very long.
+/// Fewer operations than these in a window accuse nobody, unless they took very long.
 const SAMPLES_MIN: u64 = 16;
+/// Fewer than these say nothing of how fast the others are.
+const COMPARED_MIN: u64 = 4;
 const FEW_SAMPLES_MIN: u64 = 2;
 const FEW_SAMPLES_US: u64 = 1_000_000;
 /// Accusers that are needed, if the OSD's own word is not against it.
@@ -48,7 +50,7 @@ pub struct Figures {
 impl Figures {
     fn of(f: Option<pb::LatencyFigures>) -> Option<Figures> {
         let figures = f.map(|f| Figures { count: f.count, mean_us: f.mean_us })?;
-        figures.says_enough().then_some(figures)
+        (figures.count >= COMPARED_MIN || figures.says_enough()).then_some(figures)
     }
 
     fn spent_us(&self) -> u64 {
@@ -226,7 +228,7 @@ impl Record {
 enum Word {
     Well,
     Outlier(Evidence),
-    /// Too many are outliers.
+    /// Too many are outliers, or what was slow was too little to tell.
     Unclear,
 }
 
@@ -269,10 +271,12 @@ fn compare(reports: &BTreeMap<OsdId, &Report>) -> BTreeMap<OsdId, Word> {
         for osd in seen {
             let window_us = reports.get(&osd).map_or(WINDOW_MS * 1_000, |r| r.window_us);
             let excused = has_more_to_do(osd, &own, window_us);
-            let by_itself = outlier(osd, &own).map(|others_us| (own[&osd].mean_us, others_us));
+            let looks_slow = outlier(osd, &own).map(|others_us| (own[&osd].mean_us, others_us));
+            let told_enough = own.get(&osd).is_some_and(Figures::says_enough);
+            let by_itself = looks_slow.filter(|_| told_enough);
             let witnesses: Vec<&BTreeMap<OsdId, Figures>> = views
                 .iter()
-                .filter(|(by, v)| *by != osd && v.contains_key(&osd) && v.len() > 2)
+                .filter(|(by, v)| *by != osd && v.get(&osd).is_some_and(Figures::says_enough) && v.len() > 2)
                 .map(|(_, v)| v)
                 .collect();
             let accusers: Vec<(u64, u64)> =
@@ -291,11 +295,13 @@ fn compare(reports: &BTreeMap<OsdId, &Report>) -> BTreeMap<OsdId, Word> {
                     accusers: accusers.len(),
                     witnesses: witnesses.len(),
                 }),
+                None if looks_slow.is_some() && !told_enough => Word::Unclear,
                 None => Word::Well,
             };
             // One kind is enough.
             match words.get(&osd) {
                 Some(Word::Outlier(_)) => {}
+                Some(Word::Unclear) if word == Word::Well => {}
                 _ => _ = words.insert(osd, word),
             }
         }

@@ -352,3 +352,29 @@ proptest! {
         }
     }
 }
+
+/// A few fast operations of the others are enough to compare with; a few slow ones are not enough to accuse, nor to acquit.
+#[test]
+fn in_a_cluster_with_little_to_do() {
+    let all = |disk| (0..5).map(|n| if n == 1 { disk } else { Disk { ops: 5, ..WELL } }).collect::<Vec<_>>();
+    let slow = all(Disk { write_us: 400_000, ops: 5, ..WELL });
+    let doubtful = all(Disk { write_us: 90_000, ops: 5, ..WELL });
+    let well = all(Disk { ops: 5, ..WELL });
+    let mut rig = Rig::new(5);
+    for _ in 0..10 {
+        rig.pass(&doubtful);
+        assert_eq!(rig.slow(), [] as [u32; 0]);
+    }
+    for _ in 0..SLOW_AT {
+        rig.pass(&slow);
+    }
+    assert_eq!(rig.slow(), [1]);
+    for _ in 0..10 {
+        rig.pass(&doubtful);
+        assert_eq!(rig.slow(), [1]);
+    }
+    for _ in 0..SLOW_AT {
+        rig.pass(&well);
+    }
+    assert_eq!(rig.slow(), [] as [u32; 0]);
+}
