@@ -74,6 +74,18 @@ branches! {
     ThrottleProbes,
     /// Reads: a block of the own copy is unreadable and comes from another one.
     RepairOnRead,
+    /// Reads: another member is asked for the blocks, too.
+    HedgeBlocks,
+    /// Reads: another member is asked first, since the own disk is far behind.
+    HedgeFirst,
+    /// Reads: the other member is faster than the own disk.
+    HedgeWon,
+    /// Reads: the own disk is faster after all.
+    HedgeLate,
+    /// Reads: the other member does not have the blocks.
+    HedgeRefused,
+    /// Reads: one that was overtaken finds a bad block.
+    OvertakenBad,
     /// Reads: nobody else is known to have it.
     OwnCopyAlone,
     /// Recovery: the only copy of a version in doubt cannot be read.
@@ -82,6 +94,12 @@ branches! {
     KeepDamaged,
     /// Shards: decoded, since one is away, late or unreadable.
     Decode,
+    /// Shards: others are asked for, since one that is needed is late.
+    HedgeShards,
+    /// Shards: others were enough before the late one came.
+    HedgeDecoded,
+    /// Shards: a member that owes much is not asked.
+    ShunMember,
     /// Shards: one could not be read, and is computed anew.
     LoseShard,
     /// Shards: rows are read in smaller pieces, around unreadable ones.

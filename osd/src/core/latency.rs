@@ -9,7 +9,7 @@
 //! only on going around an OSD that the monitors call slow, which its peers are not.
 
 use super::Millis;
-use gabion_proto::ids::OsdId;
+use gabion_proto::ids::{OsdId, PgId};
 use gabion_proto::limits::{LATENCY_PEERS_MAX, LATENCY_WINDOW};
 use gabion_proto::pb;
 use std::collections::{BTreeMap, BTreeSet};
@@ -97,6 +97,8 @@ pub struct Latencies {
     /// Whom the monitors call slow.
     slow: BTreeSet<OsdId>,
     wake_at: Option<Millis>,
+    /// Groups with reads that may be late then; those without cost nothing.
+    reading: BTreeSet<PgId>,
 }
 
 impl Latencies {
@@ -112,6 +114,7 @@ impl Latencies {
             savings: HEDGES_SAVED * 100,
             slow: BTreeSet::new(),
             wake_at: None,
+            reading: BTreeSet::new(),
         }
     }
 
@@ -179,10 +182,10 @@ impl Latencies {
         (self.is_slow(osd), self.reads_p95_ms.get(&osd).map_or(0, |(ms, _)| *ms))
     }
 
-    /// A read has begun that may be hedged: when that is to be looked at.
-    pub fn read_begun(&mut self, now: Millis) {
+    /// A read of a group has begun that may be hedged: when that is to be looked at.
+    pub fn read_begun(&mut self, pg: PgId, now: Millis) {
         self.savings = (self.savings + HEDGE_PERCENT).min(HEDGES_SAVED * 100);
-        self.wake(now + self.hedge_ms);
+        self.wake(pg, now + self.hedge_ms);
     }
 
     /// What a read waits for before it is hedged.
@@ -201,8 +204,9 @@ impl Latencies {
         left.is_some()
     }
 
-    /// Reads are to be looked at then.
-    pub fn wake(&mut self, at: Millis) {
+    /// Reads of the group are to be looked at then.
+    pub fn wake(&mut self, pg: PgId, at: Millis) {
+        self.reading.insert(pg);
         self.wake_at = Some(self.wake_at.map_or(at, |w| w.min(at)));
     }
 
@@ -210,16 +214,22 @@ impl Latencies {
         self.wake_at
     }
 
-    pub fn take_due(&mut self, now: Millis) -> bool {
-        self.wake_at.take_if(|at| *at <= now).is_some()
+    /// Groups whose reads are to be looked at now; those whose time is still to come say so again.
+    pub fn take_due(&mut self, now: Millis) -> BTreeSet<PgId> {
+        match self.wake_at.take_if(|at| *at <= now) {
+            Some(_) => std::mem::take(&mut self.reading),
+            None => BTreeSet::new(),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gabion_proto::ids::PoolId;
 
     const WINDOW_MS: Millis = LATENCY_WINDOW.as_millis() as Millis;
+    const PG: PgId = PgId { pool: PoolId(1), index: 0 };
 
     fn window(l: &mut Latencies, n: u64) -> &pb::LatencyWindow {
         l.elapse(n * WINDOW_MS);
@@ -299,7 +309,7 @@ mod tests {
         let mut l = Latencies::new(OsdId(1), 0);
         let hedged = |l: &mut Latencies| {
             let one = |_: &u64| {
-                l.read_begun(0);
+                l.read_begun(PG, 0);
                 l.spend_hedge([OsdId(3)])
             };
             (0..10_000).filter(one).count()
@@ -316,9 +326,11 @@ mod tests {
     #[test]
     fn the_first_deadline_wakes() {
         let mut l = Latencies::new(OsdId(1), 0);
-        l.wake(50);
-        l.wake(70);
-        assert!(!l.take_due(49));
-        assert!(l.take_due(50) && !l.take_due(70));
+        let other = PgId { index: 9, ..PG };
+        l.wake(PG, 50);
+        l.wake(other, 70);
+        assert!(l.take_due(49).is_empty());
+        assert_eq!(l.take_due(50), [PG, other].into());
+        assert!(l.take_due(70).is_empty());
     }
 }

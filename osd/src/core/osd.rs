@@ -103,8 +103,8 @@ impl OsdCore {
         self.latency.elapse(now);
         let before = out.len();
         self.take(event, out);
-        if self.latency.take_due(now) {
-            self.every_pg(out, |pg, cx| pg.hedge(cx));
+        for pg in self.latency.take_due(now) {
+            self.with_pg(pg, out, |pg, cx| pg.hedge(cx));
         }
         let ended = |e: &&Effect| {
             matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })

@@ -63,7 +63,7 @@ impl Pg {
         let unanswered = a.reads.iter().filter(|(_, r)| !r.own && now >= r.since + HEDGE_MAX_MS);
         let unanswered: Vec<ClientToken> = unanswered.map(|(t, _)| *t).collect();
         if let Some(at) = next {
-            cx.latency.wake(at);
+            cx.latency.wake(self.id, at);
         }
         for token in due {
             self.hedge_read(cx, token);
@@ -75,11 +75,11 @@ impl Pg {
 
     /// A read that may begin: of the own copy, unless too many such reads are still under way for nobody.
     pub(super) fn begin_read(&mut self, cx: &mut Cx<'_>, token: ClientToken) {
-        cx.latency.read_begun(cx.now);
+        cx.latency.read_begun(self.id, cx.now);
         let Phase::Active(a) = &self.phase else { return };
-        let elsewhere = a.overtaken.len() >= OVERTAKEN_MAX && self.hedge_read(cx, token);
-        if !elsewhere {
-            self.read_own(cx, token);
+        match a.overtaken.len() >= OVERTAKEN_MAX && self.hedge_read(cx, token) {
+            true => cx.takes(Branch::HedgeFirst),
+            false => self.read_own(cx, token),
         }
     }
 
@@ -123,6 +123,7 @@ impl Pg {
         }
         a.hedges.insert(tid, Hedge { token, member, since: cx.now });
         self.counters.hedged_reads += 1;
+        cx.takes(Branch::HedgeBlocks);
         let body = PeerBody::BlockRead { tid, object, below, first_block, block_count };
         self.send(cx, member, body, Bytes::new());
         true
@@ -142,7 +143,9 @@ impl Pg {
         }
         let Some(hedge) = a.hedges.remove(&tid) else { return };
         cx.latency.took(from, Kind::Read, cx.now.saturating_sub(hedge.since));
-        let Some(read) = a.reads.get(&hedge.token).filter(|r| r.hedge == Some(tid)) else { return };
+        let Some(read) = a.reads.get(&hedge.token).filter(|r| r.hedge == Some(tid)) else {
+            return cx.takes(Branch::HedgeLate);
+        };
         let asked = ops::range_of(read.op(), OBJECT_BYTES_MAX / BLOCK_BYTES);
         let within = |e: &Extent| {
             asked.is_some_and(|(first, count)| {
@@ -158,6 +161,7 @@ impl Pg {
                     a.overtaken.insert(hedge.token);
                 }
                 self.counters.hedges_won += 1;
+                cx.takes(Branch::HedgeWon);
                 self.answer_read(cx, hedge.token, read, Ok(content));
                 // Writes may have waited for it.
                 self.resume(cx);
@@ -188,6 +192,7 @@ impl Pg {
         let layers: Vec<ObjectId> = layers_of(object, &below).take(LAYERS_MAX + 1).collect();
         let lacks = |o: &ObjectId| self.index.missing.contains_key(o) && cx.rules.keep(Rule::HedgeHolders);
         if !within || layers.iter().any(|o| lacks(o) || is_removed(cx.map, o)) {
+            cx.takes(Branch::HedgeRefused);
             let body = PeerBody::BlockData { tid, result: Err(SubResult::Missing) };
             return self.send(cx, from, body, Bytes::new());
         }

@@ -375,6 +375,7 @@ impl Pg {
                 && !is_removed(cx.map, &object)
             {
                 tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
+                cx.takes(Branch::OvertakenBad);
                 self.lose_own_copy(cx, object);
             }
             return;
@@ -629,7 +630,8 @@ impl Pg {
         }
         // Recovery moves whole objects, and tries again by itself.
         let patient = a.recovery.late().filter(|(_, since)| now >= since + PATIENCE_MS);
-        for (o, since) in patient.chain(a.shards.late()) {
+        let rows = a.shards.late().filter(|(_, since, write)| *write || now >= since + PATIENCE_MS);
+        for (o, since) in patient.chain(rows.map(|(o, since, _)| (o, since))) {
             let entry = late.entry(o).or_default();
             *entry = (*entry).max(now.saturating_sub(since));
         }

@@ -498,6 +498,30 @@ fn a_member_that_is_far_behind_is_not_asked_first() {
     assert_eq!(c.asked().first().map(|(to, _)| *to), Some(2));
 }
 
+/// The limit is of what clients' writes wait for; other reads of shards take what they take.
+#[test]
+fn a_member_that_owes_a_read_is_not_left_out_as_soon_as_one_that_owes_a_write() {
+    let stuck = |c: &Coded| c.rig.core.stuck_peers().iter().map(|s| s.peer).collect::<Vec<_>>();
+    for (writes, after_4_s) in [(false, vec![]), (true, vec![2])] {
+        let mut c = Coded::new();
+        c.rig.step(Event::Slow { limit_ms: 4_000, osds: vec![] });
+        match writes {
+            // Its parity depends on the other block of the row.
+            true => _ = c.rig.write(0, 0),
+            false => _ = c.rig.read(0, 1),
+        }
+        assert!(c.asked().iter().any(|(to, _)| *to == 2));
+        for _ in 0..42 {
+            c.rig.tick(100);
+        }
+        assert_eq!(stuck(&c), after_4_s);
+        for _ in 0..60 {
+            c.rig.tick(100);
+        }
+        assert!(stuck(&c).contains(&2));
+    }
+}
+
 #[test]
 fn what_is_in_time_is_not_asked_elsewhere() {
     let mut rig = Rig::active(&[(0, version(5, 1))], &[1, 2, 3]);

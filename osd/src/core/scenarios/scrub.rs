@@ -1,6 +1,7 @@
 //! Scrubs of a replicated group, driven effect by effect: what is found, what is replaced, and what races with clients.
 
 use super::*;
+use crate::erasure::{Block, Geometry, ReedSolomon, Rows, sparse_content};
 use crate::store::digest_of;
 use gabion_proto::msg::{ObjectImage, OpError, ScrubEntry, ScrubRange};
 
@@ -407,10 +408,8 @@ fn reads_keep_to_the_rate() {
     assert!((29..=32).contains(&read), "{read} MiB in 30 s at 1 MiB/s");
 }
 
-/// Four members of a 2+2 group. Shard 2 is not what the others give, though it matches its checksums: it is computed anew.
-#[test]
-fn a_wrong_shard_is_computed_from_the_others() {
-    use crate::erasure::{Block, Geometry, ReedSolomon, sparse_content};
+/// Four members of a 2+2 group with an object of two blocks, and a deep scrub that is about to compare their shards.
+fn four_shards() -> (Rig, BTreeMap<u8, Rows>) {
     let mut rig = Rig::new(&[(0, version(5, 1))]);
     if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
         (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
@@ -420,41 +419,75 @@ fn a_wrong_shard_is_computed_from_the_others() {
     acting[1..].iter().for_each(|o| rig.tells(*o, 5, &[has(0, version(5, 1))]));
     acting[1..].iter().for_each(|o| rig.activates(*o));
     let block = |fill: u8| Block::of(vec![fill; 4096].into());
-    let mut shards: BTreeMap<u8, crate::erasure::Rows> = [(0, vec![block(1)]), (1, vec![block(2)])].into();
+    let mut shards: BTreeMap<u8, Rows> = [(0, vec![block(1)]), (1, vec![block(2)])].into();
     let code = ReedSolomon::shared(Geometry { k: 2, m: 2 }).unwrap();
     shards.extend(code.compute(&shards, &[2, 3]).unwrap());
-    let shard = |n: u8| sparse_content((0..).zip(shards[&n].iter().cloned()));
     rig.order(1, true);
     let entry = |version| ScrubEntry { digest: 0, ..copy(0, version) };
     rig.own_copies(version(5, 1));
     acting[1..].iter().for_each(|o| rig.tell_copies(*o, &[entry(version(5, 1))]));
-    // All shards are read, then those that the wrong one is computed from.
-    for round in 0..2 {
-        let asked: Vec<(OsdId, u64)> = rig
-            .take_sent()
-            .into_iter()
-            .filter_map(|(to, b)| match b {
-                PeerBody::ShardRead { tid, .. } => Some((to, tid)),
-                _ => None,
-            })
-            .collect();
-        assert_eq!(asked.len(), if round == 0 { 3 } else { 1 }, "{asked:?}");
-        rig.answer_read(Ok(shard(0)));
-        for (to, tid) in asked {
-            let n = (to.0 - 1) as u8;
-            assert!(round == 0 || n != 2, "not from itself");
-            let content = if n == 2 { content(77) } else { shard(n) };
-            rig.hear_data(to.0, PeerBody::ShardData { tid, result: Ok(content.extents) }, content.data);
-        }
+    (rig, shards)
+}
+
+fn asked_for_shards(rig: &mut Rig) -> Vec<(OsdId, u64)> {
+    let asked = |(to, b)| match b {
+        PeerBody::ShardRead { tid, .. } => Some((to, tid)),
+        _ => None,
+    };
+    rig.take_sent().into_iter().filter_map(asked).collect()
+}
+
+fn shard(shards: &BTreeMap<u8, Rows>, n: u8) -> Content {
+    sparse_content((0..).zip(shards[&n].iter().cloned()))
+}
+
+/// Everybody who was asked answers; some shards are others than they should be, though they match their checksums.
+fn tell_shards(rig: &mut Rig, shards: &BTreeMap<u8, Rows>, asked: &[(OsdId, u64)], wrong: &[u8]) {
+    rig.answer_read(Ok(shard(shards, 0)));
+    for (to, tid) in asked {
+        let n = (to.0 - 1) as u8;
+        let told = if wrong.contains(&n) { content(77 + n) } else { shard(shards, n) };
+        rig.hear_data(to.0, PeerBody::ShardData { tid: *tid, result: Ok(told.extents) }, told.data);
     }
+}
+
+/// Shard 2 is not what the others give: it is computed anew.
+#[test]
+fn a_wrong_shard_is_computed_from_the_others() {
+    let (mut rig, shards) = four_shards();
+    // All shards are read, then those that the wrong one is computed from.
+    let asked = asked_for_shards(&mut rig);
+    assert_eq!(asked.len(), 3, "{asked:?}");
+    tell_shards(&mut rig, &shards, &asked, &[2]);
+    let asked = asked_for_shards(&mut rig);
+    assert!(asked.len() == 1 && asked[0].0 != OsdId(3), "not from itself: {asked:?}");
+    tell_shards(&mut rig, &shards, &asked, &[]);
     let pushed = rig.take_sent().into_iter().find_map(|(to, b)| match b {
         PeerBody::Push { tid, image, over, .. } => Some((to, tid, image.extents, over)),
         _ => None,
     });
     let (to, tid, extents, over) = pushed.expect("pushes");
-    assert_eq!((to, over, extents), (OsdId(3), Some(version(5, 1)), shard(2).extents));
+    assert_eq!((to, over, extents), (OsdId(3), Some(version(5, 1)), shard(&shards, 2).extents));
     rig.hear(3, PeerBody::PushAck { tid, result: SubResult::Ok });
     rig.tick(100);
     let report = rig.report().expect("reported");
     assert_eq!((report.findings, report.repaired, report.damaged_objects), (1, 1, 0));
+}
+
+/// Of shards that do not fit, decoded bytes are others than those that are held: a late disk does not decide which are shown.
+#[test]
+fn of_shards_that_do_not_fit_reads_see_what_is_held() {
+    let (mut rig, shards) = four_shards();
+    let asked = asked_for_shards(&mut rig);
+    tell_shards(&mut rig, &shards, &asked, &[2, 3]);
+    rig.tick(100);
+    assert_eq!(rig.report().expect("reported").damaged, [(object(0), Damage::Inconsistent)]);
+    let read = rig.read(0, 1);
+    let asked = asked_for_shards(&mut rig);
+    assert_eq!(asked.iter().map(|(to, _)| to.0).collect::<Vec<_>>(), [2]);
+    rig.tick(150);
+    assert_eq!((asked_for_shards(&mut rig), rig.reads.len()), (vec![], 0));
+    let held = shard(&shards, 1);
+    rig.hear_data(2, PeerBody::ShardData { tid: asked[0].1, result: Ok(held.extents) }, held.data);
+    assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
 }

@@ -70,9 +70,11 @@ pub struct Gather {
 }
 
 impl Shards {
-    /// Members that owe rows, and since when.
-    pub fn late(&self) -> impl Iterator<Item = (OsdId, Millis)> + '_ {
-        self.gathers.values().flat_map(|g| g.asked.values()).map(|a| (a.member, a.first))
+    /// Members that owe rows, since when, and whether a client's write waits for them.
+    pub fn late(&self) -> impl Iterator<Item = (OsdId, Millis, bool)> + '_ {
+        let writes = |g: &Gather| matches!(g.purpose, For::Write { .. });
+        let asked = self.gathers.values().flat_map(move |g| g.asked.values().map(move |a| (a, writes(g))));
+        asked.map(|(a, write)| (a.member, a.first, write))
     }
 }
 
@@ -101,7 +103,7 @@ impl Pg {
         let wanted = (first_block..first_block + block_count).take(geometry.k.into());
         let wanted = wanted.map(|b| geometry.place(b).0).collect();
         let purpose = For::Read { token: work.token, first_block, block_count };
-        cx.latency.read_begun(cx.now);
+        cx.latency.read_begun(self.id, cx.now);
         self.gather(cx, purpose, work.op().object, rows, wanted);
     }
 
@@ -158,7 +160,9 @@ impl Pg {
         let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
-        if a.shards.overtaken.is_empty() || !matches!(g.purpose, For::Read { .. }) {
+        // Of shards that do not fit, what others give is not what these hold: clients see always the same.
+        let may = matches!(g.purpose, For::Read { .. }) && !a.scrub.damaged.contains_key(&g.object);
+        if a.shards.overtaken.is_empty() || !may {
             return;
         }
         let holders = a.recovery.holders(&g.object, true);
@@ -171,6 +175,7 @@ impl Pg {
         if !late.is_empty() && others >= k && cx.latency.spend_hedge(late) {
             (g.hedged, g.shunned) = (true, busy);
             self.counters.hedged_reads += 1;
+            cx.takes(Branch::ShunMember);
         }
     }
 
@@ -179,13 +184,16 @@ impl Pg {
         let (now, after) = (cx.now, cx.latency.hedge_ms());
         let Phase::Active(a) = &mut self.phase else { return };
         a.shards.overtaken.retain(|_, (since, _)| now < *since + OVERTAKEN_MS);
-        let open = a.shards.gathers.iter();
-        let open = open.filter(|(_, g)| matches!(g.purpose, For::Read { .. }) && !g.hedged && !g.piecewise);
+        let may = |g: &Gather| {
+            let plain = matches!(g.purpose, For::Read { .. }) && !g.hedged && !g.piecewise;
+            plain && !a.scrub.damaged.contains_key(&g.object)
+        };
+        let open = a.shards.gathers.iter().filter(|(_, g)| may(g));
         let deadlines =
             open.filter_map(|(tid, g)| Some((*tid, g.asked.values().map(|a| a.first).min()? + after)));
         let (due, later): (Vec<_>, Vec<_>) = deadlines.partition(|(_, at)| *at <= now);
         if let Some(at) = later.into_iter().map(|(_, at)| at).min() {
-            cx.latency.wake(at);
+            cx.latency.wake(self.id, at);
         }
         for (tid, _) in due {
             self.hedge_gather(cx, tid, after);
@@ -209,6 +217,7 @@ impl Pg {
         g.hedged = true;
         g.asked.values_mut().filter(|a| late.contains(&a.member)).for_each(|a| a.passed = true);
         self.counters.hedged_reads += 1;
+        cx.takes(Branch::HedgeShards);
         self.gather_on(cx, tid);
     }
 
@@ -448,7 +457,10 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         let (Some(mut g), Some(code)) = (a.shards.gathers.remove(&tid), self.code.clone()) else { return };
         let lost: Vec<u8> = g.wanted.iter().copied().filter(|n| !g.parts.contains_key(n)).collect();
-        self.counters.hedges_won += u64::from(g.hedged && !lost.is_empty());
+        if g.hedged && !lost.is_empty() {
+            self.counters.hedges_won += 1;
+            cx.takes(Branch::HedgeDecoded);
+        }
         if matches!(g.purpose, For::Read { .. }) {
             let object = g.object;
             a.shards.overtaken.extend(g.asked.values().map(|a| ((tid, a.member), (a.first, object))));
