@@ -1,13 +1,13 @@
 //! The simulator's command line.
 
 use crate::mutants;
-use crate::plan::{FULL, Form, SHORT};
+use crate::plan::{FULL, Form, SHORT, Scenario};
 use gabion_osd::core::Rule;
 use gabion_proto::map::Redundancy;
 use std::num::NonZero;
 use std::thread;
 
-const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short | --too-few-members] [--jobs N] [--trace]
+const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short | --too-few-members | --scenario NAME] [--jobs N] [--trace]
        gabion-sim --mutants [--rule NAME] [--seeds N] [--jobs N]";
 const SEEDS: u64 = 100;
 
@@ -30,6 +30,8 @@ pub struct Args {
     pub form: Form,
     /// Instead of random faults: groups of an erasure-coded pool are left with too few members.
     pub too_few_members: bool,
+    pub scenario: Scenario,
+    scenario_text: &'static str,
     pub jobs: usize,
     pub trace: bool,
 }
@@ -53,6 +55,8 @@ impl Args {
             pool_text: String::new(),
             form: FULL,
             too_few_members: false,
+            scenario: Scenario::Faults,
+            scenario_text: "",
             jobs: thread::available_parallelism().map_or(1, NonZero::get),
             trace: false,
         };
@@ -75,6 +79,13 @@ impl Args {
                 "--rule" => {
                     let name = value()?;
                     only = Some(mutants::rule(name).ok_or_else(|| format!("there is no rule {name}"))?);
+                }
+                "--scenario" => {
+                    let name = value()?;
+                    let known = Scenario::NAMES.into_iter().find(|(known, _)| *known == name);
+                    let names = Scenario::NAMES.map(|(known, _)| known).join(", ");
+                    (args.scenario_text, args.scenario) =
+                        known.ok_or_else(|| format!("--scenario needs one of {names}"))?;
                 }
                 "--pool" => {
                     args.pool_text = value()?.to_owned();
@@ -109,7 +120,11 @@ impl Args {
             (false, true) => " --short",
             (false, false) => "",
         };
-        format!("cargo xtask sim --seeds 1 --from {seed}{pool}{kind}")
+        let scenario = match self.scenario {
+            Scenario::Faults => String::new(),
+            _ => format!(" --scenario {}", self.scenario_text),
+        };
+        format!("cargo xtask sim --seeds 1 --from {seed}{pool}{kind}{scenario}")
     }
 }
 
@@ -130,6 +145,9 @@ mod tests {
         assert_eq!(few.replay(9), "cargo xtask sim --seeds 1 --from 9 --pool 2+1 --too-few-members");
         assert_eq!(parse(&[]).unwrap().seeds, Some(SEEDS));
         assert_eq!(parse(&["--minutes", "3"]).unwrap().seeds, None);
+        let args = parse(&["--scenario", "slow-disk"]).unwrap();
+        assert_eq!(args.scenario, Scenario::SlowDisks { all: false });
+        assert_eq!(args.replay(9), "cargo xtask sim --seeds 1 --from 9 --scenario slow-disk");
         let mutants = parse(&["--mutants", "--rule", "Lease"]).unwrap();
         assert_eq!(mutants.what, What::Mutants(Some(Rule::Lease)));
         for bad in [
@@ -141,6 +159,7 @@ mod tests {
             &["--too-few-members"],
             &["--too-few-members", "--pool", "3"],
             &["--too-few-members", "--pool", "2+3"],
+            &["--scenario", "x"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

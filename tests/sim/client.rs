@@ -22,6 +22,8 @@ use std::sync::Arc;
 const IN_FLIGHT: usize = 6;
 const SILENCE_MS: u64 = 2_500;
 const OBJECT_BLOCKS: u64 = 256;
+const VOLUME_BLOCKS: u64 = 2_048;
+pub const VOLUME_OBJECTS: u32 = (VOLUME_BLOCKS / OBJECT_BLOCKS) as u32;
 /// Blocks that are used: few, so that they collide.
 const USED: [u64; 24] = [
     0, 1, 2, 3, 4, 5, 6, 7, 31, 32, 33, 255, 256, 257, 258, 300, 511, 512, 513, 1000, 1024, 1025, 1300, 2047,
@@ -208,6 +210,7 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             // Reading everything back is a long list.
             let slowest = match (w.clients[i].final_reads.is_empty(), w.pace) {
                 (false, _) => 10,
+                (true, Pace::Storm) if w.slowness.began() => 150,
                 (true, Pace::Storm) => 120,
                 (true, Pace::Quiet) => 20_000,
             };
@@ -311,14 +314,18 @@ fn issue(w: &mut World, i: usize) {
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
     }
-    let first = USED[w.rng.below(USED.len() as u64) as usize];
+    let slow_disks = w.slowness.began();
+    let first = match slow_disks {
+        true => w.rng.below(VOLUME_BLOCKS),
+        false => USED[w.rng.below(USED.len() as u64) as usize],
+    };
     let room = OBJECT_BLOCKS - first % OBJECT_BLOCKS;
     let count = match w.rng.chance(20) {
         // Now and then a whole chunk or two.
         true => w.rng.range(32, 70).min(room),
         false => w.rng.range(1, 5).min(room),
     };
-    let reads = w.clients[i].observes || w.rng.chance(400);
+    let reads = w.clients[i].observes || w.rng.chance(if slow_disks { 950 } else { 400 });
     // A snapshot is read now and then.
     let of = match w.some_snapshot(volume).filter(|_| reads) {
         Some(snapshot) if w.rng.chance(300) => snapshot,
@@ -457,6 +464,7 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
             }
         }
         (OpReply::Data { extents }, Kind::Read { begun }) => {
+            w.slowness.read_took(w.now, op.issued);
             let base = (op.first % OBJECT_BLOCKS) as u32;
             let bytes = assemble(base, op.count as usize, &extents, &data);
             for (n, begun) in begun.iter().enumerate() {

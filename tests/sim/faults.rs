@@ -5,6 +5,7 @@ use crate::network::{Place, Slow};
 use crate::nodes::Node;
 use crate::world::{Ev, Pace, World};
 use gabion_monitor::state::Command;
+use gabion_monitor::state::slow::SlowPolicy;
 use gabion_proto::map::Redundancy;
 
 /// What an event is to the tally.
@@ -19,7 +20,7 @@ enum Sort {
 use Sort::{Change, Fault, Work};
 
 /// What happens and how often each is drawn.
-const KINDS: [(&str, u64, Sort); 32] = [
+const KINDS: [(&str, u64, Sort); 33] = [
     ("crash", 24, Fault),
     ("absence", 2, Fault),
     ("disk error", 6, Fault),
@@ -52,6 +53,7 @@ const KINDS: [(&str, u64, Sort); 32] = [
     ("volume removed", 1, Work),
     ("snapshot", 12, Work),
     ("snapshot removed", 2, Work),
+    ("slow policy", 2, Work),
 ];
 
 /// Nodes that there may be at once, and ever.
@@ -138,7 +140,12 @@ impl World {
                 *until = (*until).max(self.now + ms);
             }
             "slow disk" if runs => {
-                let (ms, by_ms) = (self.rng.range(2_000, 30_000), self.rng.range(50, 3_000));
+                let ms = match self.pace {
+                    Pace::Storm => self.rng.range(2_000, 30_000),
+                    // Long enough to be taken out, if the policy is so.
+                    Pace::Quiet => self.rng.range(20_000, 240_000),
+                };
+                let by_ms = self.rng.range(50, 3_000);
                 self.log(|| format!("the disk of osd.{node} is slower by {by_ms} ms for {ms} ms"));
                 self.nodes[node].slow_disk = Slow { until: self.now + ms, by_ms };
             }
@@ -213,6 +220,11 @@ impl World {
                 self.log(|| format!("the disk of osd.{node} is full for {ms} ms"));
                 self.nodes[node].disk.fill(reserve);
                 self.at(ms, Ev::Unfill { node });
+            }
+            "slow policy" if self.monitor_runs() => {
+                let evict_after_s = [0, 60][self.rng.below(2) as usize];
+                let limit_ms = self.rng.range(4_000, 15_000);
+                self.command(Command::SetSlowPolicy(SlowPolicy { evict_after_s, limit_ms }));
             }
             "out" if self.monitor_runs() && inside > width => {
                 self.command(Command::OutOsd { osd, automatic: false });
@@ -443,6 +455,7 @@ impl World {
         self.restart_monitor(0);
         let min_size = Some(self.plan.min_size(self.redundancy()));
         self.command(Command::SetPool { name: "p".into(), min_size });
+        self.command(Command::SetSlowPolicy(SlowPolicy::default()));
         for client in &mut self.clients {
             client.paused_until = 0;
         }

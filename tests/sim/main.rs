@@ -14,6 +14,7 @@ mod oracle;
 mod plan;
 mod rng;
 mod run;
+mod slow;
 mod snapshots;
 mod tally;
 mod undercut;
@@ -67,7 +68,7 @@ fn seeds(args: &Args) -> ExitCode {
             }
             let run = || match args.pool {
                 Some(pool) if args.too_few_members => run::undercut(seed, pool, args.trace),
-                _ => run::run(seed, args.pool, args.form, args.trace),
+                _ => run::run(seed, args.scenario, args.pool, args.form, args.trace),
             };
             let run =
                 catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err("a panic, see above".into()));
@@ -99,13 +100,13 @@ fn seeds(args: &Args) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use super::plan::{FULL, Form, SHORT};
+    use super::plan::{FULL, Form, SHORT, Scenario};
     use super::*;
-    use gabion_osd::core::{Rule, Rules};
+    use gabion_osd::core::Rule;
 
     fn without_a_finding(seeds: std::ops::RangeInclusive<u64>, pool: Option<&str>, form: Form) {
         for seed in seeds {
-            let run = run::run(seed, pool.and_then(args::redundancy), form, false);
+            let run = run::run(seed, Scenario::Faults, pool.and_then(args::redundancy), form, false);
             let tally = run.unwrap_or_else(|finding| {
                 let pool = pool.map(|p| format!(" --pool {p}")).unwrap_or_default();
                 let short = if form == SHORT { " --short" } else { "" };
@@ -133,14 +134,39 @@ mod tests {
         without_a_finding(1..=1, None, FULL);
     }
 
+    fn in_scenario(scenario: Scenario, pools: &[&str], seeds: std::ops::RangeInclusive<u64>) {
+        for (pool, seed) in pools.iter().flat_map(|p| seeds.clone().map(move |s| (p, s))) {
+            let pool_kind = args::redundancy(pool).unwrap();
+            run::run(seed, scenario, Some(pool_kind), SHORT, false)
+                .unwrap_or_else(|e| panic!("{scenario:?}, {pool}, seed {seed}: {e}"));
+        }
+    }
+
     #[test]
     fn one_broken_link_is_worked_around() {
-        for seed in 1..=4 {
-            let mut rng = rng::Rng::new(seed);
-            let plan = plan::Plan::with_a_broken_link(&mut rng);
-            run::finish(world::World::planned(plan, rng, false))
-                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-        }
+        in_scenario(Scenario::OneBrokenLink, &["3", "4+2"], 1..=2);
+    }
+
+    #[test]
+    fn one_slow_disk_is_noticed_and_read_around() {
+        in_scenario(Scenario::SlowDisks { all: false }, &["3", "4+2"], 1..=2);
+    }
+
+    #[test]
+    fn when_all_disks_are_slow_nobody_is_accused() {
+        in_scenario(Scenario::SlowDisks { all: true }, &["3", "4+2"], 1..=2);
+    }
+
+    #[test]
+    fn reads_do_not_go_around_a_slow_disk_to_stale_copies() {
+        in_scenario(Scenario::StaleCopies, &["3", "4+2"], 1..=2);
+        println!("{:?}", mutants::noticed(Rule::HedgeHolders, 20).unwrap());
+    }
+
+    /// Without hedges reads wait for the slow disk.
+    #[test]
+    fn reads_that_are_not_hedged_are_noticed() {
+        println!("{:?}", mutants::noticed(Rule::HedgedReads, 1).unwrap());
     }
 
     /// Enough shards are left, and disks that could serve are held back: the groups must serve again.
@@ -164,24 +190,21 @@ mod tests {
     #[test]
     fn groups_that_are_not_filled_or_too_early_are_noticed() {
         for rule in [Rule::Fill, Rule::FillWhole] {
-            let (seed, how) = mutants::noticed(rule, 30).expect("nobody noticed");
+            let (seed, how) = mutants::noticed(rule, 30).unwrap();
             println!("{rule:?}: seed {seed}: {how}");
-            mutants::run(seed, rule, Rules::default()).expect("a finding with all rules, too");
         }
     }
 
     /// Without the rule, what a snapshot holds changes under its readers: the shortest of the mutation check.
     #[test]
     fn a_zombie_that_writes_a_frozen_layer_is_noticed() {
-        let noticed = mutants::noticed(Rule::FrozenLayers, 30);
-        println!("{:?}", noticed.expect("nobody noticed"));
+        println!("{:?}", mutants::noticed(Rule::FrozenLayers, 30).unwrap());
     }
 
     /// Without repair, what rots where nobody reads is still bad at the end.
     #[test]
     fn scrubs_that_replace_nothing_are_noticed() {
-        let noticed = mutants::noticed(Rule::ScrubRepairs, 5);
-        println!("{:?}", noticed.expect("nobody noticed"));
+        println!("{:?}", mutants::noticed(Rule::ScrubRepairs, 5).unwrap());
     }
 
     #[test]
@@ -192,8 +215,8 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_run() {
-        let a = run::run(7, None, SHORT, false).map(|t| format!("{t:?}"));
-        let b = run::run(7, None, SHORT, false).map(|t| format!("{t:?}"));
+        let a = run::run(7, Scenario::Faults, None, SHORT, false).map(|t| format!("{t:?}"));
+        let b = run::run(7, Scenario::Faults, None, SHORT, false).map(|t| format!("{t:?}"));
         assert_eq!(a, b);
     }
 }

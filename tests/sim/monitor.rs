@@ -97,7 +97,13 @@ impl World {
         if self.monitor_runs() {
             let m = &mut self.monitor;
             let commands = m.detector.step(self.now, &m.state, decide::Event::Tick);
-            self.tally.called_slow += m.detector.slow().len() as u64;
+            let evicted = commands.iter().filter(|c| matches!(c, Command::EvictSlow { .. })).count();
+            if evicted > 0 {
+                *self.tally.changes.entry("slow OSD taken out").or_default() += evicted as u64;
+            }
+            let slow = m.detector.slow();
+            self.tally.called_slow += slow.len() as u64;
+            self.slowness.called(slow.into_iter().map(|s| s.osd));
             self.apply_all(commands);
         }
         if !self.all_clean() {

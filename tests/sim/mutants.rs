@@ -1,8 +1,8 @@
 //! The mutation check: the simulator must notice when the core does not keep one of its rules.
 
-use crate::plan::{Plan, SHORT};
+use crate::plan::{Plan, SHORT, Scenario};
 use crate::rng::Rng;
-use crate::tally::Tally;
+use crate::run::Finding;
 use crate::world::World;
 use gabion_osd::core::{Rule, Rules};
 use gabion_proto::map::Redundancy;
@@ -14,13 +14,20 @@ use std::thread;
 /// Seeds within which each rule must be missed.
 pub const SEEDS: u64 = 3_000;
 
+/// The runs that are to miss the rule.
 fn plan(rng: &mut Rng, rule: Rule) -> Plan {
-    if rule == Rule::StuckReports {
-        return Plan::with_a_broken_link(rng);
-    }
-    if let Rule::Fill | Rule::FillWhole = rule {
-        let m = 1 + u32::from(rng.chance(500));
-        return Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
+    match rule {
+        Rule::StuckReports => return Plan::in_scenario(Scenario::OneBrokenLink, None, rng),
+        Rule::HedgedReads => return Plan::in_scenario(Scenario::SlowDisks { all: false }, None, rng),
+        // Of shards the version decides.
+        Rule::HedgeHolders => {
+            return Plan::in_scenario(Scenario::StaleCopies, Some(Redundancy::Replicated { size: 3 }), rng);
+        }
+        Rule::Fill | Rule::FillWhole => {
+            let m = 1 + u32::from(rng.chance(500));
+            return Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
+        }
+        _ => {}
     }
     let coded = matches!(
         rule,
@@ -38,22 +45,27 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     }
 }
 
-/// One seed of the runs that are to miss `rule`.
-pub fn run(seed: u64, rule: Rule, rules: Rules) -> Result<Tally, String> {
-    let mut rng = Rng::new(seed);
-    let plan = Plan { rules, ..plan(&mut rng, rule) };
-    crate::run::finish(World::planned(plan, rng, false))
+/// What a seed finds with these rules.
+fn finding(seed: u64, rule: Rule, rules: Rules) -> Option<Finding> {
+    let run = || {
+        let mut rng = Rng::new(seed);
+        let plan = Plan { rules, ..plan(&mut rng, rule) };
+        crate::run::finish(World::planned(plan, rng, false))
+    };
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(found) => found.err().map(|finding| finding.lines().next().unwrap_or_default().to_owned()),
+        Err(_) => Some("a panic".to_owned()),
+    }
 }
 
-/// The first seed that notices, and how.
-pub fn noticed(rule: Rule, seeds: u64) -> Option<(u64, String)> {
-    (1..=seeds).find_map(|seed| {
-        match catch_unwind(AssertUnwindSafe(|| run(seed, rule, Rules::without(rule)))) {
-            Ok(Ok(_)) => None,
-            Ok(Err(finding)) => Some((seed, finding.lines().next().unwrap_or_default().to_owned())),
-            Err(_) => Some((seed, "a panic".to_owned())),
-        }
-    })
+/// The first seed that notices, and how. An error: none does, or it finds something with every rule kept, too.
+pub fn noticed(rule: Rule, seeds: u64) -> Result<(u64, Finding), String> {
+    let noticed = (1..=seeds).find_map(|seed| Some((seed, finding(seed, rule, Rules::without(rule))?)));
+    let (seed, how) = noticed.ok_or_else(|| format!("{rule:?}: nothing in {seeds} seeds"))?;
+    match finding(seed, rule, Rules::default()) {
+        Some(also) => Err(format!("{rule:?}: seed {seed}: {how}; and with every rule kept: {also}")),
+        None => Ok((seed, how)),
+    }
 }
 
 /// Tries every rule, or one, several at once; the answer names those that nothing missed.
@@ -64,9 +76,9 @@ pub fn check(seeds: u64, jobs: usize, only: Option<Rule>) -> Result<(), String> 
     let work = || {
         while let Some(rule) = rules.get(next.fetch_add(1, Ordering::Relaxed)) {
             match noticed(*rule, seeds) {
-                Some((seed, how)) => println!("{rule:?}: seed {seed}: {how}"),
-                None => {
-                    println!("{rule:?}: nothing in {seeds} seeds");
+                Ok((seed, how)) => println!("{rule:?}: seed {seed}: {how}"),
+                Err(why) => {
+                    println!("{why}");
                     missed.lock().unwrap_or_else(PoisonError::into_inner).push(*rule);
                 }
             }

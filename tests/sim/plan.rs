@@ -62,6 +62,21 @@ pub enum Scenario {
     OneBrokenLink,
     /// An erasure-coded group is left with too few members, while others that could join are held back (rule E5).
     TooFewMembers,
+    /// The disk of one OSD is slow, or those of all: clients must hardly notice when they read, and the monitors must.
+    SlowDisks { all: bool },
+    /// One disk is slow, and other OSDs come and go: what they lack must not be read from them (rule P5).
+    StaleCopies,
+}
+
+impl Scenario {
+    /// As the command line names them.
+    pub const NAMES: [(&str, Scenario); 5] = [
+        ("faults", Scenario::Faults),
+        ("broken-link", Scenario::OneBrokenLink),
+        ("slow-disk", Scenario::SlowDisks { all: false }),
+        ("slow-disks", Scenario::SlowDisks { all: true }),
+        ("stale-copies", Scenario::StaleCopies),
+    ];
 }
 
 impl Plan {
@@ -76,13 +91,22 @@ impl Plan {
         Plan::with(redundancy, rng, form)
     }
 
-    /// One link breaks for good, in a group that can go on without one of its members.
-    pub fn with_a_broken_link(rng: &mut Rng) -> Plan {
-        let redundancy = match rng.chance(500) {
+    /// One kind of thing goes wrong and nothing else, in a pool that can go on without one member.
+    pub fn in_scenario(scenario: Scenario, pool: Option<Redundancy>, rng: &mut Rng) -> Plan {
+        let redundancy = pool.unwrap_or_else(|| match rng.chance(500) {
             true => Redundancy::Replicated { size: 3 },
             false => Redundancy::Erasure { k: 4, m: 2 },
-        };
-        Plan { scenario: Scenario::OneBrokenLink, ..Plan::with(redundancy, rng, SHORT) }
+        });
+        let plan = Plan { scenario, ..Plan::with(redundancy, rng, SHORT) };
+        match scenario {
+            // Long enough to be called slow, and not more work than a slow disk can do.
+            Scenario::SlowDisks { .. } => {
+                Plan { volumes: 2, observed: 0, fault_phase_ms: 90_000, rot: false, ..plan }
+            }
+            Scenario::StaleCopies => Plan { rot: false, ..plan },
+            Scenario::TooFewMembers => Plan::with_too_few_members(redundancy, rng),
+            Scenario::Faults | Scenario::OneBrokenLink => plan,
+        }
     }
 
     /// Min-size is more than decodes, and as many disks are spare as will be lost.

@@ -6,6 +6,9 @@ use crate::tally::Tally;
 use crate::world::{Pace, World};
 use gabion_proto::map::Redundancy;
 
+/// What a run has found.
+pub type Finding = String;
+
 /// Everything must be clean this long after the last fault.
 const HEAL_MS: u64 = 120_000;
 
@@ -19,11 +22,18 @@ const LINK_MS: u64 = 30_000;
 const RUN_MS_MAX: u64 = 4 * 3_600_000;
 
 /// Runs one seed, of one kind of pool if it is given.
-pub fn run(seed: u64, pool: Option<Redundancy>, form: Form, trace: bool) -> Result<Tally, String> {
+pub fn run(
+    seed: u64,
+    scenario: Scenario,
+    pool: Option<Redundancy>,
+    form: Form,
+    trace: bool,
+) -> Result<Tally, Finding> {
     let mut rng = Rng::new(seed);
-    let plan = match pool {
-        Some(redundancy) => Plan::with(redundancy, &mut rng, form),
-        None => Plan::of(&mut rng, form),
+    let plan = match (scenario, pool) {
+        (Scenario::Faults, Some(redundancy)) => Plan::with(redundancy, &mut rng, form),
+        (Scenario::Faults, None) => Plan::of(&mut rng, form),
+        _ => Plan::in_scenario(scenario, pool, &mut rng),
     };
     finish(World::planned(plan, rng, trace))
 }
@@ -43,10 +53,14 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
         Scenario::OneBrokenLink if w.longest_wait() > LINK_MS => {
             return Err(format!("one broken link, and a client has waited {} ms", w.longest_wait()));
         }
-        Scenario::OneBrokenLink => {}
         Scenario::TooFewMembers => {
             w.undercut();
             go_on(&mut w, 0)?;
+        }
+        Scenario::OneBrokenLink | Scenario::StaleCopies => {}
+        Scenario::SlowDisks { all } => {
+            let measured = w.judge_slowness(all)?;
+            w.log(|| measured);
         }
         Scenario::Faults => {
             while !w.has_seen_enough() {

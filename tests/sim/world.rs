@@ -7,6 +7,7 @@ use crate::nodes::Node;
 use crate::oracle::Oracle;
 use crate::plan::{Plan, Scenario};
 use crate::rng::Rng;
+use crate::slow::Slowness;
 use crate::snapshots::Snapshot;
 use crate::tally::Tally;
 use bytes::Bytes;
@@ -120,6 +121,13 @@ pub enum Ev {
         node: usize,
     },
     BreakLink,
+    SlowDisks {
+        all: bool,
+    },
+    StaleCopies,
+    GoAway {
+        slow: usize,
+    },
 }
 
 pub struct World {
@@ -158,6 +166,7 @@ pub struct World {
     pub rotting: bool,
     /// Some bit rotted in this run: what scrubs find otherwise is not there.
     pub rotten: bool,
+    pub slowness: Slowness,
 }
 
 impl World {
@@ -201,6 +210,7 @@ impl World {
             lost_one: false,
             rotting: false,
             rotten: false,
+            slowness: Slowness::default(),
             plan,
         };
         world.log(|| format!("{:?}", world.plan));
@@ -220,6 +230,8 @@ impl World {
             Scenario::Faults => world.at(first, Ev::Fault { chain: 0 }),
             Scenario::OneBrokenLink => world.at(first, Ev::BreakLink),
             Scenario::TooFewMembers => {}
+            Scenario::SlowDisks { all } => world.at(first, Ev::SlowDisks { all }),
+            Scenario::StaleCopies => world.at(first, Ev::StaleCopies),
         }
         world
     }
@@ -376,6 +388,9 @@ impl World {
             Ev::Drained { node, run } => self.remove_drained(node, run),
             Ev::TakeOver { client } if self.faults_on => self.take_over(client),
             Ev::BreakLink => self.break_link(),
+            Ev::SlowDisks { all } => self.slow_down(all),
+            Ev::StaleCopies => self.make_copies_stale(),
+            Ev::GoAway { slow } => self.go_away(slow),
             Ev::Restart { node } => self.start(node),
             Ev::Unfill { node } => self.nodes[node].disk.unfill(),
             _ => {}

@@ -5,4 +5,6 @@ pub mod guest_disk;
 pub mod guest_driver;
 pub mod history;
 pub mod mirror;
+pub mod scrape;
+pub mod slow_disk;
 pub mod workload;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask verify
        cargo xtask licences
-       cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M] [--short | --too-few-members]
+       cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M] [--short | --too-few-members | --scenario NAME]
        cargo xtask soak [--minutes M | --seeds N] [--from S] [--pool COPIES|K+M]
        cargo xtask mutants [--rule NAME] [--seeds N]
        cargo xtask test-vm [--compare]";

@@ -72,7 +72,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 30] = [
+    pub const ALL: [Rule; 32] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -103,6 +103,8 @@ impl Rule {
         Rule::Fill,
         Rule::FillWhole,
         Rule::ScrubRepairs,
+        Rule::HedgedReads,
+        Rule::HedgeHolders,
     ];
 }
 
