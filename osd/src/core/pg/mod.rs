@@ -341,6 +341,8 @@ impl Pg {
     fn remove_copy(&mut self, cx: &mut Cx<'_>, then: Option<PgMeta>) {
         self.phase = Phase::Loading;
         self.index = Index::default();
+        // What was asked of the copy is read after it is gone, maybe: nothing, which would be taken for zeros.
+        self.round += 1;
         let ops = std::iter::once(TxnOp::RemovePg).chain(then.map(TxnOp::SetMeta)).collect();
         self.submit(cx, What::Removed, ops);
     }

@@ -49,6 +49,25 @@ fn a_copy_that_was_deleted_may_be_followed_by_any_other() {
     assert_eq!(offered(&mut rig), Some((0, Some(2))));
 }
 
+/// The store reads what was started before after what it was told since: nothing is left, and that would be taken for zeros.
+#[test]
+fn rows_of_a_copy_that_is_deleted_meanwhile_are_nobodys() {
+    let mut rig = left_over();
+    rig.interval(10, &[2, 3, 4], vec![past(5, &[2, 1, 3])]);
+    let (object, version) = (object(0), version(5, 1));
+    rig.hear(2, PeerBody::ShardRead { tid: 7, object, version, first_row: 0, row_count: 1 });
+    assert_eq!(rig.reads.len(), 1);
+    clean_elsewhere(&mut rig);
+    assert!(rig.ops().any(|op| *op == TxnOp::RemovePg));
+    rig.take_sent();
+    rig.answer_read(Ok(Content::default()));
+    assert_eq!(rig.take_sent(), []);
+    // Asked again, it says so.
+    rig.hear(2, PeerBody::ShardRead { tid: 7, object, version, first_row: 0, row_count: 1 });
+    let missing = PeerBody::ShardData { tid: 7, result: Err(SubResult::Missing) };
+    assert_eq!(rig.take_sent(), [(OsdId(2), missing)]);
+}
+
 /// The blocks of shard 1 would be taken for those of shard 2.
 #[test]
 fn a_shard_that_the_store_does_not_delete_is_not_offered_as_another_one() {
