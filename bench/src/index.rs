@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use gabion_osd::store::{self, Identity, Store};
 use gabion_proto::ids::{ClusterId, ObjectId, OsdId};
 use gabion_proto::limits::OBJECT_BYTES_DEFAULT;
@@ -13,7 +13,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use crate::cpu;
+use crate::{cpu, resident};
 
 const IDENTITY: Identity = Identity { cluster: ClusterId([1; 16]), osd: OsdId(0), disk: ClusterId([2; 16]) };
 const ROUNDS: usize = 3;
@@ -89,7 +89,7 @@ pub fn open(dir: &Path, out: &mut impl Write) -> Result<()> {
     let (begun, cpu) = (Instant::now(), cpu::of_self_s());
     let mut store = store::open(dir)?;
     let (open_s, open_cpu_s) = (begun.elapsed().as_secs_f64(), cpu::of_self_s() - cpu);
-    let resident_open_bytes = status_bytes("VmRSS:")?;
+    let resident_open_bytes = resident::now_bytes()?;
     let begun = Instant::now();
     let (mut objects, mut sample) = (0, Vec::new());
     for (pg, _) in store.pgs()? {
@@ -110,8 +110,8 @@ pub fn open(dir: &Path, out: &mut impl Write) -> Result<()> {
         let found = store.object(pg, ObjectId { index, ..object })?;
         ensure!(found.is_some(), "object {object} was listed and is not there");
     }
-    let resident_used_bytes = status_bytes("VmRSS:")?;
-    let resident_peak_bytes = status_bytes("VmHWM:")?;
+    let resident_used_bytes = resident::now_bytes()?;
+    let resident_peak_bytes = resident::peak_bytes()?;
     let opened = Opened {
         objects,
         open_s,
@@ -122,14 +122,6 @@ pub fn open(dir: &Path, out: &mut impl Write) -> Result<()> {
         resident_peak_bytes,
     };
     Ok(writeln!(out, "{}", serde_json::to_string(&opened)?)?)
-}
-
-/// proc(5), `/proc/self/status`: in KiB.
-fn status_bytes(field: &str) -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/self/status")?;
-    let line = text.lines().find_map(|l| l.strip_prefix(field));
-    let kib = line.and_then(|l| l.split_whitespace().next()).context("/proc/self/status is short")?;
-    Ok(kib.parse::<u64>()? << 10)
 }
 
 fn files(dir: &Path) -> Result<Vec<(std::path::PathBuf, u64)>> {

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use gabion_bench::agreement::{self, AgreementOptions};
 use gabion_bench::cluster::{self, ClusterOptions};
 use gabion_bench::harness::{self, Plan};
 use gabion_bench::index;
 use gabion_bench::job::{Job, Pattern};
+use gabion_bench::peering::{self, PeeringOptions};
 use gabion_bench::rebuild::{self, RebuildOptions};
 use gabion_bench::store::{self, StoreOptions};
 use gabion_bench::target::{Pids, Target};
@@ -79,6 +81,16 @@ enum Command {
         #[command(flatten)]
         options: RebuildOptions,
     },
+    /// Peer many groups with many objects, OSDs and monitors in this process and in virtual time, and count CPU, memory and messages.
+    Peering {
+        #[command(flatten)]
+        options: PeeringOptions,
+    },
+    /// Start monitors in this process and report many groups at once, as OSDs do after a power cut: what is agreed on in a second.
+    Agreement {
+        #[command(flatten)]
+        options: AgreementOptions,
+    },
 }
 
 fn main() -> Result<()> {
@@ -99,6 +111,8 @@ fn main() -> Result<()> {
         }
         Command::StoreOpen { dir } => index::open(&dir, &mut out)?,
         Command::Store { options } => store::run(&options, &mut out)?,
+        Command::Agreement { options } => agreement::run(&options, &mut out)?,
+        Command::Peering { options } => peering::run(&options, &mut out)?,
         Command::Rebuild { options } => rebuild::run(&options, &mut out)?,
         Command::Cluster { cluster, plan } => cluster::run(&cluster, &plan, &mut out)?,
     }
