@@ -2,6 +2,7 @@
 //! fill the empty positions are held back, because another shard of theirs may be needed (rule E5).
 
 use crate::world::World;
+use gabion_monitor::decide::SUSPECT_MS;
 use gabion_monitor::state::Command;
 use gabion_proto::ids::{OsdId, PgId};
 use gabion_proto::map::{PgRecord, Redundancy};
@@ -12,8 +13,8 @@ pub const FILLED: &str = "too few members brought up to date";
 /// In the tally: that was not enough.
 const RELIEVED: &str = "fresh disks instead of those held back";
 
-/// Longer than it takes the monitor to notice.
-const PATIENCE_MS: u64 = 60_000;
+/// Longer than the monitor may take: a member that others accused is left out, and tried again only after [`SUSPECT_MS`].
+const PATIENCE_MS: u64 = 2 * SUSPECT_MS;
 /// Longer than it takes until what was written is committed.
 const QUIET_MS: u64 = 5_000;
 
@@ -80,16 +81,18 @@ impl World {
     /// Groups that are not clean must say that it is because of objects about which only more members can decide: fresh disks, instead of
     /// those that are held back, let them serve.
     pub fn relieve(&mut self) {
-        let waits = |w: &World, pg: &PgId| {
+        let says = |w: &World, pg: &PgId| -> Vec<String> {
             let statuses = w.nodes.iter().filter_map(|n| n.core.as_ref()).flat_map(|c| c.pg_statuses());
-            let mut of = statuses.filter(|s| s.pool == pg.pool.0 && s.index == pg.index);
-            of.any(|s| s.waiting_for.contains("a member of an earlier interval, about"))
+            let of = statuses.filter(|s| s.pool == pg.pool.0 && s.index == pg.index);
+            of.map(|s| format!("{:?}: {}", s.state(), s.waiting_for)).collect()
         };
         let waiting = self.monitor.state.map.pgs.clone().into_iter().filter(|(_, r)| !r.clean);
         let mut held_back = BTreeSet::new();
         for (pg, record) in waiting {
-            if !waits(self, &pg) {
-                return self.finding = Some(format!("{pg} waits for nothing\n{}", self.describe()));
+            let says = says(self, &pg);
+            if !says.iter().any(|s| s.contains("a member of an earlier interval, about")) {
+                let why = format!("{pg} does not serve, and waits for no decision about an object: {says:?}");
+                return self.finding = Some(format!("{why}\n{}", self.describe()));
             }
             held_back.extend(record.held_back());
         }

@@ -427,18 +427,21 @@ impl Pg {
         let object_bytes = cx.map.pools.get(&self.id.pool).map_or(0, |p| u64::from(p.object_bytes));
         let Phase::Active(a) = &mut self.phase else { return };
         a.recovery.object_bytes = object_bytes;
-        if a.recovery.is_done() || (self.fills && !cx.rules.keep(Rule::FillWhole)) {
-            if !a.clean_reported && a.recovery.unsettled.is_empty() {
-                a.clean_reported = true;
-                let (pg, interval) = (self.id, self.record.interval);
-                if self.fills {
-                    self.report(cx, What::ReportFilled, MonitorRequest::Filled { pg, interval });
-                } else {
-                    self.report(cx, What::ReportClean, MonitorRequest::Clean { pg, interval });
-                }
+        let done = a.recovery.is_done();
+        let whole = done || (self.fills && !cx.rules.keep(Rule::FillWhole));
+        if whole && !a.clean_reported && a.recovery.unsettled.is_empty() {
+            a.clean_reported = true;
+            let (pg, interval) = (self.id, self.record.interval);
+            if self.fills {
+                self.report(cx, What::ReportFilled, MonitorRequest::Filled { pg, interval });
+            } else {
+                self.report(cx, What::ReportClean, MonitorRequest::Clean { pg, interval });
             }
+        }
+        if done {
             return;
         }
+        let Phase::Active(a) = &mut self.phase else { return };
         let patience = |s: &Stage| match s {
             Stage::Pulling { .. } => Some(PULL_PATIENCE_MS),
             Stage::Pushing { .. } => Some(PUSH_PATIENCE_MS),
