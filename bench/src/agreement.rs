@@ -14,10 +14,10 @@ use gabion_common::{addr_file, map_watch};
 use gabion_monitor::daemon::{self, Options};
 use gabion_monitor::raft::Start;
 use gabion_proto::ids::{Epoch, OsdId};
-use gabion_proto::limits::HEARTBEAT;
+use gabion_proto::limits::{HEARTBEAT, REPORTS_AT_ONCE_MAX};
 use gabion_proto::map::ClusterMap;
 use gabion_proto::pb::{self, Empty};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::cpu;
@@ -66,6 +66,8 @@ struct Osd {
     client: MonitorClient,
     map: watch::Receiver<Arc<ClusterMap>>,
     incarnation: watch::Sender<u64>,
+    /// As the daemon has them.
+    turns: Arc<Semaphore>,
 }
 
 struct Monitors {
@@ -151,7 +153,8 @@ impl Osd {
         let added = client.until_answered("add", call).await?;
         let map = map_watch::follow(client.clone());
         let incarnation = watch::Sender::new(0);
-        Ok(Osd { id: added.id, cluster: added.cluster, disk, client, map, incarnation })
+        let turns = Arc::new(Semaphore::new(REPORTS_AT_ONCE_MAX));
+        Ok(Osd { id: added.id, cluster: added.cluster, disk, client, map, incarnation, turns })
     }
 
     async fn boot(&self) -> Result<()> {
@@ -203,8 +206,9 @@ async fn round(osds: &[Osd], what: &'static str, kind: Kind) -> Result<Round> {
             interval: record.interval.0,
             ..Default::default()
         };
-        let client = osd.client.clone();
+        let (client, turns) = (osd.client.clone(), osd.turns.clone());
         calls.spawn(async move {
+            let _turn = turns.acquire().await?;
             let call = |m: MonitorClient| async move {
                 match kind {
                     Kind::Activated => m.osd().pg_activated(report).await,
@@ -212,7 +216,8 @@ async fn round(osds: &[Osd], what: &'static str, kind: Kind) -> Result<Round> {
                 }
             };
             let answered: Result<Empty, _> = client.until_answered("report", call).await;
-            answered.map(|_| begun.elapsed().as_secs_f64())
+            answered?;
+            anyhow::Ok(begun.elapsed().as_secs_f64())
         });
     }
     let (mut reports, mut slowest_s) = (0, 0.0f64);

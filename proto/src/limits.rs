@@ -31,6 +31,9 @@ pub const REBUILD_RATE_MIN: u64 = 4 << 20;
 /// Every group is scrubbed that often, and read as a whole that often (settable).
 pub const SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(24 * 3600);
 pub const DEEP_SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Reports of groups that one OSD has under way to the monitors; the others wait their turn. Fewer than an HTTP/2 connection takes at
+/// once, which heartbeats share.
+pub const REPORTS_AT_ONCE_MAX: usize = 128;
 /// Groups that one OSD is told to scrub at once, as their primary.
 pub const SCRUB_ORDERS_MAX: usize = 4;
 /// Largest client operation; longer requests are split by the gateway.
@@ -72,6 +75,8 @@ pub const GRPC_MESSAGE_BYTES_MAX: usize = 64 << 20;
 pub const MONITORS_MAX: usize = 7;
 /// Largest command that the monitors agree on, encoded.
 pub const COMMAND_BYTES_MAX: usize = 128 * 1024;
+/// Commands that may wait for their turn to be agreed on; more wait with whoever asks.
+pub const PROPOSALS_WAITING_MAX: usize = 4096;
 /// Commands that one monitor sends to another at a time.
 pub const MONITOR_APPEND_ENTRIES_MAX: usize = 32;
 /// One piece of a snapshot of the monitors' state, and a whole snapshot.

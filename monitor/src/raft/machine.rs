@@ -24,8 +24,9 @@ use tokio::sync::watch;
 /// Column family of the snapshot.
 pub(super) const FAMILY: &str = "machine";
 const SNAPSHOT: &[u8] = b"snapshot";
-/// Changes of the map that are kept for those who follow it.
+/// Changes of the map that are kept for those who follow it, and the records in them.
 const INCREMENTS_MAX: usize = 500;
+const INCREMENT_RECORDS_MAX: usize = 100_000;
 
 type Failure = StorageError<u64>;
 
@@ -33,7 +34,26 @@ type Failure = StorageError<u64>;
 #[derive(Debug)]
 pub struct Published {
     state: watch::Sender<Arc<MonitorState>>,
-    increments: Mutex<VecDeque<Arc<MapIncrement>>>,
+    increments: Mutex<Increments>,
+}
+
+#[derive(Debug, Default)]
+struct Increments {
+    kept: VecDeque<Arc<MapIncrement>>,
+    records: usize,
+}
+
+impl Increments {
+    fn push(&mut self, increment: MapIncrement) {
+        self.records += increment.pgs.len();
+        self.kept.push_back(Arc::new(increment));
+        // The newest one always stays, or nobody could follow at all.
+        while self.kept.len() > INCREMENTS_MAX
+            || (self.records > INCREMENT_RECORDS_MAX && self.kept.len() > 1)
+        {
+            self.records -= self.kept.pop_front().map_or(0, |oldest| oldest.pgs.len());
+        }
+    }
 }
 
 impl Published {
@@ -51,7 +71,7 @@ impl Published {
 
     /// What leads from `have` to the newest map; `None` if that is too long ago.
     pub fn since(&self, have: Epoch) -> Option<Vec<Arc<MapIncrement>>> {
-        let increments = self.increments.lock();
+        let increments = &self.increments.lock().kept;
         if increments.back().is_none_or(|i| i.to == have) {
             return (self.state.borrow().map.epoch == have).then(Vec::new);
         }
@@ -59,17 +79,16 @@ impl Published {
         Some(increments.iter().skip(at).cloned().collect())
     }
 
-    fn publish(&self, new: Arc<MonitorState>, changed: Vec<MapIncrement>) {
+    fn publish(&self, new: Arc<MonitorState>, changed: Option<MapIncrement>) {
         let mut increments = self.increments.lock();
-        increments.extend(changed.into_iter().map(Arc::new));
-        while increments.len() > INCREMENTS_MAX {
-            increments.pop_front();
+        if let Some(increment) = changed {
+            increments.push(increment);
         }
         self.state.send_replace(new);
     }
 
     fn replace(&self, new: Arc<MonitorState>) {
-        self.increments.lock().clear();
+        *self.increments.lock() = Increments::default();
         self.state.send_replace(new);
     }
 }
@@ -141,7 +160,8 @@ impl RaftStateMachine<Types> for Machine {
         I::IntoIter: OptionalSend,
     {
         let mut answers = Vec::new();
-        let mut increments = Vec::new();
+        // While somebody holds the old state, the first change copies it; so once for all that is carried out here.
+        let old = self.state.clone();
         for entry in entries {
             self.last_applied = Some(entry.log_id);
             answers.push(match entry.payload {
@@ -151,17 +171,14 @@ impl RaftStateMachine<Types> for Machine {
                     Ok(Reply::Done)
                 }
                 EntryPayload::Normal(stamped) => {
-                    let old = self.state.clone();
                     let term = entry.log_id.leader_id.term;
-                    let answer = Arc::make_mut(&mut self.state).apply_agreed(term, stamped);
-                    if old.map.epoch != self.state.map.epoch {
-                        increments.push(MapIncrement::between(&old.map, &self.state.map));
-                    }
-                    answer
+                    Arc::make_mut(&mut self.state).apply_agreed(term, stamped)
                 }
             });
         }
-        self.published.publish(self.state.clone(), increments);
+        let changed = old.map.epoch != self.state.map.epoch;
+        let increment = changed.then(|| MapIncrement::between(&old.map, &self.state.map));
+        self.published.publish(self.state.clone(), increment);
         Ok(answers)
     }
 

@@ -5,6 +5,7 @@
 //! identity      whose data this is          log, machine   what is kept
 //! network       calls to other monitors     peer_service   their calls
 //! standing      who leads, is there a quorum; confirming that it is still so
+//! proposals     commands on their way into the log, those that wait together in one entry
 //! membership    adding and removing monitors
 //! ```
 //!
@@ -22,6 +23,7 @@ mod machine;
 mod membership;
 mod network;
 mod peer_service;
+mod proposals;
 mod standing;
 
 pub use identity::StoreId;
@@ -38,9 +40,10 @@ use gabion_proto::limits::*;
 use gabion_proto::pb::monitor_peer_service_server::MonitorPeerServiceServer;
 use identity::{Identity, Origin};
 use network::Shared;
-use openraft::error::{ClientWriteError, InitializeError, RaftError};
+use openraft::error::{InitializeError, RaftError};
 use openraft::{Config, Raft};
 use peer_service::PeerService;
+use proposals::Proposal;
 use rocksdb::{ColumnFamilyDescriptor, DB, Options};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -48,7 +51,7 @@ use std::io::{self, Cursor};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 openraft::declare_raft_types!(
     pub(crate) Types:
@@ -151,6 +154,7 @@ struct Inner {
     addr: String,
     standing: watch::Receiver<Standing>,
     questions: mpsc::Sender<standing::Question>,
+    proposals: mpsc::Sender<Proposal>,
     dismissed: watch::Sender<bool>,
     closed: watch::Receiver<()>,
 }
@@ -232,9 +236,21 @@ impl Consensus {
         let raft = Raft::new(id, config, peers, log::Log::new(db), machine).await.map_err(stopped)?;
         let (asking, questions) = mpsc::channel(standing::QUESTIONS_MAX);
         tokio::spawn(standing::answer(raft.clone(), shared.clone(), questions));
+        let (proposing, proposals) = mpsc::channel(PROPOSALS_WAITING_MAX);
+        tokio::spawn(proposals::commit_in_turn(raft.clone(), proposals));
         let standing = standing::follow(&raft, shared.clone());
         let dismissed = watch::Sender::new(false);
-        let inner = Inner { raft, published, shared, addr, standing, questions: asking, dismissed, closed };
+        let inner = Inner {
+            raft,
+            published,
+            shared,
+            addr,
+            standing,
+            questions: asking,
+            proposals: proposing,
+            dismissed,
+            closed,
+        };
         let consensus = Consensus(Arc::new(inner));
         match consensus.begin(start, identity.origin()).await {
             Ok(()) => Ok(consensus),
@@ -314,18 +330,20 @@ impl Consensus {
         }
         let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let stamped = Stamped { unix_ms, request, term, command };
-        let bytes = postcard::to_stdvec(&stamped).map_err(stopped)?.len();
-        if bytes > COMMAND_BYTES_MAX {
-            let limit = COMMAND_BYTES_MAX;
+        let encoded = postcard::to_stdvec(&stamped).map_err(stopped)?;
+        if encoded.len() > COMMAND_BYTES_MAX {
+            let (bytes, limit) = (encoded.len(), COMMAND_BYTES_MAX);
             return Ok(Err(Refusal::invalid(format!("a request has at most {limit} bytes, not {bytes}"))));
         }
-        let written = tokio::time::timeout(PROPOSE_TIMEOUT, self.0.raft.client_write(stamped)).await;
-        match written {
-            Ok(Ok(done)) => Ok(done.data),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(_)))) => {
-                Err(ConsensusError::NotLeader)
-            }
-            Ok(Err(e)) => Err(stopped(e)),
+        let (answer, answered) = oneshot::channel();
+        let ended = || ConsensusError::Stopped("its task has ended".into());
+        let agreed = async {
+            let proposal = Proposal { stamped, encoded, answer };
+            self.0.proposals.send(proposal).await.map_err(|_| ended())?;
+            answered.await.map_err(|_| ended())?
+        };
+        match tokio::time::timeout(PROPOSE_TIMEOUT, agreed).await {
+            Ok(result) => result,
             Err(_) => Err(ConsensusError::NoQuorum(self.quorum_words())),
         }
     }

@@ -87,6 +87,45 @@ async fn a_request_that_is_too_large_is_refused_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn what_waits_goes_into_one_entry_and_each_is_answered_for_itself() {
+    let dir = TempDir::new().unwrap();
+    let consensus = open(&dir, Start::Bootstrap).await.unwrap();
+    let before = consensus.raft().metrics().borrow().last_log_index.unwrap();
+    let mut all = tokio::task::JoinSet::new();
+    for n in 0..400u128 {
+        let consensus = consensus.clone();
+        all.spawn(async move {
+            // Each eighth is refused; each request is made twice.
+            let command = match n % 8 {
+                0 => Command::RemoveExport { id: 1 },
+                _ => Command::OpenSession { client: gabion_proto::ids::ClientId(0), host: "h".into() },
+            };
+            (n / 2, consensus.propose_for(Some(RequestId(n / 2)), command).await.unwrap())
+        });
+    }
+    let mut answers = BTreeMap::<u128, Vec<CommandResult>>::new();
+    while let Some(answered) = all.join_next().await {
+        let (request, answer) = answered.unwrap();
+        answers.entry(request).or_default().push(answer);
+    }
+    assert_eq!(answers.len(), 200);
+    let mut sessions = std::collections::BTreeSet::new();
+    for (request, both) in &answers {
+        assert_eq!(both[0], both[1], "request {request}");
+        if let Ok(crate::state::Reply::Session { client, .. }) = &both[0] {
+            assert!(sessions.insert(*client), "request {request} has the answer of another one");
+        }
+    }
+    let entries = consensus.raft().metrics().borrow().last_log_index.unwrap() - before;
+    assert!(entries < 100, "{entries} entries");
+    let state = consensus.state();
+    consensus.close().await;
+    let again = open(&dir, Start::Resume).await.unwrap();
+    assert_eq!(*again.state(), *state);
+    again.close().await;
+}
+
+#[tokio::test]
 async fn the_only_monitor_cannot_be_removed_and_nobody_is_not_added() {
     let dir = TempDir::new().unwrap();
     let consensus = open(&dir, Start::Bootstrap).await.unwrap();

@@ -280,6 +280,9 @@ pub enum Command {
         osd: OsdId,
         incarnation: Incarnation,
     },
+    /// Several commands that waited at the same time, each an encoded [`Stamped`] so that they cannot nest: carried out as if
+    /// each had an entry of its own.
+    Together(Vec<Vec<u8>>),
 }
 
 /// A command with what it was proposed under.
@@ -293,6 +296,13 @@ pub struct Stamped {
     /// agreed on under another one, it has no effect.
     pub term: Option<u64>,
     pub command: Command,
+}
+
+impl Stamped {
+    /// Commands, each encoded, that are agreed on in one entry of the log and carried out one after the other.
+    pub(crate) fn together(commands: Vec<Vec<u8>>) -> Stamped {
+        Stamped { unix_ms: 0, request: None, term: None, command: Command::Together(commands) }
+    }
 }
 
 /// What a command that was carried out answers.
@@ -323,6 +333,8 @@ pub enum Reply {
     Export(u64),
     /// So many groups will be scrubbed.
     Scrubs(u32),
+    /// One answer to each command that was agreed on together, in order.
+    Together(Vec<CommandResult>),
 }
 
 /// Why a command was refused, as gRPC distinguishes it.

@@ -289,6 +289,8 @@ impl MonitorState {
             }
             Command::SetSlowPolicy(policy) => self.set_slow_policy(policy),
             Command::EvictSlow { osd, incarnation } => self.evict_slow(osd, incarnation),
+            // Taken apart by `apply_agreed`.
+            Command::Together(_) => Err(Refusal::invalid("commands go together only in the log")),
             Command::Announce { text } => {
                 self.event(EventSeverity::Ok, text);
                 Ok(Reply::Done)

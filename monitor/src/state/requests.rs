@@ -4,7 +4,7 @@
 //! Invariant: of two proposals of one request only the first has an effect. Bounded: the answers of
 //! the last [`REQUESTS_REMEMBERED_MAX`] requests; a client must not wait longer with its next try.
 
-use super::{CommandResult, MonitorState, Refusal, Stamped};
+use super::{Command, CommandResult, MonitorState, Refusal, Reply, Stamped};
 use gabion_proto::limits::REQUESTS_REMEMBERED_MAX;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -36,6 +36,19 @@ impl MonitorState {
 
     /// Carries out what was agreed on under the leader of `term`.
     pub fn apply_agreed(&mut self, term: u64, stamped: Stamped) -> CommandResult {
+        match stamped.command {
+            Command::Together(commands) => {
+                let each = commands.iter().map(|encoded| match postcard::from_bytes(encoded) {
+                    Ok(stamped) => self.apply_one(term, stamped),
+                    Err(e) => Err(Refusal::invalid(format!("not a command: {e}"))),
+                });
+                Ok(Reply::Together(each.collect()))
+            }
+            _ => self.apply_one(term, stamped),
+        }
+    }
+
+    fn apply_one(&mut self, term: u64, stamped: Stamped) -> CommandResult {
         let Stamped { unix_ms, request, term: decided, command } = stamped;
         if decided.is_some_and(|d| d != term) {
             return Err(Refusal::aborted("decided under an earlier leader"));
@@ -59,7 +72,6 @@ impl MonitorState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Command;
     use gabion_proto::ids::*;
 
     fn stamped(request: Option<u128>, term: Option<u64>, command: Command) -> Stamped {
@@ -88,6 +100,35 @@ mod tests {
         let refused = state.apply_agreed(1, stamped(Some(1), None, remove())).unwrap_err();
         assert_eq!(state.answer_to(1), Some(&Err(refused)));
         assert_eq!(state.without_answers(), MonitorState::default());
+    }
+
+    #[test]
+    fn commands_that_go_together_have_the_effects_and_answers_of_each_alone() {
+        let commands = || {
+            vec![
+                stamped(Some(1), None, session("h")),
+                // Made again before it was answered.
+                stamped(Some(1), None, session("h")),
+                stamped(None, Some(2), session("i")),
+                stamped(None, Some(3), session("i")),
+                stamped(None, None, Command::RemoveExport { id: 1 }),
+                // Never made.
+                Stamped::together(Vec::new()),
+            ]
+        };
+        let mut encoded: Vec<_> = commands().iter().map(|c| postcard::to_stdvec(c).unwrap()).collect();
+        encoded.push(vec![0xff]);
+        let (mut together, mut apart) = (MonitorState::default(), MonitorState::default());
+        let answers = together.apply_agreed(3, Stamped::together(encoded)).unwrap();
+        let each: Vec<_> = commands().into_iter().map(|c| apart.apply_one(3, c)).collect();
+        let Reply::Together(mut answers) = answers else { panic!("{answers:?}") };
+        assert_eq!(answers.pop().unwrap().unwrap_err().kind, crate::state::RefusalKind::Invalid);
+        assert_eq!(answers, each);
+        assert_eq!(together, apart);
+        let kinds: Vec<_> = each.iter().map(|r| r.as_ref().err().map(|e| e.kind)).collect();
+        use crate::state::RefusalKind::*;
+        assert_eq!(kinds, [None, None, Some(Aborted), None, Some(NotFound), Some(Invalid)]);
+        assert_eq!(each[0], each[1]);
     }
 
     #[test]

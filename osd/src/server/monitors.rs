@@ -76,13 +76,14 @@ impl Monitors {
             .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time")))
     }
 
-    /// Reports until it is durable or refused. `stats` are those of the moment in which the report was made.
+    /// Reports until it is durable or refused. `stats` are those of the moment in which the report was made; only a clean
+    /// group's report carries them.
     pub async fn report(
         &self,
         osd: OsdId,
         incarnation: Incarnation,
         request: MonitorRequest,
-        stats: &OsdStats,
+        stats: OsdStats,
     ) -> Result<(), MonitorRefused> {
         let (MonitorRequest::Activated { pg, interval }
         | MonitorRequest::Clean { pg, interval }

@@ -14,7 +14,7 @@ use gabion_common::metrics::Endpoint;
 use gabion_common::tls::Security;
 use gabion_proto::ids::*;
 use gabion_proto::limits::{
-    FULL_FREE_PERCENT, HEARTBEAT, LEASE, SCRUB_ORDERS_MAX, SLOW_OSDS_MAX, SUBOP_STUCK,
+    FULL_FREE_PERCENT, HEARTBEAT, LEASE, REPORTS_AT_ONCE_MAX, SCRUB_ORDERS_MAX, SLOW_OSDS_MAX, SUBOP_STUCK,
 };
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, Message, OpReply, PeerMsg};
@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, debug_span, error, info, info_span, warn};
 
@@ -156,6 +156,7 @@ pub async fn serve(
         answer_tx,
         fatal,
         connections: Connections::default(),
+        report_turns: Arc::new(Semaphore::new(REPORTS_AT_ONCE_MAX)),
         run: 0,
         outstanding: 0,
         backlog: VecDeque::new(),
@@ -223,6 +224,8 @@ struct Shell {
     answer_tx: mpsc::Sender<Answer>,
     fatal: watch::Receiver<Option<String>>,
     connections: Connections,
+    /// So that a heartbeat never waits behind thousands of reports.
+    report_turns: Arc<Semaphore>,
     /// Counts runs of the core.
     run: u64,
     /// Requests that the store owes answers to.
@@ -384,9 +387,14 @@ impl Shell {
             }
             Effect::Monitor { token, request } => {
                 let (monitors, tx, number) = (self.monitors.clone(), self.answer_tx.clone(), self.run);
-                let (osd, incarnation, stats) = (self.identity.osd, run.incarnation, run.core.stats());
+                let (osd, incarnation) = (self.identity.osd, run.incarnation);
+                // A sum over all groups; thousands of them may report at once.
+                let stats = matches!(request, MonitorRequest::Clean { .. }).then(|| run.core.stats());
+                let turns = self.report_turns.clone();
                 tokio::spawn(async move {
-                    let result = monitors.report(osd, incarnation, request, &stats).await;
+                    // Never closed.
+                    let _turn = turns.acquire().await;
+                    let result = monitors.report(osd, incarnation, request, stats.unwrap_or_default()).await;
                     let event = Event::Monitor { token, result };
                     let _ = tx.send(Answer { run: number, from_store: false, event }).await;
                 });
