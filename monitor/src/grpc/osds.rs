@@ -18,6 +18,25 @@ use tonic::{Request, Response, Status};
 
 type Answer<T> = Result<Response<T>, Status>;
 
+/// The run of an OSD that reports, as primary, and the group and interval that it reports of.
+struct Reporter {
+    osd: OsdId,
+    incarnation: Incarnation,
+    pg: PgId,
+    interval: Epoch,
+}
+
+impl From<&pb::PgIntervalReport> for Reporter {
+    fn from(r: &pb::PgIntervalReport) -> Self {
+        Reporter {
+            osd: OsdId(r.osd),
+            incarnation: Incarnation(r.incarnation),
+            pg: PgId { pool: PoolId(r.pool), index: r.index },
+            interval: Epoch(r.interval),
+        }
+    }
+}
+
 /// Peers that one heartbeat may report; the rest comes with the next.
 const STUCK_MAX: usize = 64;
 
@@ -141,49 +160,30 @@ impl pb::osd_service_server::OsdService for Monitor {
     }
 
     async fn pg_activated(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
-        let r = request.into_inner();
-        let (pg, interval) = (PgId { pool: PoolId(r.pool), index: r.index }, Epoch(r.interval));
+        let Reporter { osd, incarnation, pg, interval } = request.get_ref().into();
         // Rule P6. Once the interval is over there is nobody to wait for: the proposal says so.
         self.in_force(interval, |state, osd| {
             let current = state.map.pgs.get(&pg).filter(|record| record.interval == interval);
             current.is_some_and(|record| earlier_primaries(record).contains(&osd))
         })
         .await?;
-        self.propose(Command::PgActivated {
-            osd: OsdId(r.osd),
-            incarnation: Incarnation(r.incarnation),
-            pg,
-            interval,
-        })
-        .await?;
+        self.propose(Command::PgActivated { osd, incarnation, pg, interval }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn pg_clean(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
         let r = request.into_inner();
-        let (osd, incarnation) = (OsdId(r.osd), Incarnation(r.incarnation));
+        let Reporter { osd, incarnation, pg, interval } = (&r).into();
         // Before the group is clean for anybody who watches.
         let recovered = Recovered { objects: r.recovered_objects, bytes: r.recovered_bytes };
         self.0.volatile.lock().recovered(&self.state(), osd, incarnation, recovered);
-        self.propose(Command::PgClean {
-            osd,
-            incarnation,
-            pg: PgId { pool: PoolId(r.pool), index: r.index },
-            interval: Epoch(r.interval),
-        })
-        .await?;
+        self.propose(Command::PgClean { osd, incarnation, pg, interval }).await?;
         Ok(Response::new(Empty {}))
     }
 
     async fn pg_filled(&self, request: Request<pb::PgIntervalReport>) -> Answer<Empty> {
-        let r = request.into_inner();
-        self.propose(Command::PgFilled {
-            osd: OsdId(r.osd),
-            incarnation: Incarnation(r.incarnation),
-            pg: PgId { pool: PoolId(r.pool), index: r.index },
-            interval: Epoch(r.interval),
-        })
-        .await?;
+        let Reporter { osd, incarnation, pg, interval } = request.get_ref().into();
+        self.propose(Command::PgFilled { osd, incarnation, pg, interval }).await?;
         Ok(Response::new(Empty {}))
     }
 

@@ -78,7 +78,9 @@ fn place(map: &mut ClusterMap) {
             if let Redundancy::Erasure { .. } = pool.redundancy {
                 return_to_places(record, &mut up);
             }
-            record.up = up;
+            if record.up != up {
+                record.up = up;
+            }
         }
     }
 }
@@ -169,13 +171,7 @@ pub(super) fn stand_in_for(record: &mut PgRecord, osd: OsdId) -> bool {
     for past in &mut record.past {
         past.acting.iter_mut().filter(|o| **o == osd).for_each(|o| *o = member);
     }
-    // As in `begin_interval`; earlier primaries knew that they were none before the later one was activated.
-    let mut later: BTreeSet<BTreeSet<OsdId>> = BTreeSet::new();
-    let mut kept: Vec<PastInterval> = std::mem::take(&mut record.past);
-    kept.reverse();
-    kept.retain(|p| later.insert(members(&p.acting)));
-    kept.reverse();
-    record.past = kept;
+    forget_repeated(&mut record.past);
     true
 }
 
@@ -183,6 +179,15 @@ pub(super) fn stand_in_for(record: &mut PgRecord, osd: OsdId) -> bool {
 pub fn begin_again(record: &mut PgRecord, epoch: Epoch) {
     let (acting, primary) = (record.acting.clone(), record.primary);
     begin_interval(record, epoch, acting, primary);
+}
+
+/// Of intervals with the same members only the last one counts: to activate it they all had to agree on what the earlier ones
+/// left, and earlier primaries knew by then that they were none. This bounds `past` by the member sets there are.
+fn forget_repeated(past: &mut Vec<PastInterval>) {
+    let mut later: BTreeSet<BTreeSet<OsdId>> = BTreeSet::new();
+    past.reverse();
+    past.retain(|p| later.insert(members(&p.acting)));
+    past.reverse();
 }
 
 fn begin_interval(record: &mut PgRecord, epoch: Epoch, acting: Vec<OsdId>, primary: Option<OsdId>) {
@@ -196,10 +201,8 @@ fn begin_interval(record: &mut PgRecord, epoch: Epoch, acting: Vec<OsdId>, prima
             // Everything written before is on every member of this one.
             record.past.clear();
         }
-        // An earlier interval of the same members adds nothing: to activate the later one they all
-        // had to agree on what the earlier one left. This bounds `past` by the member sets there are.
-        record.past.retain(|p| members(&p.acting) != members(&ended.acting));
         record.past.push(ended);
+        forget_repeated(&mut record.past);
     }
     record.interval = epoch;
     record.acting = acting;

@@ -5,6 +5,7 @@ use super::*;
 use crate::store::ObjectState;
 use gabion_proto::blocks::Content;
 use gabion_proto::limits::LIST_ENTRIES_MAX;
+use std::ops::Bound;
 
 /// Sub-writes that may be early at one member of one group; more are dropped and come again.
 const EARLY_MAX: usize = 512;
@@ -114,20 +115,28 @@ impl Pg {
 
     /// What this member has or should have, in order.
     pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
-        let held =
-            self.index.objects.iter().map(|(o, h)| {
-                (*o, ObjectEntry { base: h.base, ..ObjectEntry::here(*o, h.version, h.deleted) })
-            });
-        let missing = self.index.missing.iter().map(|(o, n)| {
-            let held = self.index.objects.get(o).map(|h| (h.version, h.deleted));
+        self.entries_after(None).map(|e| (e.object, e)).collect()
+    }
+
+    /// The same from some object on, so that a page costs no more than what is on it.
+    fn entries_after(&self, after: Option<ObjectId>) -> impl Iterator<Item = ObjectEntry> + '_ {
+        let rest = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let mut held = self.index.objects.range(rest).peekable();
+        let mut missing = self.index.missing.range(rest).peekable();
+        std::iter::from_fn(move || {
+            let (Some((o, n)), next) = (missing.peek().copied(), held.peek().copied()) else {
+                return held.next().map(|(o, h)| held_entry(o, h));
+            };
+            if next.is_some_and(|(first, _)| first < o) {
+                return held.next().map(|(o, h)| held_entry(o, h));
+            }
+            missing.next();
+            // A missing entry says more than what is still held.
+            let held = held.next_if(|(same, _)| *same == o).map(|(_, h)| (h.version, h.deleted));
             let uncertain = n.uncertain;
-            (
-                *o,
-                ObjectEntry { missing: true, uncertain, held, ..ObjectEntry::here(*o, n.version, n.deleted) },
-            )
-        });
-        // A missing entry says more than what is still held.
-        held.chain(missing).collect()
+            let entry = ObjectEntry::here(*o, n.version, n.deleted);
+            Some(ObjectEntry { missing: true, uncertain, held, ..entry })
+        })
     }
 
     pub(super) fn list_request(&mut self, cx: &mut Cx<'_>, from: OsdId, after: Option<ObjectId>) {
@@ -136,14 +145,10 @@ impl Pg {
         if m.promising || self.meta.promised < self.record.interval {
             return;
         }
-        let all = self.entries();
-        let page: Vec<ObjectEntry> = all
-            .into_values()
-            .filter(|e| after.is_none_or(|a| e.object > a))
-            .take(LIST_ENTRIES_MAX + 1)
-            .collect();
-        let last = page.len() <= LIST_ENTRIES_MAX;
-        let entries = page.into_iter().take(LIST_ENTRIES_MAX).collect();
+        let mut rest = self.entries_after(after);
+        let entries = rest.by_ref().take(LIST_ENTRIES_MAX).collect();
+        let last = rest.next().is_none();
+        drop(rest);
         self.send(cx, from, PeerBody::List { after, entries, last }, Bytes::new());
     }
 
@@ -501,6 +506,10 @@ impl Index {
             self.objects.insert(object, Held::committed(needed.version, needed.deleted));
         }
     }
+}
+
+fn held_entry(object: &ObjectId, h: &Held) -> ObjectEntry {
+    ObjectEntry { base: h.base, ..ObjectEntry::here(*object, h.version, h.deleted) }
 }
 
 /// Brings an object to a state and takes it out of the missing map, in one transaction.
