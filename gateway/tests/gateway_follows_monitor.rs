@@ -228,7 +228,8 @@ fn map(osd: SocketAddr) -> ClusterMap {
             primary: Some(OsdId(0)),
             interval: Epoch(4),
             ..Default::default()
-        },
+        }
+        .into(),
     );
     m.osds.insert(
         OsdId(0),

@@ -8,6 +8,7 @@ use crate::ids::*;
 use crate::limits::*;
 use crate::map::*;
 use crate::pb;
+use crate::shared::Shared;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
@@ -249,9 +250,9 @@ fn primary(field: &str, primary: Option<u32>, acting: &[OsdId]) -> Result<Option
 
 impl Entry for pb::PgEntry {
     type Key = PgId;
-    type Value = PgRecord;
+    type Value = Shared<PgRecord>;
 
-    fn from_native(key: PgId, value: Option<&PgRecord>) -> Self {
+    fn from_native(key: PgId, value: Option<&Shared<PgRecord>>) -> Self {
         let Some(r) = value else {
             return pb::PgEntry { pool: key.pool.0, index: key.index, removed: true, ..Default::default() };
         };
@@ -277,7 +278,7 @@ impl Entry for pb::PgEntry {
         }
     }
 
-    fn into_native(self) -> Result<(PgId, Option<PgRecord>)> {
+    fn into_native(self) -> Result<(PgId, Option<Shared<PgRecord>>)> {
         let id = PgId { pool: PoolId(self.pool), index: self.index };
         check(self.index < PGS_PER_POOL_MAX, "index", || format!("{} is out of range", self.index))?;
         if self.removed {
@@ -309,7 +310,7 @@ impl Entry for pb::PgEntry {
             clean: self.clean,
             past,
         };
-        Ok((id, Some(record)))
+        Ok((id, Some(record.into())))
     }
 }
 

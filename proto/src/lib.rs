@@ -14,6 +14,7 @@ pub mod map;
 pub mod msg;
 pub mod nic;
 pub mod placement;
+pub mod shared;
 
 /// Generated gRPC and protobuf types (package `gabion.v1`).
 #[allow(clippy::all, missing_docs)]

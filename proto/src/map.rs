@@ -5,6 +5,7 @@
 //! which nothing that matters to its data changed (rule P1), named by its first epoch.
 
 use crate::ids::*;
+use crate::shared::Shared;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +16,8 @@ pub struct ClusterMap {
     pub epoch: Epoch,
     pub osds: BTreeMap<OsdId, OsdInfo>,
     pub pools: BTreeMap<PoolId, Pool>,
-    pub pgs: BTreeMap<PgId, PgRecord>,
+    /// Shared between maps: of thousands an epoch changes a few.
+    pub pgs: BTreeMap<PgId, Shared<PgRecord>>,
     /// Fences: who may use which volume. An OSD refuses operations of any other
     /// generation or of an older session.
     pub attachments: BTreeMap<VolumeId, Attachment>,
@@ -219,7 +221,7 @@ pub struct MapIncrement {
     pub to: Epoch,
     pub osds: BTreeMap<OsdId, Option<OsdInfo>>,
     pub pools: BTreeMap<PoolId, Option<Pool>>,
-    pub pgs: BTreeMap<PgId, Option<PgRecord>>,
+    pub pgs: BTreeMap<PgId, Option<Shared<PgRecord>>>,
     pub attachments: BTreeMap<VolumeId, Option<Attachment>>,
     pub removed_volumes: BTreeSet<VolumeId>,
     pub removed_layers: BTreeSet<(VolumeId, LayerId)>,
@@ -238,14 +240,18 @@ fn diff_tree<K: Ord + Copy, V: PartialEq + Clone>(
     new: &BTreeMap<K, V>,
 ) -> BTreeMap<K, Option<V>> {
     let mut out = BTreeMap::new();
+    let mut before = old.iter().peekable();
+    // Both are in order.
     for (k, v) in new {
-        if old.get(k) != Some(v) {
-            out.insert(*k, Some(v.clone()));
+        while let Some((gone, _)) = before.next_if(|(o, _)| *o < k) {
+            out.insert(*gone, None);
+        }
+        match before.next_if(|(o, _)| *o == k) {
+            Some((_, had)) if had == v => {}
+            _ => _ = out.insert(*k, Some(v.clone())),
         }
     }
-    for k in old.keys().filter(|k| !new.contains_key(k)) {
-        out.insert(*k, None);
-    }
+    out.extend(before.map(|(gone, _)| (*gone, None)));
     out
 }
 

@@ -265,7 +265,7 @@ impl World {
             // As the monitor does (rule P6).
             let m = &self.monitor;
             let current = m.state.map.pgs.get(&pg).filter(|r| r.interval == interval);
-            let mut earlier = current.map(earlier_primaries).unwrap_or_default();
+            let mut earlier = current.map(|r| earlier_primaries(r)).unwrap_or_default();
             earlier.retain(|o| m.state.map.up_osd(*o).is_some());
             if earlier.iter().any(|o| m.acked.get(o).is_none_or(|a| *a < interval)) {
                 return self.at(50, Ev::ToMonitor { node, run, token, request });

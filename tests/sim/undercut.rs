@@ -110,13 +110,7 @@ impl World {
         let Redundancy::Erasure { k, .. } = self.plan.redundancy else { return false };
         let left =
             |acting: &[OsdId]| acting.iter().filter(|o| **o != OsdId::NONE && !lost.contains(o)).count();
-        self.monitor
-            .state
-            .map
-            .pgs
-            .values()
-            .flat_map(PgRecord::holders)
-            .all(|acting| left(acting) >= k as usize)
+        self.monitor.state.map.pgs.values().flat_map(|r| r.holders()).all(|acting| left(acting) >= k as usize)
     }
 
     fn drain(&mut self, draining: bool) {
@@ -140,5 +134,5 @@ impl World {
 }
 
 fn first(w: &World) -> Option<&PgRecord> {
-    w.monitor.state.map.pgs.values().next()
+    w.monitor.state.map.pgs.values().next().map(|r| &**r)
 }

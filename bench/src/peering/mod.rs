@@ -104,7 +104,7 @@ struct Before {
 
 impl Bench {
     fn records(&self) -> impl Iterator<Item = (&PgId, &PgRecord)> {
-        self.world.monitor.map.pgs.iter()
+        self.world.monitor.map.pgs.iter().map(|(pg, record)| (pg, &**record))
     }
 
     fn before(&self) -> Before {

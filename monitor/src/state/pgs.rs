@@ -128,14 +128,14 @@ impl MonitorState {
                 "{have} shards of group {pg} are not all, {k} would be"
             )));
         }
-        let mut filled = record.clone();
+        let mut filled = PgRecord::clone(record);
         let mut released: Vec<OsdId> = record.held_back().filter(|o| self.map.up_osd(*o).is_some()).collect();
         released.retain(|o| intervals::stand_in_for(&mut filled, *o));
         if released.is_empty() {
             return Ok(Reply::Done);
         }
         self.change_groups(false, |map| {
-            map.pgs.insert(pg, filled);
+            map.pgs.insert(pg, filled.into());
         });
         let names = released.iter().map(OsdId::to_string).collect::<Vec<_>>().join(", ");
         let text = format!(

@@ -233,7 +233,7 @@ mod tests {
             capacity_bytes: 0,
         };
         state.map.osds.insert(OsdId(1), osd);
-        state.map.pgs = (0..9).map(|index| (PgId { index, ..PG }, record.clone())).collect();
+        state.map.pgs = (0..9).map(|index| (PgId { index, ..PG }, record.clone().into())).collect();
         state.keep_scrub_records(1_000);
         state
     }

@@ -320,9 +320,13 @@ impl OsdCore {
             tracing::error!(osd = %self.id, foreign = %map.cluster, own = %self.boot.cluster, "map of another cluster ignored");
             return;
         }
-        self.map = map.clone();
+        let old = std::mem::replace(&mut self.map, map.clone());
+        let mut before = old.pgs.iter().peekable();
         for (id, record) in &map.pgs {
-            if record.acting.contains(&self.id) {
+            while before.next_if(|(o, _)| *o < id).is_some() {}
+            // Most records are those of the map before, looked at then.
+            let known = before.next_if(|(o, _)| *o == id).is_some_and(|(_, had)| had.same(record));
+            if !known && record.acting.contains(&self.id) {
                 self.pgs.entry(*id).or_insert_with(|| Pg::empty(*id));
             }
         }

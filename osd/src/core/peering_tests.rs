@@ -50,7 +50,7 @@ fn map(epoch: u64, interval: u64, third_up: bool) -> Arc<ClusterMap> {
         epoch: Epoch(epoch),
         osds: (1..=3).map(|n| (OsdId(n), osd(n, n != 3 || third_up))).collect(),
         pools: [(PoolId(1), pool)].into(),
-        pgs: [(PG, record)].into(),
+        pgs: [(PG, record.into())].into(),
         ..Default::default()
     })
 }

@@ -49,7 +49,7 @@ fn map() -> Arc<ClusterMap> {
         epoch: Epoch(10),
         osds: (1..=3).map(|n| (OsdId(n), osd(n))).collect(),
         pools: [(PoolId(1), pool)].into(),
-        pgs: [(PG, record)].into(),
+        pgs: [(PG, record.into())].into(),
         attachments: [(
             VOLUME,
             Attachment {

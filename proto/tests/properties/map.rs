@@ -77,7 +77,7 @@ fn good() -> pb::ClusterMap {
         past: vec![PastInterval { interval: Epoch(3), acting: vec![OsdId(2)], primary: Some(OsdId(2)) }],
         ..Default::default()
     };
-    map.pgs.insert(PgId { pool: PoolId(1), index: 0 }, record);
+    map.pgs.insert(PgId { pool: PoolId(1), index: 0 }, record.into());
     (&map).into()
 }
 

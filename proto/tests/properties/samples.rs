@@ -128,7 +128,7 @@ pub fn map(seed: u64, epoch: u64) -> ClusterMap {
                 clean: n.flag(),
                 past,
             };
-            map.pgs.insert(PgId { pool: id, index }, record);
+            map.pgs.insert(PgId { pool: id, index }, record.into());
         }
         map.pools.insert(id, pool);
     }

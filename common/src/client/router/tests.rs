@@ -54,7 +54,8 @@ fn map(epoch: u64, primary: u32, osds: &[&Osd]) -> Arc<ClusterMap> {
     let acting = vec![OsdId(primary)];
     m.pgs.insert(
         PgId { pool: PoolId(1), index: 0 },
-        PgRecord { acting, primary: Some(OsdId(primary)), interval: Epoch(epoch), ..Default::default() },
+        PgRecord { acting, primary: Some(OsdId(primary)), interval: Epoch(epoch), ..Default::default() }
+            .into(),
     );
     for (i, o) in osds.iter().enumerate() {
         m.osds.insert(OsdId(i as u32), info(&o.addr));

@@ -57,6 +57,7 @@ use bytes::Bytes;
 use gabion_proto::ids::*;
 use gabion_proto::map::{ClusterMap, PgRecord};
 use gabion_proto::msg::*;
+use gabion_proto::shared::Shared;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
@@ -212,7 +213,7 @@ pub struct Pg {
     meta: PgMeta,
     /// The store has something of it.
     stored: bool,
-    record: PgRecord,
+    record: Shared<PgRecord>,
     /// Counts intervals seen here: answers to an earlier one's effects are ignored.
     round: u64,
     /// The current interval was begun: this run is the one that the map calls up.
@@ -246,7 +247,7 @@ impl Pg {
             id,
             meta: PgMeta::default(),
             stored: false,
-            record: PgRecord::default(),
+            record: Shared::default(),
             round: 0,
             begun: false,
             index: Index::default(),

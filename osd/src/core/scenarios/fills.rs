@@ -32,7 +32,7 @@ fn begin(rig: &mut Rig) {
         ..PgRecord::default()
     };
     rig.map.epoch = Epoch(10);
-    rig.map.pgs = [(PG, record)].into();
+    rig.map.pgs = [(PG, record.into())].into();
     rig.publish();
 }
 

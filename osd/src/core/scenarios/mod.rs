@@ -25,6 +25,7 @@ use super::*;
 use crate::store::TxnOp;
 use gabion_proto::map::*;
 use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult, SubWriteKind};
+use gabion_proto::shared::Shared;
 use std::collections::{BTreeMap, VecDeque};
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };
@@ -208,7 +209,7 @@ impl Rig {
     /// A map in which a new interval of the group begins.
     pub fn interval(&mut self, epoch: u64, acting: &[u32], past: Vec<PastInterval>) {
         let acting: Vec<OsdId> = acting.iter().map(|o| OsdId(*o)).collect();
-        let record = PgRecord {
+        let record = Shared::from(PgRecord {
             up: acting.clone(),
             primary: acting.first().copied(),
             acting,
@@ -216,7 +217,7 @@ impl Rig {
             activated: false,
             clean: false,
             past,
-        };
+        });
         self.map.epoch = Epoch(epoch);
         let groups = 0..self.map.pools[&PG.pool].pg_count;
         self.map.pgs = groups.map(|index| (PgId { index, ..PG }, record.clone())).collect();
