@@ -47,8 +47,8 @@ pub struct PeeringOptions {
     /// Virtual milliseconds that the monitors need to agree on something.
     #[arg(long, default_value_t = 2)]
     pub commit_ms: u64,
-    /// Reports that the monitors agree on at once.
-    #[arg(long, default_value_t = 1)]
+    /// Reports that the monitors agree on at once; 1 shows what it would be without.
+    #[arg(long, default_value_t = 1024)]
     pub batch: usize,
 }
 
