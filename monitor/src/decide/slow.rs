@@ -7,13 +7,13 @@
 //! - by each peer's word with the others whom that peer works with, its own disk included: a slow disk, host or link. A
 //!   peer that is slow itself finds everybody slow alike, and so accuses nobody.
 //!
-//! An OSD is an *outlier* of a window when its mean is [`FACTOR`] times that of the median of the others and above
-//! [`FLOOR_US`], by its own word or by that of most of its peers, two at least. It is not when it only has more to do: it
+//! An OSD is an *outlier* of a window when its mean is `FACTOR` times that of the median of the others and above
+//! `FLOOR_US`, by its own word or by that of most of its peers, two at least. It is not when it only has more to do: it
 //! serves more than the others, and with what waits taken into account as fast as they do. When half of those that can be judged or more are
 //! outliers, nobody is one: something else is wrong.
 //!
 //! A window as an outlier adds to an OSD's score, one without takes away from it. It is *slow* from a score of
-//! [`SLOW_AT`] until the score is back at zero, so that it takes a while both ways.
+//! `SLOW_AT` until the score is back at zero, so that it takes a while both ways.
 
 use crate::state::MonitorState;
 use gabion_proto::ids::*;
