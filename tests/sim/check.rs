@@ -42,8 +42,14 @@ impl World {
         count
     }
 
-    /// Whether as many disks as the pool's min-size have an object at a version, or a newer one. Who does not run may have it.
-    pub fn on_enough_disks(&mut self, object: (PgId, ObjectId), version: Version) -> Result<(), String> {
+    /// Whether as many disks as the pool's min-size have an object at a version of a write that came at `since`, or a newer one. Who does not run
+    /// may have it, and who was lost meanwhile may have had it.
+    pub fn on_enough_disks(
+        &mut self,
+        object: (PgId, ObjectId),
+        version: Version,
+        since: u64,
+    ) -> Result<(), String> {
         let map = &self.monitor.state.map;
         let Some(pool) = map.pools.get(&self.pool).filter(|_| !map.is_removed(&object.1)) else {
             return Ok(());
@@ -51,7 +57,7 @@ impl World {
         // OSDs may not know yet that it is higher now.
         self.min_size = self.min_size.min(pool.min_size as usize);
         let mut may_have = 0;
-        for n in self.nodes.iter_mut().filter(|n| !n.lost) {
+        for n in self.nodes.iter_mut().filter(|n| !n.lost || n.lost_at >= since) {
             let held = match n.disk.store() {
                 Some(store) => store.object(object.0, object.1).map_err(|e| e.to_string()),
                 None => Ok(None),

@@ -188,7 +188,7 @@ impl World {
                 self.log(|| format!("osd.{node} is lost for good"));
                 self.stop(node, true);
                 self.nodes[node].disk.forget();
-                self.nodes[node].lost = true;
+                self.lose(node);
                 self.lost_one = true;
             }
             "bit rot" => {
@@ -362,7 +362,7 @@ impl World {
         if self.command(Command::RemoveOsd { osd, force: false }).is_none() {
             self.finding = Some(format!("osd.{node} was drained and cannot be removed"));
         }
-        self.nodes[node].lost = true;
+        self.lose(node);
         self.nodes[node].disk.forget();
         *self.tally.changes.entry("drained and removed").or_default() += 1;
     }

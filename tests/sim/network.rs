@@ -38,6 +38,7 @@ pub struct Origin {
     request: u64,
     writes: Option<(VolumeId, (Generation, Session))>,
     object: (PgId, ObjectId),
+    since: u64,
 }
 
 #[derive(Default)]
@@ -166,13 +167,13 @@ impl World {
         let writes = !matches!(op.kind, OpKind::Read { .. });
         let writes = writes.then_some((op.volume, (op.generation, op.session)));
         let object = (op.pg, op.object);
-        n.origins.insert(token, Origin { client, connection, request, writes, object });
+        n.origins.insert(token, Origin { client, connection, request, writes, object, since: self.now });
         self.step(node, Event::Client { token, op, data });
     }
 
     pub fn send_reply(&mut self, node: usize, token: ClientToken, reply: OpReply, data: Bytes) {
         let Some(origin) = self.nodes[node].origins.remove(&token) else { return };
-        let Origin { client, connection, request, writes, object } = origin;
+        let Origin { client, connection, request, writes, object, since } = origin;
         // Rule C3: when a fence was in force, nothing of an older holder was under way.
         if let (OpReply::Done { .. }, Some((volume, holder))) = (&reply, writes)
             && self.in_force.get(&volume).is_some_and(|h| *h > holder)
@@ -182,7 +183,7 @@ impl World {
             ));
         }
         if let OpReply::Done { version } = reply
-            && let Err(finding) = self.on_enough_disks(object, version)
+            && let Err(finding) = self.on_enough_disks(object, version, since)
         {
             self.finding = Some(format!("osd.{node} answered a write: {finding}"));
         }

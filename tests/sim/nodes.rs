@@ -34,6 +34,8 @@ pub struct Node {
     pub next_token: u64,
     /// The disk is gone for good.
     pub lost: bool,
+    /// Since when.
+    pub lost_at: u64,
     /// Sees nothing of the world until then (its clock goes on).
     pub paused_until: u64,
     /// Everything that it stores or reads takes longer.
@@ -84,6 +86,7 @@ impl World {
             connections: BTreeMap::new(),
             next_token: 0,
             lost: false,
+            lost_at: 0,
             paused_until: 0,
             slow_disk: Slow::default(),
             slow_net: Slow::default(),
@@ -94,6 +97,12 @@ impl World {
             heard: false,
             woken_at: None,
         });
+    }
+
+    /// Its disk is gone for good.
+    pub fn lose(&mut self, node: usize) {
+        let n = &mut self.nodes[node];
+        (n.lost, n.lost_at) = (true, self.now);
     }
 
     /// What its clock says now.

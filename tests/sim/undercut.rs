@@ -62,7 +62,7 @@ impl World {
             self.log(|| format!("osd.{node} is lost for good"));
             self.stop(node, true);
             self.nodes[node].disk.forget();
-            self.nodes[node].lost = true;
+            self.lose(node);
             self.command(Command::OutOsd { osd: self.nodes[node].id, automatic: false });
         }
         for node in away {
