@@ -1,7 +1,7 @@
 //! Hedged reads: what is late is asked elsewhere, and what comes too late is nobody's answer.
 
 use super::*;
-use crate::erasure::{Block, Geometry, ReedSolomon, Rows, sparse_content};
+use crate::erasure::{Rows, sparse_content};
 
 const OLD: u8 = 1;
 const NEW: u8 = 2;
@@ -339,28 +339,13 @@ struct Coded {
 
 impl Coded {
     fn new() -> Coded {
-        let mut rig = Rig::new(&[(0, version(5, 1))]);
-        if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-            (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-        }
-        let acting = [1, 2, 3, 4];
-        rig.interval(10, &acting, vec![past(5, &acting)]);
-        acting[1..].iter().for_each(|o| rig.tells(*o, 5, &[has(0, version(5, 1))]));
-        acting[1..].iter().for_each(|o| rig.activates(*o));
+        let (mut rig, shards) = Rig::two_and_two([10, 11]);
         rig.take_sent();
-        let block = |fill: u8| Block::of(vec![fill; 4096].into());
-        let mut shards: BTreeMap<u8, Rows> = [(0, vec![block(10)]), (1, vec![block(11)])].into();
-        let code = ReedSolomon::shared(Geometry { k: 2, m: 2 }).unwrap();
-        shards.extend(code.compute(&shards, &[2, 3]).unwrap());
         Coded { rig, shards }
     }
 
     fn asked(&mut self) -> Vec<(u32, u64)> {
-        let tid = |(to, body): (OsdId, PeerBody)| match body {
-            PeerBody::ShardRead { tid, .. } => Some((to.0, tid)),
-            _ => None,
-        };
-        self.rig.take_sent().into_iter().filter_map(tid).collect()
+        self.rig.asked_for_shards().into_iter().map(|(to, tid)| (to.0, tid)).collect()
     }
 
     fn shard(&mut self, (from, tid): (u32, u64)) {

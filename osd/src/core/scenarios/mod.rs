@@ -22,6 +22,7 @@ mod stuck;
 mod uncertain;
 
 use super::*;
+use crate::erasure::{Block, Geometry, ReedSolomon, Rows};
 use crate::store::TxnOp;
 use gabion_proto::map::*;
 use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult, SubWriteKind};
@@ -278,6 +279,32 @@ impl Rig {
             "active"
         );
         rig
+    }
+
+    /// osd.1 as primary of a 2+2 group in which everybody has a shard of object 0, of two blocks filled with these bytes; all shards.
+    pub fn two_and_two(fills: [u8; 2]) -> (Rig, BTreeMap<u8, Rows>) {
+        let mut rig = Rig::new(&[(0, version(5, 1))]);
+        if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+            (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+        }
+        let acting = [1, 2, 3, 4];
+        rig.interval(10, &acting, vec![past(5, &acting)]);
+        acting[1..].iter().for_each(|o| rig.tells(*o, 5, &[has(0, version(5, 1))]));
+        acting[1..].iter().for_each(|o| rig.activates(*o));
+        let rows = fills.map(|fill| vec![Block::of(vec![fill; 4096].into())]);
+        let mut shards: BTreeMap<u8, Rows> = (0..).zip(rows).collect();
+        let code = ReedSolomon::shared(Geometry { k: 2, m: 2 }).unwrap();
+        shards.extend(code.compute(&shards, &[2, 3]).unwrap());
+        (rig, shards)
+    }
+
+    /// Whom it has asked for rows of shards since it was last looked at, and under which numbers.
+    pub fn asked_for_shards(&mut self) -> Vec<(OsdId, u64)> {
+        let asked = |(to, b)| match b {
+            PeerBody::ShardRead { tid, .. } => Some((to, tid)),
+            _ => None,
+        };
+        self.take_sent().into_iter().filter_map(asked).collect()
     }
 
     pub fn tick(&mut self, ms: u64) {

@@ -1,7 +1,7 @@
 //! Scrubs of a replicated group, driven effect by effect: what is found, what is replaced, and what races with clients.
 
 use super::*;
-use crate::erasure::{Block, Geometry, ReedSolomon, Rows, sparse_content};
+use crate::erasure::{Rows, sparse_content};
 use crate::store::digest_of;
 use gabion_proto::msg::{ObjectImage, OpError, ScrubEntry, ScrubRange};
 
@@ -410,31 +410,12 @@ fn reads_keep_to_the_rate() {
 
 /// Four members of a 2+2 group with an object of two blocks, and a deep scrub that is about to compare their shards.
 fn four_shards() -> (Rig, BTreeMap<u8, Rows>) {
-    let mut rig = Rig::new(&[(0, version(5, 1))]);
-    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-    }
-    let acting = [1, 2, 3, 4];
-    rig.interval(10, &acting, vec![past(5, &acting)]);
-    acting[1..].iter().for_each(|o| rig.tells(*o, 5, &[has(0, version(5, 1))]));
-    acting[1..].iter().for_each(|o| rig.activates(*o));
-    let block = |fill: u8| Block::of(vec![fill; 4096].into());
-    let mut shards: BTreeMap<u8, Rows> = [(0, vec![block(1)]), (1, vec![block(2)])].into();
-    let code = ReedSolomon::shared(Geometry { k: 2, m: 2 }).unwrap();
-    shards.extend(code.compute(&shards, &[2, 3]).unwrap());
+    let (mut rig, shards) = Rig::two_and_two([1, 2]);
     rig.order(1, true);
     let entry = |version| ScrubEntry { digest: 0, ..copy(0, version) };
     rig.own_copies(version(5, 1));
-    acting[1..].iter().for_each(|o| rig.tell_copies(*o, &[entry(version(5, 1))]));
+    (2..=4).for_each(|o| rig.tell_copies(o, &[entry(version(5, 1))]));
     (rig, shards)
-}
-
-fn asked_for_shards(rig: &mut Rig) -> Vec<(OsdId, u64)> {
-    let asked = |(to, b)| match b {
-        PeerBody::ShardRead { tid, .. } => Some((to, tid)),
-        _ => None,
-    };
-    rig.take_sent().into_iter().filter_map(asked).collect()
 }
 
 fn shard(shards: &BTreeMap<u8, Rows>, n: u8) -> Content {
@@ -456,10 +437,10 @@ fn tell_shards(rig: &mut Rig, shards: &BTreeMap<u8, Rows>, asked: &[(OsdId, u64)
 fn a_wrong_shard_is_computed_from_the_others() {
     let (mut rig, shards) = four_shards();
     // All shards are read, then those that the wrong one is computed from.
-    let asked = asked_for_shards(&mut rig);
+    let asked = rig.asked_for_shards();
     assert_eq!(asked.len(), 3, "{asked:?}");
     tell_shards(&mut rig, &shards, &asked, &[2]);
-    let asked = asked_for_shards(&mut rig);
+    let asked = rig.asked_for_shards();
     assert!(asked.len() == 1 && asked[0].0 != OsdId(3), "not from itself: {asked:?}");
     tell_shards(&mut rig, &shards, &asked, &[]);
     let pushed = rig.take_sent().into_iter().find_map(|(to, b)| match b {
@@ -478,15 +459,15 @@ fn a_wrong_shard_is_computed_from_the_others() {
 #[test]
 fn of_shards_that_do_not_fit_reads_see_what_is_held() {
     let (mut rig, shards) = four_shards();
-    let asked = asked_for_shards(&mut rig);
+    let asked = rig.asked_for_shards();
     tell_shards(&mut rig, &shards, &asked, &[2, 3]);
     rig.tick(100);
     assert_eq!(rig.report().expect("reported").damaged, [(object(0), Damage::Inconsistent)]);
     let read = rig.read(0, 1);
-    let asked = asked_for_shards(&mut rig);
+    let asked = rig.asked_for_shards();
     assert_eq!(asked.iter().map(|(to, _)| to.0).collect::<Vec<_>>(), [2]);
     rig.tick(150);
-    assert_eq!((asked_for_shards(&mut rig), rig.reads.len()), (vec![], 0));
+    assert_eq!((rig.asked_for_shards(), rig.reads.len()), (vec![], 0));
     let held = shard(&shards, 1);
     rig.hear_data(2, PeerBody::ShardData { tid: asked[0].1, result: Ok(held.extents) }, held.data);
     assert!(matches!(rig.reply(read), Some(OpReply::Data { .. })));
