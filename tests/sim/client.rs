@@ -17,10 +17,13 @@ use gabion_proto::ids::*;
 use gabion_proto::map::ClusterMap;
 use gabion_proto::msg::{ClientOp, OpError, OpKind, OpReply};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 const IN_FLIGHT: usize = 6;
 const SILENCE_MS: u64 = 2_500;
+/// Blocks that one operation reads back at the end.
+const FINAL_BLOCKS: u64 = 32;
 const OBJECT_BLOCKS: u64 = 256;
 const VOLUME_BLOCKS: u64 = 2_048;
 pub const VOLUME_OBJECTS: u32 = (VOLUME_BLOCKS / OBJECT_BLOCKS) as u32;
@@ -115,6 +118,7 @@ pub struct Client {
     pub paused_until: u64,
     /// Reads only: the last check.
     pub draining: bool,
+    /// Sorted; the last are read first.
     pub final_reads: Vec<BlockId>,
 }
 
@@ -306,10 +310,11 @@ fn issue(w: &mut World, i: usize) {
             return w.clients[i].end();
         }
     }
-    if let Some(id) = w.clients[i].final_reads.pop() {
-        let begun = vec![w.oracle.begin_read(id)];
-        let layers = w.layers_of(i, id.volume);
-        return start(w, i, Op::new(id.volume, layers, (id.block, 1), Kind::Read { begun }).fenced(fenced));
+    if let Some((volume, blocks)) = next_run(&mut w.clients[i].final_reads) {
+        let range = (blocks.start, blocks.end - blocks.start);
+        let begun = blocks.map(|block| w.oracle.begin_read(BlockId { volume, block })).collect();
+        let layers = w.layers_of(i, volume);
+        return start(w, i, Op::new(volume, layers, range, Kind::Read { begun }).fenced(fenced));
     }
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
@@ -344,6 +349,19 @@ fn issue(w: &mut World, i: usize) {
     };
     let layers = w.layers_of(i, of);
     start(w, i, Op::new(of, layers, (first, count), kind).fenced(fenced));
+}
+
+/// Takes the last blocks of a sorted list that one operation can read.
+fn next_run(ids: &mut Vec<BlockId>) -> Option<(u64, Range<u64>)> {
+    let last = ids.pop()?;
+    let mut run = last.block..last.block + 1;
+    let fits =
+        |run: &Range<u64>| run.end - run.start < FINAL_BLOCKS && !run.start.is_multiple_of(OBJECT_BLOCKS);
+    while let Some(id) = ids.pop_if(|id| fits(&run) && id.volume == last.volume && id.block + 1 == run.start)
+    {
+        run.start = id.block;
+    }
+    Some((last.volume, run))
 }
 
 pub fn start(w: &mut World, i: usize, op: Op) {
@@ -389,14 +407,9 @@ fn send(w: &mut World, i: usize, request: u64) {
             (OpKind::Zero { first_block, block_count, discard: attempt % 2 == 0 }, Bytes::new())
         }
         Kind::Write { numbers, .. } => {
-            let bytes: Vec<u8> = numbers
-                .iter()
-                .enumerate()
-                .flat_map(|(n, number)| {
-                    bytes_of(BlockId { volume, block: op_copy.first + n as u64 }, *number)
-                })
-                .collect();
-            let content = Content::data(first_block, bytes.into());
+            let blocks = (op_copy.first..).zip(numbers);
+            let bytes: Vec<_> = blocks.map(|(block, n)| bytes_of(BlockId { volume, block }, *n)).collect();
+            let content = Content::data(first_block, bytes.concat().into());
             (OpKind::Write { extents: content.extents }, content.data)
         }
     };

@@ -21,6 +21,7 @@ use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
+use zerocopy::IntoBytes;
 
 const SECTOR: usize = 512;
 const SECTORS: usize = BLOCK / SECTOR;
@@ -98,8 +99,9 @@ impl Image {
     fn put(&mut self, block: u64, data: &[u8], mut keep: impl FnMut(usize) -> bool) {
         for (i, bytes) in data.chunks_exact(BLOCK).enumerate() {
             let image = self.blocks.entry(block + i as u64).or_insert_with(|| Arc::new([0; BLOCK]));
+            let image = Arc::make_mut(image);
             for s in (0..SECTORS).filter(|s| keep(i * SECTORS + s)) {
-                Arc::make_mut(image)[s * SECTOR..][..SECTOR].copy_from_slice(&bytes[s * SECTOR..][..SECTOR]);
+                image[s * SECTOR..][..SECTOR].copy_from_slice(&bytes[s * SECTOR..][..SECTOR]);
             }
         }
     }
@@ -134,14 +136,21 @@ impl Image {
         }
     }
 
-    fn read(&self, block: u64, out: &mut [u8]) {
-        match self.blocks.get(&block) {
-            Some(bytes) => out.copy_from_slice(&bytes[..]),
-            None => out.fill(0),
+    /// Whole blocks from `first` on.
+    fn read(&self, first: u64, out: &mut [u8]) {
+        let end = first + (out.len() / BLOCK) as u64;
+        for (block, out) in (first..).zip(out.chunks_exact_mut(BLOCK)) {
+            match self.blocks.get(&block) {
+                Some(bytes) => out.copy_from_slice(&bytes[..]),
+                None => out.fill(0),
+            }
         }
         for (start, data) in self.volatile.values() {
-            if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
-                out.copy_from_slice(&data[(block - start) as usize * BLOCK..][..BLOCK]);
+            let (a, b) = (first.max(*start), end.min(*start + (data.len() / BLOCK) as u64));
+            if a < b {
+                let bytes = (b - a) as usize * BLOCK;
+                out[(a - first) as usize * BLOCK..][..bytes]
+                    .copy_from_slice(&data[(a - start) as usize * BLOCK..][..bytes]);
             }
         }
     }
@@ -364,14 +373,15 @@ impl State {
         }
     }
 
-    fn read(&self, block: u64, out: &mut [u8]) -> io::Result<()> {
-        if self.unreadable.contains(&block) || self.failed.contains(&block) {
+    fn read(&self, first: u64, out: &mut [Block]) -> io::Result<()> {
+        let range = first..first + out.len() as u64;
+        if self.unreadable.iter().chain(&self.failed).any(|b| range.contains(b)) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        if block >= self.blocks {
+        if range.end > self.blocks {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        self.image.read(block, out);
+        self.image.read(first, out.as_mut_bytes());
         Ok(())
     }
 
@@ -384,10 +394,9 @@ impl State {
                     self.rot -= 1;
                     self.image.corrupt((p.block as usize + p.count / 2) * BLOCK + BLOCK / 2);
                 }
-                let result = parts.iter().try_for_each(|p| {
-                    (0..p.count)
-                        .try_for_each(|i| self.read(p.block + i as u64, &mut into.blocks_mut()[p.at + i].0))
-                });
+                let result = parts
+                    .iter()
+                    .try_for_each(|p| self.read(p.block, &mut into.blocks_mut()[p.at..p.at + p.count]));
                 buffer = Some(into);
                 result
             }
@@ -427,7 +436,7 @@ impl Device for SimDevice {
         let mut state = self.disk.0.lock();
         let pending = match request {
             Request::Write { block, data, durable } => {
-                let data: Vec<u8> = data.iter().flat_map(|d| d.bytes().iter().copied()).collect();
+                let data = data.iter().map(|d| d.bytes()).collect::<Vec<_>>().concat();
                 assert!(block + (data.len() / BLOCK) as u64 <= state.blocks, "a write beyond the disk");
                 let write = state.next_write;
                 state.next_write += 1;
@@ -466,8 +475,7 @@ impl Device for SimDevice {
     }
 
     fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> io::Result<()> {
-        let state = self.disk.0.lock();
-        buffer.iter_mut().enumerate().try_for_each(|(i, b)| state.read(block + i as u64, &mut b.0))
+        self.disk.0.lock().read(block, buffer)
     }
 
     fn traffic(&self) -> Traffic {
