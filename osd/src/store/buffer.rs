@@ -1,5 +1,6 @@
 //! Memory for direct I/O: whole blocks at block-aligned addresses, by type (rule S7). A device takes nothing else.
 
+use super::pool::Place;
 use bytes::Bytes;
 use gabion_proto::limits::BLOCK_BYTES;
 use std::fmt;
@@ -14,12 +15,37 @@ pub struct Block(pub [u8; BLOCK_BYTES as usize]);
 const _: () = assert!(align_of::<Block>() == BLOCK_BYTES as usize);
 
 /// Blocks that one owner may change.
-pub struct BlocksMut(Vec<Block>);
+pub struct BlocksMut {
+    /// At least `count`.
+    blocks: Vec<Block>,
+    count: usize,
+    /// Where they go at the end, if they are only lent.
+    place: Option<Place>,
+}
 
 impl BlocksMut {
     pub fn zeroed(count: usize) -> BlocksMut {
         // Only an allocation that overflows `isize` fails here.
-        BlocksMut(Block::new_vec_zeroed(count).unwrap_or_default())
+        BlocksMut::own(Block::new_vec_zeroed(count).unwrap_or_default())
+    }
+
+    fn own(blocks: Vec<Block>) -> BlocksMut {
+        BlocksMut { count: blocks.len(), blocks, place: None }
+    }
+
+    /// The first `count` of blocks that belong to a pool.
+    pub fn lent(blocks: Vec<Block>, count: usize, place: Place) -> BlocksMut {
+        assert!(count <= blocks.len(), "more blocks than the buffer has");
+        BlocksMut { blocks, count, place: Some(place) }
+    }
+
+    pub fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
+    }
+
+    pub fn into_blocks(mut self) -> Vec<Block> {
+        assert!(self.place.is_none(), "only lent");
+        std::mem::take(&mut self.blocks)
     }
 
     /// Copies of whole blocks, one behind the other.
@@ -27,34 +53,42 @@ impl BlocksMut {
         let mut out = Vec::with_capacity(blocks.len());
         // Not zeroed first: that takes longer than the copy.
         out.extend(blocks.map(|bytes| Block::read_from_bytes(bytes).expect("a whole block")));
-        BlocksMut(out)
+        BlocksMut::own(out)
     }
 
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.count
     }
 
     pub fn bytes(&self) -> &[u8] {
-        self.0.as_slice().as_bytes()
+        self.blocks[..self.count].as_bytes()
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.0.as_mut_slice().as_mut_bytes()
+        self.blocks_mut().as_mut_bytes()
     }
 
     pub fn blocks_mut(&mut self) -> &mut [Block] {
-        &mut self.0
+        &mut self.blocks[..self.count]
     }
 
     /// Shares the blocks; nobody changes them from now on.
     pub fn freeze(self) -> Blocks {
-        let count = self.0.len();
+        let count = self.count;
         Blocks { shared: Shared::Own(Arc::new(self)), first: 0, count }
     }
 
     /// The first `len` bytes, without a copy.
     pub fn into_bytes(self, len: usize) -> Bytes {
         Bytes::from_owner(self).slice(..len)
+    }
+}
+
+impl Drop for BlocksMut {
+    fn drop(&mut self) {
+        if let Some(place) = self.place.take() {
+            place.give_back(std::mem::take(&mut self.blocks));
+        }
     }
 }
 
@@ -107,7 +141,7 @@ impl Blocks {
     pub fn bytes(&self) -> &[u8] {
         let block = BLOCK_BYTES as usize;
         match &self.shared {
-            Shared::Own(blocks) => blocks.0[self.first..self.first + self.count].as_bytes(),
+            Shared::Own(blocks) => &blocks.bytes()[self.first * block..(self.first + self.count) * block],
             Shared::Aligned(bytes) => &bytes[self.first * block..(self.first + self.count) * block],
         }
     }

@@ -84,6 +84,10 @@ pub trait Device: Send {
     /// Waits until there is a completion or the waker was used.
     fn wait(&mut self);
     fn waker(&self) -> Waker;
+    /// For a read of so many blocks, with anything in it.
+    fn buffer(&mut self, count: usize) -> BlocksMut {
+        BlocksMut::zeroed(count)
+    }
     /// Reads at once, beside everything else.
     fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> io::Result<()>;
     fn traffic(&self) -> Traffic;

@@ -36,6 +36,7 @@ mod layout;
 #[cfg(test)]
 mod model;
 mod open;
+mod pool;
 mod read;
 mod recover;
 mod rocks;

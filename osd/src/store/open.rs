@@ -68,6 +68,9 @@ impl Device for LockedDevice {
     fn waker(&self) -> Waker {
         self.device.waker()
     }
+    fn buffer(&mut self, count: usize) -> BlocksMut {
+        self.device.buffer(count)
+    }
     fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> std::io::Result<()> {
         self.device.read_now(block, buffer)
     }

@@ -159,7 +159,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             parts: Vec::new(),
             slots: Vec::new(),
         };
-        let mut buffer = BlocksMut::zeroed(count as usize);
+        let mut buffer = self.device.buffer(count as usize);
         if count == 0 {
             return Ok((job, buffer));
         }
@@ -288,7 +288,7 @@ fn unreadable(job: &ReadJob, at: usize, why: String) -> StoreError {
     StoreError::Unreadable { object: ObjectId { layer, ..job.object }, block: job.first + at as u32, why }
 }
 
-/// Content from what was found for each block; closes the gaps in the buffer.
+/// Content from what was found for each block; closes the gaps in the buffer. Of that nothing is shown but blocks whose checksums are right.
 fn assemble(first: u32, found: &[Found], mut buffer: BlocksMut) -> Content {
     let mut extents: Vec<Extent> = Vec::new();
     let mut len = 0;

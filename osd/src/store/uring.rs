@@ -1,9 +1,10 @@
-//! A disk through io_uring: many requests in flight, a registered file, one system call for a batch.
+//! A disk through io_uring: many requests in flight, a registered file, registered buffers for reads, one system call for a batch.
 //!
 //! A request's buffers lie in `pending` until all its completions have come, whatever happens to the store.
 
 use super::buffer::{Block, Blocks, BlocksMut};
 use super::device::{Access, Completion, Device, Request, Traffic, open_direct};
+use super::pool::Pool;
 use super::wake::Waker;
 use gabion_proto::limits::BLOCK_BYTES;
 use io_uring::{IoUring, opcode, squeue, types};
@@ -13,6 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 const ENTRIES: u32 = 256;
@@ -53,6 +55,8 @@ pub struct UringDevice {
     waker: Waker,
     /// The waker is polled by the ring.
     polled: bool,
+    /// Buffers for reads, where the kernel lets them be registered.
+    pool: Option<Arc<Pool>>,
     /// What is queued was left for `wait` once, which submits and waits in one system call.
     deferred: bool,
     traffic: Traffic,
@@ -70,8 +74,12 @@ impl UringDevice {
         let size = io::Seek::seek(&mut &file, io::SeekFrom::End(0))?;
         let ring = IoUring::builder().build(ENTRIES)?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let pool = registered(&ring).inspect_err(
+            |e| tracing::info!(error = %e, "buffers cannot be registered; reads cost a little more"),
+        );
         Ok(UringDevice {
             ring,
+            pool: pool.ok(),
             file,
             blocks: size / u64::from(BLOCK_BYTES),
             pending: HashMap::new(),
@@ -146,6 +154,20 @@ impl UringDevice {
     }
 }
 
+/// Buffers that the kernel keeps mapped; a limit on locked memory may refuse them.
+fn registered(ring: &IoUring) -> io::Result<Arc<Pool>> {
+    let pool = Pool::new();
+    let regions = pool.regions();
+    let vectors: Vec<libc::iovec> = regions
+        .into_iter()
+        .map(|(start, iov_len)| libc::iovec { iov_base: start.cast_mut().cast(), iov_len })
+        .collect();
+    // SAFETY: each region is a heap allocation of the pool, which never frees or moves one while somebody may name its number:
+    // only who has borrowed it does (`BlocksMut::place`), and that keeps the pool alive.
+    unsafe { ring.submitter().register_buffers(&vectors)? };
+    Ok(Arc::new(pool))
+}
+
 /// A request moves everything or has failed: regular files and block devices give less only at their end.
 fn outcome(result: i32, want: u32) -> io::Result<()> {
     match u32::try_from(result) {
@@ -171,11 +193,17 @@ impl Device for UringDevice {
         let held = match request {
             Request::Read { mut buffer, parts } => {
                 assert!(parts.len() < 1 << PART_BITS, "a read of too many parts");
+                let registered = self.pool.as_ref().and_then(|pool| buffer.place()?.number_in(pool));
                 for (i, p) in parts.iter().enumerate() {
                     let bytes = buffer.blocks_mut()[p.at..p.at + p.count].as_mut_bytes();
-                    let len = bytes.len() as u32;
-                    let entry = opcode::Read::new(FILE, bytes.as_mut_ptr(), len).offset(offset(p.block));
-                    entries.push(entry.build().user_data(user_data(i)));
+                    let (start, len) = (bytes.as_mut_ptr(), bytes.len() as u32);
+                    let entry = match registered {
+                        Some(number) => {
+                            opcode::ReadFixed::new(FILE, start, len, number).offset(offset(p.block)).build()
+                        }
+                        None => opcode::Read::new(FILE, start, len).offset(offset(p.block)).build(),
+                    };
+                    entries.push(entry.user_data(user_data(i)));
                     lengths.push(len);
                 }
                 Held::Read(buffer)
@@ -243,6 +271,11 @@ impl Device for UringDevice {
 
     fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    fn buffer(&mut self, count: usize) -> BlocksMut {
+        let lent = self.pool.as_ref().and_then(|pool| pool.lend(count));
+        lent.unwrap_or_else(|| BlocksMut::zeroed(count))
     }
 
     fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> io::Result<()> {
