@@ -1,0 +1,22 @@
+//! Recovery at the primary: what members miss is brought to them, object by object (rule P4).
+//!
+//! An object that misses on the primary is pulled from somebody who has exactly the needed version; what others
+//! miss is then pushed. Reads and writes wait while the primary misses the object, or while it is *uncertain* (the authority
+//! disagreed about it). Writes go on while others miss it, as long as enough members have it: who misses it notes the version
+//! that it is at now. They wait while it is under way, and it is under way only while no write of it is. Wanted objects go first.
+//!
+//! [`record`] is what is missed, where it is, and what is under way; [`drive`] moves it; [`lost`] is about copies that
+//! cannot be read, and who else may have one.
+
+mod drive;
+mod lost;
+mod record;
+
+pub use record::{BYTES_AT_ONCE, Coded, Recovery};
+
+use super::member::{replace_ops, sub_result};
+use super::*;
+use crate::core::Damage;
+use crate::store::ObjectState;
+use gabion_proto::blocks::Content;
+use record::{AGAIN_MS, AT_ONCE, Stage, UNREADABLE_AGAIN_MS, Work};
