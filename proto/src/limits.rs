@@ -19,6 +19,8 @@ pub const FRAME_DATA_BYTES_MAX: u32 = OBJECT_BYTES_MAX;
 pub const FRAME_META_BYTES_MAX: u32 = 1 << 20;
 /// Object entries in one peering list or activation message.
 pub const LIST_ENTRIES_MAX: usize = 4096;
+/// Parts into which peering divides a member's list to compare it.
+pub const LIST_PARTS_MAX: usize = 64;
 /// Objects in one answer to a scrub.
 pub const SCRUB_ENTRIES_MAX: usize = 64;
 /// Objects without a good copy that one group names to the monitors; more are only counted.

@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 6;
+pub const PROTOCOL_VERSION: u8 = 7;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +149,47 @@ pub struct ObjectEntry {
     pub base: Option<Version>,
 }
 
+/// Stands for the entries of a part of a list, all fields of them, in order.
+pub type ListDigest = [u8; 16];
+
+/// Some of `count` parts into which a list is divided by object; bit `n` of `wanted` is part `n`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListParts {
+    pub count: u8,
+    pub wanted: u64,
+}
+
+impl ListParts {
+    /// The whole list, undivided.
+    pub const ALL: ListParts = ListParts { count: 1, wanted: 1 };
+
+    /// Every one of `count` parts.
+    pub fn all_of(count: u8) -> ListParts {
+        let wanted = (0..u64::BITS).take(count.into()).fold(0, |wanted, n| wanted | 1 << n);
+        ListParts { count, wanted }
+    }
+
+    /// The part of an object, below `count` and [`crate::limits::LIST_PARTS_MAX`].
+    pub fn part_of(count: u8, object: &ObjectId) -> usize {
+        let count = u64::from(count).clamp(1, crate::limits::LIST_PARTS_MAX as u64);
+        ((object.volume.0 ^ u64::from(object.index)) % count) as usize
+    }
+
+    pub fn contains(self, object: &ObjectId) -> bool {
+        self.wanted >> ListParts::part_of(self.count, object) & 1 == 1
+    }
+
+    pub fn nothing(self) -> bool {
+        self.wanted == 0
+    }
+}
+
+impl Default for ListParts {
+    fn default() -> ListParts {
+        ListParts::ALL
+    }
+}
+
 impl ObjectEntry {
     /// An object that is here at `version`.
     pub fn here(object: ObjectId, version: Version, deleted: bool) -> ObjectEntry {
@@ -177,10 +218,13 @@ pub enum PeerBody {
         missing_count: u64,
         /// Erasure coding: which shard of each object is here.
         shard: Option<u8>,
+        /// The digest of each part of the list, at most [`crate::limits::LIST_PARTS_MAX`] of them.
+        parts: Vec<ListDigest>,
     },
-    /// Next page of the object list, after `after`.
+    /// Next page of the object list, after `after`; of these parts only.
     ListRequest {
         after: Option<ObjectId>,
+        parts: ListParts,
     },
     List {
         after: Option<ObjectId>,

@@ -209,7 +209,9 @@ impl World {
                 let lost: Vec<_> = self.nodes.iter().filter(|n| n.lost).map(|n| n.id).collect();
                 let mut members = self.monitor.state.map.pgs.values().flat_map(|r| &r.acting);
                 let away = members.any(|o| lost.contains(o));
-                if !all_well || away || !self.monitor_runs() || !self.all_clean() {
+                // Nor that one has not answered for so long that it will be left out.
+                let owed = self.nodes.iter().filter_map(|n| n.core.as_ref()).any(|c| c.client_ops() > 0);
+                if !all_well || away || owed || !self.monitor_runs() || !self.all_clean() {
                     return false;
                 }
                 self.rotting = self.rot_cold();

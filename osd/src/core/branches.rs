@@ -26,6 +26,10 @@ branches! {
     WaitsForCoverage,
     /// Peering: a member of an earlier interval, which does not act, has told what it has.
     HeardStray,
+    /// Peering: a member's list is the own one.
+    SameList,
+    /// Peering: parts of a member's list are the own ones, others are asked for.
+    ListedInPart,
     /// Peering: the authority disagrees about a version, and it is rolled forward.
     RollForward,
     /// Peering: an uncertain version is lost, and the object goes back to an older one.

@@ -190,6 +190,11 @@ impl OsdCore {
         self.pgs.values().filter_map(|pg| pg.status(self.id, &self.map)).collect()
     }
 
+    /// Clients' operations that are under way or wait.
+    pub fn client_ops(&self) -> usize {
+        self.client_ops
+    }
+
     /// Peers that owe something for too long (rules P7 and P8).
     pub fn stuck_peers(&self) -> Vec<pb::StuckPeer> {
         if !self.rules.keep(Rule::StuckReports) {

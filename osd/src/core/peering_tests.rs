@@ -119,7 +119,13 @@ impl Driver {
     fn info(&mut self, from: u32, activated: u64) {
         self.hear(
             from,
-            PeerBody::Info { activated: Epoch(activated), object_count: 1, missing_count: 0, shard: None },
+            PeerBody::Info {
+                activated: Epoch(activated),
+                object_count: 1,
+                missing_count: 0,
+                shard: None,
+                parts: Vec::new(),
+            },
         );
     }
 

@@ -139,7 +139,16 @@ impl Driver {
         let result = Ok(Listing { meta: Some(meta), objects, missing: Vec::new() });
         let effects = d.step(Event::Listed { token: token.expect("lists"), result });
         d.commit(&effects);
-        d.hear(2, PeerBody::Info { activated: Epoch(0), object_count: 0, missing_count: 0, shard: None });
+        d.hear(
+            2,
+            PeerBody::Info {
+                activated: Epoch(0),
+                object_count: 0,
+                missing_count: 0,
+                shard: None,
+                parts: Vec::new(),
+            },
+        );
         let effects = d.hear(2, PeerBody::List { after: None, entries: Vec::new(), last: true });
         d.commit(&effects);
         let effects = d.hear(2, PeerBody::ActivateAck { page: 0 });
@@ -171,7 +180,16 @@ fn a_bad_copy_is_repaired_from_a_stray() {
     d.now += 2_100;
     let effects = d.step(Event::Tick);
     assert!(sent(&effects).contains(&(OsdId(3), PeerBody::Query)), "asks osd.3: {effects:?}");
-    d.hear(3, PeerBody::Info { activated: Epoch(5), object_count: 1, missing_count: 0, shard: None });
+    d.hear(
+        3,
+        PeerBody::Info {
+            activated: Epoch(5),
+            object_count: 1,
+            missing_count: 0,
+            shard: None,
+            parts: Vec::new(),
+        },
+    );
     let entry = ObjectEntry::here(OBJECT, version(), false);
     let effects = d.hear(3, PeerBody::List { after: None, entries: vec![entry], last: true });
     let needed = Needed::certain(version(), false);

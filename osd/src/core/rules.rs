@@ -15,6 +15,8 @@ pub enum Rule {
     ActivationEverywhere,
     /// A member of each earlier interval must have answered (invariant 3).
     Coverage,
+    /// Of a member's list only parts that are not the own ones are left out (P10).
+    PartsDiffer,
     /// What a member misses is durable with its activation (P4).
     MissingMap,
     /// An object leaves the missing map only when it is stored (P4).
@@ -72,12 +74,13 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 32] = [
+    pub const ALL: [Rule; 33] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
         Rule::ActivationEverywhere,
         Rule::Coverage,
+        Rule::PartsDiffer,
         Rule::MissingMap,
         Rule::MissingUntilStored,
         Rule::EnoughHold,

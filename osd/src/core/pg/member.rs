@@ -4,8 +4,6 @@
 use super::*;
 use crate::store::ObjectState;
 use gabion_proto::blocks::Content;
-use gabion_proto::limits::LIST_ENTRIES_MAX;
-use std::ops::Bound;
 
 /// Sub-writes that may be early at one member of one group; more are dropped and come again.
 const EARLY_MAX: usize = 512;
@@ -28,7 +26,7 @@ pub struct Early {
 /// A member that is not primary.
 #[derive(Debug, Default)]
 pub struct Member {
-    promising: bool,
+    pub promising: bool,
     /// Activation pages so far, and how many.
     pages: Vec<ObjectEntry>,
     next_page: u32,
@@ -95,6 +93,7 @@ impl Pg {
             object_count: self.index.objects.len() as u64,
             missing_count: self.index.missing.len() as u64,
             shard: self.meta.shard.map(|s| s.number),
+            parts: self.list_digests(),
         };
         self.send(cx, primary, body, Bytes::new());
     }
@@ -111,45 +110,6 @@ impl Pg {
             }
             _ => {}
         }
-    }
-
-    /// What this member has or should have, in order.
-    pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
-        self.entries_after(None).map(|e| (e.object, e)).collect()
-    }
-
-    /// The same from some object on, so that a page costs no more than what is on it.
-    fn entries_after(&self, after: Option<ObjectId>) -> impl Iterator<Item = ObjectEntry> + '_ {
-        let rest = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
-        let mut held = self.index.objects.range(rest).peekable();
-        let mut missing = self.index.missing.range(rest).peekable();
-        std::iter::from_fn(move || {
-            let (Some((o, n)), next) = (missing.peek().copied(), held.peek().copied()) else {
-                return held.next().map(|(o, h)| held_entry(o, h));
-            };
-            if next.is_some_and(|(first, _)| first < o) {
-                return held.next().map(|(o, h)| held_entry(o, h));
-            }
-            missing.next();
-            // A missing entry says more than what is still held.
-            let held = held.next_if(|(same, _)| *same == o).map(|(_, h)| (h.version, h.deleted));
-            let uncertain = n.uncertain;
-            let entry = ObjectEntry::here(*o, n.version, n.deleted);
-            Some(ObjectEntry { missing: true, uncertain, held, ..entry })
-        })
-    }
-
-    pub(super) fn list_request(&mut self, cx: &mut Cx<'_>, from: OsdId, after: Option<ObjectId>) {
-        let Some(m) = self.member() else { return };
-        // Only a member that promised lists: nothing of an older interval can change the list then.
-        if m.promising || self.meta.promised < self.record.interval {
-            return;
-        }
-        let mut rest = self.entries_after(after);
-        let entries = rest.by_ref().take(LIST_ENTRIES_MAX).collect();
-        let last = rest.next().is_none();
-        drop(rest);
-        self.send(cx, from, PeerBody::List { after, entries, last }, Bytes::new());
     }
 
     pub(super) fn activate_page(
@@ -506,10 +466,6 @@ impl Index {
             self.objects.insert(object, Held::committed(needed.version, needed.deleted));
         }
     }
-}
-
-fn held_entry(object: &ObjectId, h: &Held) -> ObjectEntry {
-    ObjectEntry { base: h.base, ..ObjectEntry::here(*object, h.version, h.deleted) }
 }
 
 /// Brings an object to a state and takes it out of the missing map, in one transaction.

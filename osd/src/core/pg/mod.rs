@@ -39,6 +39,7 @@
 
 mod hedge;
 mod history;
+mod listing;
 mod member;
 mod ops;
 mod peering;
@@ -503,7 +504,7 @@ impl Pg {
         let (from, is_primary) = (msg.from, self.record.primary == Some(msg.from));
         match msg.body {
             PeerBody::Query if is_primary => self.query(cx),
-            PeerBody::ListRequest { after } if is_primary => self.list_request(cx, from, after),
+            PeerBody::ListRequest { after, parts } if is_primary => self.list_request(cx, from, after, parts),
             PeerBody::Activate { page, missing, last } if is_primary => {
                 self.activate_page(cx, from, page, missing, last)
             }
@@ -514,7 +515,8 @@ impl Pg {
                 self.push(cx, from, tid, (object, version, over), image, data);
             }
             PeerBody::ScrubRead { tid, range, deep } if is_primary => self.scrub_asked(cx, tid, range, deep),
-            PeerBody::ScrubInfo { tid, entries, last } => {
+            // With a newer map it may have purged what is still whole here. It is asked again.
+            PeerBody::ScrubInfo { tid, entries, last } if msg.epoch <= cx.map.epoch => {
                 self.copies_came(cx, from, tid, entries, last);
                 self.scrub_on(cx);
             }
@@ -531,7 +533,7 @@ impl Pg {
             PeerBody::BlockData { tid, result } => self.blocks_came(cx, from, tid, result, data),
             PeerBody::Commit { objects } if is_primary => self.commit_told(cx, from, objects),
             PeerBody::CommitAck { objects } => self.commit_acked(from, &objects),
-            PeerBody::Info { activated, shard, .. } => self.info(cx, from, activated, shard),
+            PeerBody::Info { activated, shard, parts, .. } => self.info(cx, from, activated, shard, &parts),
             PeerBody::List { after, entries, last } => self.list_page(cx, from, after, entries, last),
             PeerBody::ActivateAck { page } => self.activate_ack(cx, from, page),
             PeerBody::SubWriteAck { tid, result } => self.sub_write_ack(cx, from, tid, result),

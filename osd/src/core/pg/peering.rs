@@ -12,8 +12,11 @@ const STRAY_PATIENCE_MS: Millis = 3_000;
 #[derive(Clone, Debug, Default)]
 pub struct Told {
     pub activated: Epoch,
-    /// Its list, as far as it has come in.
+    /// Its list, as far as it has come in or is known to be the own one.
     pub entries: BTreeMap<ObjectId, ObjectEntry>,
+    /// What must come in, and up to where it has.
+    asked: ListParts,
+    reached: Option<ObjectId>,
     complete: bool,
     /// When it last told something.
     heard: Millis,
@@ -117,21 +120,34 @@ impl Pg {
         self.peer_on(cx);
     }
 
-    pub(super) fn info(&mut self, cx: &mut Cx<'_>, from: OsdId, activated: Epoch, shard: Option<u8>) {
+    pub(super) fn info(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        activated: Epoch,
+        shard: Option<u8>,
+        parts: &[ListDigest],
+    ) {
         if !self.record.all_known().contains(&from) {
             return;
         }
-        match &mut self.phase {
-            Phase::Peering(p) => {
-                // Only the first answer asks on: answers to repeated questions must not multiply.
-                if p.told.contains_key(&from) {
-                    return;
-                }
+        match &self.phase {
+            // Only the first answer asks on: answers to repeated questions must not multiply.
+            Phase::Peering(p) if p.told.contains_key(&from) => {}
+            Phase::Peering(_) => {
                 if !self.record.acting.contains(&from) {
                     cx.takes(Branch::HeardStray);
                 }
-                p.told.insert(from, Told { activated, shard, heard: cx.now, ..Told::default() });
-                self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
+                let (asked, entries) = self.compare_parts(cx, parts);
+                let complete = asked.nothing();
+                let told = Told { activated, entries, asked, reached: None, complete, heard: cx.now, shard };
+                let Phase::Peering(p) = &mut self.phase else { return };
+                p.told.insert(from, told);
+                if complete {
+                    cx.takes(Branch::SameList);
+                    return self.peer_on(cx);
+                }
+                self.send(cx, from, PeerBody::ListRequest { after: None, parts: asked }, Bytes::new());
             }
             Phase::Active(_) => self.late_source_speaks(cx, from, shard),
             _ => {}
@@ -149,19 +165,21 @@ impl Pg {
         match &mut self.phase {
             Phase::Peering(p) => {
                 let Some(told) = p.told.get_mut(&from).filter(|t| !t.complete) else { return };
-                let reached = told.entries.keys().next_back().copied();
+                let (reached, parts) = (told.reached, told.asked);
                 if after != reached || (!last && entries.is_empty()) {
                     return;
                 }
-                told.entries
-                    .extend(entries.into_iter().filter(|e| Some(e.object) > reached).map(|e| (e.object, e)));
+                let new = |e: &ObjectEntry| Some(e.object) > reached && parts.contains(&e.object);
+                let new: Vec<ObjectEntry> = entries.into_iter().filter(new).collect();
+                told.reached = new.iter().map(|e| e.object).max().or(reached);
+                told.entries.extend(new.into_iter().map(|e| (e.object, e)));
                 told.complete = last;
                 told.heard = cx.now;
-                let next = told.entries.keys().next_back().copied();
+                let after = told.reached;
                 if last {
                     self.peer_on(cx);
                 } else {
-                    self.send(cx, from, PeerBody::ListRequest { after: next }, Bytes::new());
+                    self.send(cx, from, PeerBody::ListRequest { after, parts }, Bytes::new());
                 }
             }
             Phase::Active(_) => self.late_source_lists(cx, from, entries, last),
@@ -182,11 +200,11 @@ impl Pg {
         // What a process said that is gone since counts no more: it did not promise for its successor,
         // but a new incarnation of an acting member is a new interval anyway, and a past member's promise is durable.
         let silent: Vec<OsdId> = up.iter().filter(|o| !p.told.contains_key(o)).copied().collect();
-        let unlisted: Vec<(OsdId, Option<ObjectId>)> = p
+        let unlisted: Vec<(OsdId, PeerBody)> = p
             .told
             .iter()
             .filter(|(o, t)| !t.complete && up.contains(o))
-            .map(|(o, t)| (*o, t.entries.keys().next_back().copied()))
+            .map(|(o, t)| (*o, PeerBody::ListRequest { after: t.reached, parts: t.asked }))
             .collect();
         let acting: BTreeSet<OsdId> = self.record.members().collect();
         let listing = p
@@ -243,8 +261,8 @@ impl Pg {
             for o in silent {
                 self.send(cx, o, PeerBody::Query, Bytes::new());
             }
-            for (o, after) in unlisted {
-                self.send(cx, o, PeerBody::ListRequest { after }, Bytes::new());
+            for (o, request) in unlisted {
+                self.send(cx, o, request, Bytes::new());
             }
         }
     }
@@ -261,6 +279,7 @@ impl Pg {
             complete: true,
             heard: cx.now,
             shard: self.meta.shard.map(|s| s.number),
+            ..Told::default()
         };
         told.insert(cx.id, own);
         let highest = told.values().map(|t| t.activated).max().unwrap_or_default();

@@ -42,6 +42,7 @@ fn tells(rig: &mut Rig, from: u32, activated: u64, number: u8, entries: &[Object
         object_count: 0,
         missing_count: 0,
         shard: Some(number),
+        parts: Vec::new(),
     };
     rig.hear(from, info);
     rig.hear(from, PeerBody::List { after: None, entries: entries.to_vec(), last: true });

@@ -10,6 +10,7 @@ mod fills;
 mod frozen;
 mod full;
 mod hedge;
+mod listed;
 mod maps;
 mod noted;
 mod places;
@@ -236,12 +237,17 @@ impl Rig {
     }
 
     pub fn hear_data(&mut self, from: u32, body: PeerBody, data: Bytes) {
+        self.hear_of(self.map.epoch, from, body, data);
+    }
+
+    /// From somebody who has the map of `epoch`.
+    pub fn hear_of(&mut self, epoch: Epoch, from: u32, body: PeerBody, data: Bytes) {
         let msg = PeerMsg {
             from: OsdId(from),
             from_incarnation: Incarnation(u64::from(from)),
             to: OsdId(1),
             to_incarnation: Incarnation(1),
-            epoch: self.map.epoch,
+            epoch,
             pg: self.pg,
             interval: self.map.pgs[&self.pg].interval,
             body,
@@ -253,7 +259,13 @@ impl Rig {
     pub fn tells(&mut self, from: u32, activated: u64, entries: &[ObjectEntry]) {
         self.hear(
             from,
-            PeerBody::Info { activated: Epoch(activated), object_count: 0, missing_count: 0, shard: None },
+            PeerBody::Info {
+                activated: Epoch(activated),
+                object_count: 0,
+                missing_count: 0,
+                shard: None,
+                parts: Vec::new(),
+            },
         );
         self.hear(from, PeerBody::List { after: None, entries: entries.to_vec(), last: true });
     }

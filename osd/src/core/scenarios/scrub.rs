@@ -105,6 +105,38 @@ fn equal_copies_are_reported_without_a_finding() {
     assert!(rig.question().2);
 }
 
+/// The volume was removed: others have the map that says so, and have purged the object.
+#[test]
+fn what_members_with_a_newer_map_have_is_judged_when_that_map_is_here() {
+    let mut rig = clean();
+    rig.order(1, true);
+    let gone = [ScrubEntry { version: Version::ZERO, digest: 0, ..copy(0, Version::ZERO) }];
+    rig.own_copies(version(5, 1));
+    let (tid, ..) = rig.question();
+    for other in [2, 3] {
+        let body = PeerBody::ScrubInfo { tid, entries: gone.to_vec(), last: true };
+        rig.hear_of(Epoch(11), other, body, Bytes::new());
+    }
+    assert!(rig.report().is_none() && rig.push().is_none());
+    rig.map.removed_volumes.insert(VOLUME);
+    rig.map.epoch = Epoch(11);
+    rig.publish();
+    rig.sent.clear();
+    rig.tick(5_000);
+    for other in [2, 3] {
+        rig.tell_copies(other, &gone);
+    }
+    // It went meanwhile here, too: looked at once more.
+    rig.tick(1_000);
+    for other in [2, 3] {
+        rig.tell_copies(other, &[]);
+    }
+    rig.tick(100);
+    let report = rig.report().expect("reported");
+    assert_eq!((report.findings, report.damaged_objects), (0, 0));
+    assert!(rig.push().is_none());
+}
+
 #[test]
 fn a_light_scrub_that_finds_something_odd_reads_it_and_replaces_it() {
     let mut rig = clean();

@@ -198,7 +198,7 @@ fn a_member_keeps_the_mark() {
     let needed = uncertain(version(4, 1), version(3, 1));
     assert!(rig.ops().any(|op| *op == TxnOp::AddMissing { object: object(0), needed }));
     rig.sent.clear();
-    rig.hear(2, PeerBody::ListRequest { after: None });
+    rig.hear(2, PeerBody::ListRequest { after: None, parts: gabion_proto::msg::ListParts::ALL });
     let listed = ObjectEntry { held: Some((version(3, 1), false)), ..entry };
     assert!(matches!(&rig.sent[..], [(_, PeerBody::List { entries, .. })] if entries[..] == [listed]));
 }

@@ -123,7 +123,7 @@ impl Pg {
         {
             coded.strays.insert(from, n);
         }
-        self.send(cx, from, PeerBody::ListRequest { after: None }, Bytes::new());
+        self.send(cx, from, PeerBody::ListRequest { after: None, parts: ListParts::ALL }, Bytes::new());
     }
 
     pub(in super::super) fn late_source_lists(
@@ -164,7 +164,12 @@ impl Pg {
             }
         }
         if let Some(after) = next {
-            self.send(cx, from, PeerBody::ListRequest { after: Some(after) }, Bytes::new());
+            self.send(
+                cx,
+                from,
+                PeerBody::ListRequest { after: Some(after), parts: ListParts::ALL },
+                Bytes::new(),
+            );
         }
         self.recover(cx);
     }
