@@ -28,6 +28,8 @@ branches! {
     HeardStray,
     /// Peering: a member's list is the own one.
     SameList,
+    /// Peering: everybody's is, and nothing in it is to be decided.
+    AllAgree,
     /// Peering: parts of a member's list are the own ones, others are asked for.
     ListedInPart,
     /// Peering: the authority disagrees about a version, and it is rolled forward.

@@ -29,17 +29,17 @@ fn held_entry(object: &ObjectId, h: &Held) -> ObjectEntry {
     ObjectEntry { base: h.base, ..ObjectEntry::here(*object, h.version, h.deleted) }
 }
 
-impl Pg {
+impl Index {
     /// In order.
-    pub(super) fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
+    pub fn entries(&self) -> BTreeMap<ObjectId, ObjectEntry> {
         self.entries_after(None).map(|e| (e.object, e)).collect()
     }
 
     /// The same from some object on, so that a page costs no more than what is on it.
     fn entries_after(&self, after: Option<ObjectId>) -> impl Iterator<Item = ObjectEntry> + '_ {
         let rest = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
-        let mut held = self.index.objects.range(rest).peekable();
-        let mut missing = self.index.missing.range(rest).peekable();
+        let mut held = self.objects.range(rest).peekable();
+        let mut missing = self.missing.range(rest).peekable();
         std::iter::from_fn(move || {
             let (Some((o, n)), next) = (missing.peek().copied(), held.peek().copied()) else {
                 return held.next().map(|(o, h)| held_entry(o, h));
@@ -57,34 +57,42 @@ impl Pg {
     }
 
     /// What a member's answer to a question carries.
-    pub(super) fn list_digests(&self) -> Vec<ListDigest> {
-        let entries = self.index.objects.len() + self.index.missing.len();
+    pub fn digests(&self) -> Vec<ListDigest> {
+        let entries = self.objects.len() + self.missing.len();
         let count = (entries / PART_ENTRIES).next_power_of_two().min(LIST_PARTS_MAX);
         digests(self.entries_after(None), count as u8)
     }
 
-    /// Of somebody's list: which parts must be asked for, and the entries of the others.
-    pub(super) fn compare_parts(
+    /// Of somebody's list: which parts must be asked for. `own` keeps this one's digests, by how many there are.
+    pub fn parts_that_differ(
         &self,
-        cx: &mut Cx<'_>,
+        own: &mut BTreeMap<u8, Vec<ListDigest>>,
         parts: &[ListDigest],
-    ) -> (ListParts, BTreeMap<ObjectId, ObjectEntry>) {
+    ) -> ListParts {
         if !(1..=LIST_PARTS_MAX).contains(&parts.len()) {
-            return (ListParts::ALL, BTreeMap::new());
+            return ListParts::ALL;
         }
         let count = parts.len() as u8;
-        let own = digests(self.entries_after(None), count);
+        let own = own.entry(count).or_insert_with(|| digests(self.entries_after(None), count));
         let differ = own.iter().zip(parts).map(|(own, its)| own != its);
         let wanted = differ.enumerate().fold(0, |wanted, (n, differs)| wanted | u64::from(differs) << n);
-        let wanted = if cx.rules.keep(Rule::PartsDiffer) { wanted } else { 0 };
-        let asked = ListParts { count, wanted };
-        if !asked.nothing() && asked != ListParts::all_of(count) {
-            cx.takes(Branch::ListedInPart);
-        }
-        let same = self.entries_after(None).filter(|e| !asked.contains(&e.object));
-        (asked, same.map(|e| (e.object, e)).collect())
+        ListParts { count, wanted }
     }
 
+    /// What is in no part that was asked for.
+    pub fn entries_beside(&self, asked: ListParts) -> BTreeMap<ObjectId, ObjectEntry> {
+        let same = self.entries_after(None).filter(|e| !asked.contains(&e.object));
+        same.map(|e| (e.object, e)).collect()
+    }
+
+    /// Everything is here as it should be, and committed.
+    pub fn is_settled(&self) -> bool {
+        let settled = |h: &Held| h.base.is_none() && h.version != Version::ZERO;
+        self.missing.is_empty() && self.objects.values().all(settled)
+    }
+}
+
+impl Pg {
     pub(super) fn list_request(
         &mut self,
         cx: &mut Cx<'_>,
@@ -98,7 +106,7 @@ impl Pg {
         if !promised {
             return;
         }
-        let mut rest = self.entries_after(after).filter(|e| parts.contains(&e.object));
+        let mut rest = self.index.entries_after(after).filter(|e| parts.contains(&e.object));
         let entries = rest.by_ref().take(LIST_ENTRIES_MAX).collect();
         let last = rest.next().is_none();
         drop(rest);

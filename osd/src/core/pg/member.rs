@@ -93,7 +93,7 @@ impl Pg {
             object_count: self.index.objects.len() as u64,
             missing_count: self.index.missing.len() as u64,
             shard: self.meta.shard.map(|s| s.number),
-            parts: self.list_digests(),
+            parts: self.index.digests(),
         };
         self.send(cx, primary, body, Bytes::new());
     }

@@ -12,7 +12,7 @@ const STRAY_PATIENCE_MS: Millis = 3_000;
 #[derive(Clone, Debug, Default)]
 pub struct Told {
     pub activated: Epoch,
-    /// Its list, as far as it has come in or is known to be the own one.
+    /// Its list, as far as it has come in; parts that are the own ones are added when it has.
     pub entries: BTreeMap<ObjectId, ObjectEntry>,
     /// What must come in, and up to where it has.
     asked: ListParts,
@@ -45,11 +45,13 @@ pub struct Peering {
     /// The own promise is durable.
     pub promised: bool,
     told: BTreeMap<OsdId, Told>,
+    /// Digests of the own list, by how many there are.
+    digests: BTreeMap<u8, Vec<ListDigest>>,
     asked: Option<Millis>,
     waiting_for: String,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Activating {
     /// What each acting member must obtain, pages not yet acknowledged first.
     missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>>,
@@ -131,21 +133,28 @@ impl Pg {
         if !self.record.all_known().contains(&from) {
             return;
         }
-        match &self.phase {
-            // Only the first answer asks on: answers to repeated questions must not multiply.
-            Phase::Peering(p) if p.told.contains_key(&from) => {}
-            Phase::Peering(_) => {
+        match &mut self.phase {
+            Phase::Peering(p) => {
+                // Only the first answer asks on: answers to repeated questions must not multiply.
+                if p.told.contains_key(&from) {
+                    return;
+                }
                 if !self.record.acting.contains(&from) {
                     cx.takes(Branch::HeardStray);
                 }
-                let (asked, entries) = self.compare_parts(cx, parts);
+                let mut asked = self.index.parts_that_differ(&mut p.digests, parts);
+                if !cx.rules.keep(Rule::PartsDiffer) {
+                    asked.wanted = 0;
+                }
                 let complete = asked.nothing();
-                let told = Told { activated, entries, asked, reached: None, complete, heard: cx.now, shard };
-                let Phase::Peering(p) = &mut self.phase else { return };
+                let told = Told { activated, asked, complete, heard: cx.now, shard, ..Told::default() };
                 p.told.insert(from, told);
                 if complete {
                     cx.takes(Branch::SameList);
                     return self.peer_on(cx);
+                }
+                if asked != ListParts::all_of(asked.count) {
+                    cx.takes(Branch::ListedInPart);
                 }
                 self.send(cx, from, PeerBody::ListRequest { after: None, parts: asked }, Bytes::new());
             }
@@ -273,9 +282,18 @@ impl Pg {
         let mut told = std::mem::take(&mut p.told);
         // Who went away before the end of its list may know of more than it said: neither authority nor source.
         told.retain(|_, t| t.complete);
+        if !self.fills && self.agrees(&told) {
+            cx.takes(Branch::AllAgree);
+            let strays = self.shards_of_strays(&told);
+            self.index.beneath.clear();
+            return self.activate(cx, Activating { strays, ..Activating::default() }, BTreeMap::new());
+        }
+        for t in told.values_mut().filter(|t| t.asked != ListParts::ALL) {
+            t.entries.extend(self.index.entries_beside(t.asked));
+        }
         let own = Told {
             activated: self.meta.activated,
-            entries: self.entries(),
+            entries: self.index.entries(),
             complete: true,
             heard: cx.now,
             shard: self.meta.shard.map(|s| s.number),
@@ -328,7 +346,6 @@ impl Pg {
             }
             sources.insert(*o, holders);
         }
-        let pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
         let pending = shards::pending(&told, &wanted, self.record.members());
         if !pending.is_empty() {
             cx.takes(Branch::KeepPending);
@@ -337,10 +354,7 @@ impl Pg {
             true => shards::unsettled(&told, &wanted, self.record.members()),
             false => BTreeSet::new(),
         };
-        let acting: BTreeSet<OsdId> = self.record.members().collect();
-        let strays =
-            told.iter().filter(|(o, _)| !acting.contains(o)).filter_map(|(o, t)| Some((*o, t.shard?)));
-        let strays = strays.collect();
+        let strays = self.shards_of_strays(&told);
         let own_missing = missing.get(&cx.id).cloned().unwrap_or_default();
         let own_back = back.get(&cx.id).cloned().unwrap_or_default();
         let base = |o: &ObjectId| told.get(&cx.id)?.entries.get(o)?.base;
@@ -355,19 +369,36 @@ impl Pg {
         self.index
             .objects
             .extend(kept.map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted, base: base(o) })));
-        self.phase = Phase::Activating(Activating {
+        let chosen = Activating {
             missing,
-            pages,
-            own: false,
-            reported: false,
             sources,
             uncertain,
             back,
             pending,
             strays,
             unsettled,
-            sent: None,
-        });
+            ..Activating::default()
+        };
+        self.activate(cx, chosen, own_missing);
+    }
+
+    /// Everybody has the own list, of the same interval, and there is nothing in it to decide about: no version is in doubt, nobody
+    /// lacks anything. What [`Pg::choose_history`] would find for each object, without looking at each.
+    fn agrees(&self, told: &BTreeMap<OsdId, Told>) -> bool {
+        let own = self.meta.activated;
+        told.values().all(|t| t.asked.nothing() && t.activated == own) && self.index.is_settled()
+    }
+
+    /// Erasure coding: what members of earlier intervals keep.
+    fn shards_of_strays(&self, told: &BTreeMap<OsdId, Told>) -> BTreeMap<OsdId, u8> {
+        let acting: BTreeSet<OsdId> = self.record.members().collect();
+        told.iter().filter(|(o, _)| !acting.contains(o)).filter_map(|(o, t)| Some((*o, t.shard?))).collect()
+    }
+
+    fn activate(&mut self, cx: &mut Cx<'_>, mut chosen: Activating, own_missing: BTreeMap<ObjectId, Needed>) {
+        chosen.pages = self.record.members().filter(|o| *o != cx.id).map(|o| (o, 0)).collect();
+        let own_back = chosen.back.get(&cx.id).cloned().unwrap_or_default();
+        self.phase = Phase::Activating(chosen);
         self.submit_activation(cx, own_missing.into_iter(), own_back.into_iter());
         self.activate_on(cx);
     }

@@ -43,6 +43,27 @@ fn a_list_that_is_the_own_one_is_not_asked_for() {
     let mut rig = Rig::new(&objects());
     assert_eq!(asks(&mut rig, digests(&objects())), None);
     assert_eq!(activation(&rig), Some(&Vec::new()), "it lacks nothing");
+    // As if it had been.
+    let mut listed = Rig::new(&objects());
+    assert_eq!(asks(&mut listed, Vec::new()), Some(ListParts::ALL));
+    let page = objects().iter().map(|(o, v)| has(*o, *v)).collect();
+    listed.hear(2, PeerBody::List { after: None, entries: page, last: true });
+    assert_eq!((activation(&listed), &listed.commits), (activation(&rig), &rig.commits));
+}
+
+/// It was active later: it may know what this one does not, and did not merely forget.
+#[test]
+fn the_same_list_of_another_interval_is_compared_entry_by_entry() {
+    let mut rig = Rig::new(&objects());
+    rig.interval(10, &[1, 2], vec![past(5, &[1, 2]), past(7, &[2])]);
+    rig.sent.clear();
+    let (parts, count) = (digests(&objects()), u64::from(OBJECTS));
+    let info =
+        PeerBody::Info { activated: Epoch(7), object_count: count, missing_count: 0, shard: None, parts };
+    rig.hear(2, info);
+    assert_eq!(activation(&rig), Some(&Vec::new()));
+    rig.activates(2);
+    assert!(rig.reports.contains(&MonitorRequest::Activated { pg: PG, interval: Epoch(10) }));
 }
 
 #[test]
