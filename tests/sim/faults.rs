@@ -59,6 +59,9 @@ const KINDS: [(&str, u64, Sort); 33] = [
 /// Nodes that there may be at once, and ever.
 const NODES_MAX: usize = 8;
 const NODES_EVER: usize = 24;
+/// What a client sends in this time before it restarts may linger, for longer than its next life needs to hold the volume.
+const LAST_WORDS_MS: u64 = 200;
+const LINGERS_MS: u64 = 2_000;
 /// How often a drained OSD is looked at.
 const DRAIN_CHECK_MS: u64 = 1_000;
 
@@ -262,7 +265,12 @@ impl World {
             }
             "client restart" => {
                 self.log(|| format!("client {client} restarts"));
-                self.at(1, Ev::Client { client, event: ClientEvent::Crash });
+                let before = if self.plan.lingering { LAST_WORDS_MS } else { 1 };
+                if self.plan.lingering {
+                    let until = self.now + LAST_WORDS_MS;
+                    self.network.slow_clients.insert(client, Slow { until, by_ms: LINGERS_MS });
+                }
+                self.at(before, Ev::Client { client, event: ClientEvent::Crash });
             }
             "take-over" => {
                 self.log(|| format!("the volume of client {client} is taken over"));

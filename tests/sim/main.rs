@@ -189,7 +189,10 @@ mod tests {
     /// Without the rule a group with too few members waits for ever; and who is let in before they have everything holds the last copy of a shard.
     #[test]
     fn groups_that_are_not_filled_or_too_early_are_noticed() {
-        for (rule, what) in [(Rule::Fill, "UndersizedInactive"), (Rule::FillWhole, "unfound objects")] {
+        let unfound = "unfound objects";
+        for (rule, what) in
+            [(Rule::Fill, "UndersizedInactive"), (Rule::FillWhole, unfound), (Rule::Refusals, unfound)]
+        {
             let (seed, how) = mutants::noticed(rule, 30).unwrap();
             assert!(how.contains(what), "{rule:?}: seed {seed}: {how}");
         }

@@ -23,7 +23,8 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
         Rule::HedgeHolders => {
             return Plan::in_scenario(Scenario::StaleCopies, Some(Redundancy::Replicated { size: 3 }), rng);
         }
-        Rule::Fill | Rule::FillWhole => {
+        // Disks that are full refuse writes, and others are lost soon after.
+        Rule::Fill | Rule::FillWhole | Rule::Refusals => {
             let m = 1 + u32::from(rng.chance(500));
             return Plan::with_too_few_members(Redundancy::Erasure { k: 2 * m, m }, rng);
         }
@@ -41,6 +42,7 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     match rule {
         // Who reads beside the holder sees what a primary without a lease still serves.
         Rule::Lease => Plan { observed: 1_000, ..plan },
+        Rule::Sessions => Plan { lingering: true, ..plan },
         _ => plan,
     }
 }

@@ -47,6 +47,8 @@ pub struct Network {
     pub cut: BTreeSet<(Place, Place)>,
     /// Connections that have lost something.
     broken: BTreeSet<u64>,
+    /// Clients whose messages take long.
+    pub slow_clients: BTreeMap<usize, Slow>,
     /// When the last operation on each connection arrives.
     arrivals: BTreeMap<u64, u64>,
 }
@@ -67,10 +69,12 @@ impl World {
     fn delay_between(&mut self, from: Place, to: Place) -> u64 {
         let mut delay = self.delay();
         for place in [from, to] {
-            if let Place::Node(n) = place {
-                let slow = self.nodes[n].slow_net;
-                delay += slow.by(self.now, &mut self.rng);
-            }
+            let slow = match place {
+                Place::Node(n) => self.nodes[n].slow_net,
+                Place::Client(c) => self.network.slow_clients.get(&c).copied().unwrap_or_default(),
+                Place::Monitor => Slow::default(),
+            };
+            delay += slow.by(self.now, &mut self.rng);
         }
         delay
     }

@@ -36,6 +36,8 @@ pub struct Plan {
     pub volumes: usize,
     /// Per mille of volumes that somebody else reads, beside their holder.
     pub observed: u64,
+    /// What a client sends just before it restarts takes long, and may come when its next life holds the volume.
+    pub lingering: bool,
     /// Of the first storm.
     pub fault_phase_ms: u64,
     /// Per mille.
@@ -143,6 +145,7 @@ impl Plan {
             redundancy,
             volumes: rng.range(1, 4) as usize,
             observed: [0, 500, 1_000][rng.below(3) as usize],
+            lingering: false,
             fault_phase_ms: rng.range(40_000, 120_000),
             loss: [0, 0, 5, 30][rng.below(4) as usize],
             duplicate: [0, 10, 50][rng.below(3) as usize],
