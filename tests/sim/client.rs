@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 const IN_FLIGHT: usize = 6;
-const SILENCE_MS: u64 = 2_500;
+pub const SILENCE_MS: u64 = 2_500;
 /// Blocks that one operation reads back at the end.
 const FINAL_BLOCKS: u64 = 32;
 const OBJECT_BLOCKS: u64 = 256;

@@ -42,6 +42,8 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     match rule {
         // Who reads beside the holder sees what a primary without a lease still serves.
         Rule::Lease => Plan { observed: 1_000, ..plan },
+        // It must come when its primary is primary once more, and has heard nothing of the client since.
+        Rule::OperationEpoch => Plan { overdue: 50, ..plan },
         Rule::Sessions => Plan { lingering: true, ..plan },
         _ => plan,
     }

@@ -1,7 +1,7 @@
 //! The simulated network: delay, loss, duplication, one-way and full cuts. Messages between OSDs may overtake each other;
 //! what a client sends on one connection keeps its order, and a connection that has lost something loses the rest, too.
 
-use crate::client::ClientEvent;
+use crate::client::{ClientEvent, SILENCE_MS};
 use crate::rng::Rng;
 use crate::world::{ANY_RUN, Ev, World};
 use bytes::Bytes;
@@ -9,6 +9,9 @@ use gabion_osd::core::{ClientToken, Event};
 use gabion_proto::ids::*;
 use gabion_proto::msg::{ClientOp, OpKind, OpReply, PeerMsg};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The longest that an overdue operation is on its way.
+const OVERDUE_MS: u64 = 30_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
@@ -128,7 +131,11 @@ impl World {
             return;
         }
         let last = self.network.arrivals.get(&connection).copied().unwrap_or(0);
-        let delay = self.delay_between(Place::Client(client), Place::Node(node));
+        let mut delay = self.delay_between(Place::Client(client), Place::Node(node));
+        if self.plan.overdue > 0 && self.faults_on && self.rng.chance(self.plan.overdue) {
+            self.count_message("overdue");
+            delay += self.rng.range(SILENCE_MS, OVERDUE_MS);
+        }
         let arrives = (self.now + delay).max(last);
         self.network.arrivals.insert(connection, arrives);
         let delay = arrives - self.now;

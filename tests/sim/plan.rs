@@ -38,6 +38,8 @@ pub struct Plan {
     pub observed: u64,
     /// What a client sends just before it restarts takes long, and may come when its next life holds the volume.
     pub lingering: bool,
+    /// Per mille of clients' operations that take until after the next changes of the group.
+    pub overdue: u64,
     /// Of the first storm.
     pub fault_phase_ms: u64,
     /// Per mille.
@@ -146,6 +148,7 @@ impl Plan {
             volumes: rng.range(1, 4) as usize,
             observed: [0, 500, 1_000][rng.below(3) as usize],
             lingering: false,
+            overdue: 0,
             fault_phase_ms: rng.range(40_000, 120_000),
             loss: [0, 0, 5, 30][rng.below(4) as usize],
             duplicate: [0, 10, 50][rng.below(3) as usize],
