@@ -366,7 +366,7 @@ pub enum PoolVerb {
     /// One pool
     Show { name: String },
     /// Changes a pool
-    #[command(group(ArgGroup::new("change").required(true).multiple(true).args(["replicas", "min_size"])))]
+    #[command(group(ArgGroup::new("change").required(true).multiple(true).args(["replicas", "min_size", "pgs"])))]
     Set {
         name: String,
         /// Whole copies that are kept from now on.
@@ -375,6 +375,10 @@ pub enum PoolVerb {
         /// Copies (or shards) that must be there for writes to go on.
         #[arg(long)]
         min_size: Option<u32>,
+        /// Placement groups: doubled or halved, once or several times. More are there at once, and move later; fewer when all groups are clean
+        /// and those that become one have been brought together.
+        #[arg(long, conflicts_with_all = ["replicas", "min_size"])]
+        pgs: Option<u32>,
     },
     /// Removes a pool that no volume uses
     Rm { name: String },

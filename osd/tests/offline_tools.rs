@@ -36,7 +36,7 @@ fn make(dir: &Path) {
     let data = Content::data(0, vec![7; 32 * 4096].into());
     let small = Content::data(2, vec![8; 4096].into());
     let ops = vec![
-        TxnOp::SetMeta(PgMeta { promised: Epoch(5), activated: Epoch(4), shard: None }),
+        TxnOp::SetMeta(PgMeta { promised: Epoch(5), activated: Epoch(4), shard: None, pg_count: 0 }),
         TxnOp::Write { object: OBJECT, prev: Version::ZERO, version: version(1), content: data },
         TxnOp::Write { object: OBJECT, prev: version(1), version: version(2), content: small },
     ];

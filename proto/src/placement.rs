@@ -52,11 +52,24 @@ pub fn assign_from(
     osds: &BTreeMap<OsdId, OsdInfo>,
     current: &[Vec<OsdId>],
 ) -> Vec<Vec<OsdId>> {
+    assign_within(pool, pool_id, osds, current, pool.pg_count)
+}
+
+/// The same, with groups from number `places` on where those are whose number is the same modulo `places`: they were divided from
+/// them and stay there for now.
+pub fn assign_within(
+    pool: &Pool,
+    pool_id: PoolId,
+    osds: &BTreeMap<OsdId, OsdInfo>,
+    current: &[Vec<OsdId>],
+    places: u32,
+) -> Vec<Vec<OsdId>> {
     let candidates = candidates(pool.failure_domain, osds);
     let width = pool.redundancy.width();
     let mut sets: Vec<Vec<OsdId>> = (0..pool.pg_count)
         .map(|index| {
-            let new = pick(PgId { pool: pool_id, index }, width, &candidates);
+            let place = PgId { pool: pool_id, index: index % places.max(1) };
+            let new = pick(place, width, &candidates);
             match (pool.redundancy, current.get(index as usize)) {
                 (Redundancy::Replicated { .. }, Some(old)) => keep_order(old, new),
                 (Redundancy::Replicated { .. }, None) => new,

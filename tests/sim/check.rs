@@ -1,10 +1,11 @@
 //! What must be true once everything has healed.
 
 use crate::world::World;
-use gabion_osd::store::{ObjectState, Store};
+use gabion_osd::store::{ObjectState, Store, StoreError};
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use gabion_proto::map::Redundancy;
+use gabion_proto::placement::pg_index;
 
 type Whole = Vec<(ObjectId, ObjectState, Content)>;
 
@@ -59,7 +60,7 @@ impl World {
         let mut may_have = 0;
         for n in self.nodes.iter_mut().filter(|n| !n.lost || n.lost_at >= since) {
             let held = match n.disk.store() {
-                Some(store) => store.object(object.0, object.1).map_err(|e| e.to_string()),
+                Some(store) => object_in(store, object.0.pool, object.1).map_err(|e| e.to_string()),
                 None => Ok(None),
             };
             let runs = n.core.is_some();
@@ -75,8 +76,39 @@ impl World {
         }
     }
 
+    /// What is on a disk is divided as the pool is, copies that nobody wants included, and each object is where it belongs.
+    fn check_division(&mut self) -> Result<(), String> {
+        let Some(count) = self.monitor.state.map.pools.get(&self.pool).map(|p| p.pg_count) else {
+            return Ok(());
+        };
+        let pool = self.pool;
+        if let Some(fewer) = self.monitor.state.merges_to(pool) {
+            return Err(format!("all {count} groups are clean, and are not merged to {fewer}"));
+        }
+        for n in self.nodes.iter_mut().filter(|n| n.core.is_some()) {
+            let Some(store) = n.disk.store() else { continue };
+            for (pg, meta) in
+                store.pgs().map_err(|e| e.to_string())?.into_iter().filter(|(pg, _)| pg.pool == pool)
+            {
+                if meta.pg_count != count || pg.index >= count {
+                    return Err(format!(
+                        "{} has group {pg} of {} groups, there are {count}",
+                        n.id, meta.pg_count
+                    ));
+                }
+                let listed = store.list(pg, None, usize::MAX).map_err(|e| e.to_string())?;
+                let foreign = |o: &ObjectId| pg_index(o.volume, o.index, count) != pg.index;
+                if let Some((object, _)) = listed.into_iter().find(|(o, _)| foreign(o)) {
+                    return Err(format!("{} has {object} in group {pg} of {count}", n.id));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Every acting member of every group holds the same, tombstones included, and misses nothing.
     pub fn compare_replicas(&mut self) -> Result<(), String> {
+        self.check_division()?;
         if let Redundancy::Erasure { .. } = self.redundancy() {
             return self.compare_shards();
         }
@@ -134,6 +166,20 @@ impl World {
         }
         Ok(whole)
     }
+}
+
+/// An object, in whichever group it is there: the OSD may not know yet that there are more.
+fn object_in(
+    store: &mut impl Store,
+    pool: PoolId,
+    object: ObjectId,
+) -> Result<Option<ObjectState>, StoreError> {
+    for (pg, _) in store.pgs()?.into_iter().filter(|(pg, _)| pg.pool == pool) {
+        if let Some(state) = store.object(pg, object)? {
+            return Ok(Some(state));
+        }
+    }
+    Ok(None)
 }
 
 fn same(a: &Whole, b: &Whole) -> Result<(), String> {

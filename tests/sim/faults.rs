@@ -20,7 +20,7 @@ enum Sort {
 use Sort::{Change, Fault, Work};
 
 /// What happens and how often each is drawn.
-const KINDS: [(&str, u64, Sort); 33] = [
+const KINDS: [(&str, u64, Sort); 35] = [
     ("crash", 24, Fault),
     ("absence", 2, Fault),
     ("disk error", 6, Fault),
@@ -47,6 +47,8 @@ const KINDS: [(&str, u64, Sort); 33] = [
     ("reweight", 3, Change),
     ("min-size", 1, Change),
     ("pool size", 2, Change),
+    ("more groups", 3, Change),
+    ("fewer groups", 3, Change),
     ("drain", 2, Change),
     ("new host", 2, Change),
     ("take-over", 4, Work),
@@ -62,6 +64,9 @@ const NODES_EVER: usize = 24;
 /// What a client sends in this time before it restarts may linger, for longer than its next life needs to hold the volume.
 const LAST_WORDS_MS: u64 = 200;
 const LINGERS_MS: u64 = 2_000;
+/// Groups of the pool.
+const GROUPS_MIN: u32 = 2;
+const GROUPS_MAX: u32 = 16;
 /// How often a drained OSD is looked at.
 const DRAIN_CHECK_MS: u64 = 1_000;
 
@@ -253,6 +258,8 @@ impl World {
                 self.command(Command::SetPool { name: "p".into(), min_size: Some(min_size as u32) });
             }
             "pool size" if self.monitor_runs() => return self.resize_pool(),
+            "more groups" if self.monitor_runs() => return self.divide_groups(),
+            "fewer groups" if self.monitor_runs() => return self.merge_groups(),
             // Of those that are in there must be enough on other nodes, and the process must be there to be drained.
             "drain" if self.monitor_runs() && inside > width && alive > width.max(3) => {
                 if self.plan.rot || !runs {
@@ -331,6 +338,28 @@ impl World {
             let wait = self.rng.range(1, 8_000);
             self.at(wait, Ev::TakeOver { client });
         }
+    }
+
+    /// False: there are enough.
+    fn divide_groups(&mut self) -> bool {
+        let had = self.monitor.state.map.pools.get(&self.pool).map_or(GROUPS_MAX, |p| p.pg_count);
+        let factor = if self.rng.chance(200) { 4 } else { 2 };
+        if had * factor > GROUPS_MAX {
+            return false;
+        }
+        self.command(Command::SetPgs { name: "p".into(), pg_count: had * factor });
+        true
+    }
+
+    /// They become fewer when all are clean, unless there are to be more again by then. False: there are few.
+    fn merge_groups(&mut self) -> bool {
+        let had = self.monitor.state.map.pools.get(&self.pool).map_or(0, |p| p.pg_count);
+        let factor = if self.rng.chance(200) { 4 } else { 2 };
+        if had < GROUPS_MIN * factor {
+            return false;
+        }
+        self.command(Command::SetPgs { name: "p".into(), pg_count: had / factor });
+        true
     }
 
     /// A pool keeps one copy more, or less. False: not now.

@@ -64,10 +64,17 @@ pub async fn run(cx: &Context, verb: PoolVerb) -> Result<()> {
                 None => bail!("pool {name}: there is no such pool; see gabion pool ls"),
             }
         }
-        PoolVerb::Set { name, replicas, min_size } => {
-            let request = SetPoolRequest { name: name.clone(), replicas, min_size };
+        PoolVerb::Set { name, replicas, min_size, pgs } => {
+            let request = SetPoolRequest { name: name.clone(), replicas, min_size, pg_count: pgs };
             let pool = rpc!(monitors, format!("pool {name}"), admin.set_pool, request)?;
-            let sentence = format!("pool {name} has {}, min-size {}", redundancy_text(&pool), pool.min_size);
+            let sentence = match pgs {
+                Some(_) if pool.target_pg_count > 0 => format!(
+                    "pool {name}: its {} placement groups become {} when all are clean; {} are not yet, or not where they will be",
+                    pool.pg_count, pool.target_pg_count, pool.merge_waits_for
+                ),
+                Some(_) => format!("pool {name} has {} placement groups", pool.pg_count),
+                None => format!("pool {name} has {}, min-size {}", redundancy_text(&pool), pool.min_size),
+            };
             cx.out.done(&sentence, pool_json(&pool))
         }
         PoolVerb::Rm { name } => {
@@ -107,6 +114,9 @@ fn pool_json(pool: &PoolInfo) -> Value {
         "min_size": pool.min_size,
         "failure_domain": domain,
         "pgs": pool.pg_count,
+        "placed_pgs": pool.placed_pg_count,
+        "target_pgs": (pool.target_pg_count > 0).then_some(pool.target_pg_count),
+        "merge_waits_for": pool.merge_waits_for,
         "object_bytes": pool.object_bytes,
         "volumes": pool.volumes,
         "provisioned_bytes": pool.provisioned_bytes,

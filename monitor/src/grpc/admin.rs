@@ -128,9 +128,15 @@ impl pb::admin_service_server::AdminService for Monitor {
     async fn set_pool(&self, request: Request<pb::SetPoolRequest>) -> Answer<pb::PoolInfo> {
         let (id, r) = open(request)?;
         let (name, min_size) = (r.name.clone(), r.min_size);
-        let command = match r.replicas {
-            Some(replicas) => Command::SetReplicas { name, replicas, min_size },
-            None => Command::SetPool { name, min_size },
+        let command = match (r.pg_count, r.replicas) {
+            (Some(pg_count), None) if min_size.is_none() => Command::SetPgs { name, pg_count },
+            (Some(_), _) => {
+                return Err(Status::invalid_argument(
+                    "the number of groups is changed alone, not with other settings",
+                ));
+            }
+            (None, Some(replicas)) => Command::SetReplicas { name, replicas, min_size },
+            (None, None) => Command::SetPool { name, min_size },
         };
         self.propose_for(id, command).await?;
         Ok(Response::new(self.pool_info(&r.name)?))

@@ -29,6 +29,9 @@ pub(super) fn pool(state: &MonitorState, id: PoolId) -> Option<pb::PoolInfo> {
         object_bytes: p.object_bytes,
         volumes: volumes().count() as u32,
         provisioned_bytes: volumes().map(|v| v.size_bytes).sum(),
+        placed_pg_count: state.placed_groups(id).unwrap_or(p.pg_count),
+        target_pg_count: state.merges_to(id).unwrap_or_default(),
+        merge_waits_for: state.merge_waits_for(id) as u32,
     })
 }
 

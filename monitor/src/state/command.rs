@@ -283,6 +283,11 @@ pub enum Command {
     /// Several commands that waited at the same time, each an encoded [`Stamped`] so that they cannot nest: carried out as if
     /// each had an entry of its own.
     Together(Vec<Vec<u8>>),
+    /// A pool gets so many groups.
+    SetPgs {
+        name: String,
+        pg_count: u32,
+    },
 }
 
 /// A command with what it was proposed under.

@@ -14,16 +14,17 @@ use std::collections::{BTreeMap, BTreeSet};
 pub type Suspects = BTreeMap<PgId, BTreeSet<(OsdId, Incarnation)>>;
 
 /// Brings every group in line with the OSDs and pools of `map`, whose epoch is already the new one;
-/// `osds` and `pools` are those of the epoch before. `placement` computes up sets again as well.
+/// `osds` and `pools` are those of the epoch before. With `placed` up sets are computed again as well: pools that are named there have groups
+/// that lie where others do, see `division`.
 pub fn recompute(
     map: &mut ClusterMap,
     osds: &BTreeMap<OsdId, OsdInfo>,
     pools: &BTreeMap<PoolId, Pool>,
     suspects: &Suspects,
-    placement: bool,
+    placed: Option<&BTreeMap<PoolId, u32>>,
 ) {
-    if placement {
-        place(map);
+    if let Some(placed) = placed {
+        place(map, placed);
     }
     let epoch = map.epoch;
     let none = BTreeSet::new();
@@ -62,7 +63,7 @@ fn incarnation(osds: &BTreeMap<OsdId, OsdInfo>, osd: OsdId) -> Option<Incarnatio
     osds.get(&osd).map(|o| o.incarnation)
 }
 
-fn place(map: &mut ClusterMap) {
+fn place(map: &mut ClusterMap, placed: &BTreeMap<PoolId, u32>) {
     let pools = &map.pools;
     map.pgs.retain(|id, _| pools.get(&id.pool).is_some_and(|p| id.index < p.pg_count));
     for (pool_id, pool) in pools {
@@ -73,7 +74,9 @@ fn place(map: &mut ClusterMap) {
             }
             false => Vec::new(),
         };
-        for (id, mut up) in ids.zip(placement::assign_from(pool, *pool_id, &map.osds, &current)) {
+        let places = placed.get(pool_id).copied().unwrap_or(pool.pg_count);
+        let sets = placement::assign_within(pool, *pool_id, &map.osds, &current, places);
+        for (id, mut up) in ids.zip(sets) {
             let record = map.pgs.entry(id).or_default();
             if let Redundancy::Erasure { .. } = pool.redundancy {
                 return_to_places(record, &mut up);
@@ -179,6 +182,20 @@ pub(super) fn stand_in_for(record: &mut PgRecord, osd: OsdId) -> bool {
 pub fn begin_again(record: &mut PgRecord, epoch: Epoch) {
     let (acting, primary) = (record.acting.clone(), record.primary);
     begin_interval(record, epoch, acting, primary);
+}
+
+/// Groups that are clean in one interval, with the same members, become one. The interval took writes of all of them, so who was active in it for each
+/// (see `TxnOp::Combine`) covers it. Their primaries may serve reads until they have heard of the next one.
+pub(super) fn merge<'a>(record: &mut PgRecord, others: impl Iterator<Item = &'a PgRecord>) {
+    let ended =
+        |r: &PgRecord| PastInterval { interval: r.interval, acting: r.acting.clone(), primary: r.primary };
+    let mut past = vec![ended(record)];
+    past.extend(others.map(ended));
+    past.sort_by_key(|p| p.primary);
+    past.dedup_by_key(|p| p.primary);
+    record.past = past;
+    // What follows is a new interval, and this one is in the past already.
+    (record.activated, record.clean) = (false, false);
 }
 
 /// Of intervals with the same members only the last one counts: to activate it they all had to agree on what the earlier ones

@@ -5,6 +5,7 @@
 //! exactly one; no id, incarnation, session or generation is ever given twice.
 
 pub mod command;
+mod division;
 mod hosts;
 pub mod intervals;
 mod osds;
@@ -182,6 +183,10 @@ pub struct MonitorState {
     pub scrub_settings: ScrubSettings,
     pub scrubs: BTreeMap<PgId, ScrubRecord>,
     pub slow_policy: SlowPolicy,
+    /// See [`MonitorState::placed_groups`].
+    placed: BTreeMap<PoolId, u32>,
+    /// How many groups pools are to have when they can be merged.
+    merging: BTreeMap<PoolId, u32>,
     answered: requests::Answered,
     counters: Counters,
 }
@@ -220,6 +225,11 @@ impl MonitorState {
             Command::SetPool { name, min_size } => self.set_pool(&name, None, min_size),
             Command::SetReplicas { name, replicas, min_size } => {
                 self.set_pool(&name, Some(replicas), min_size)
+            }
+            Command::SetPgs { name, pg_count } => {
+                let set = self.set_pgs(&name, pg_count)?;
+                self.keep_scrub_records(unix_ms);
+                Ok(set)
             }
             Command::RemovePool { name } => {
                 let removed = self.remove_pool(&name)?;
@@ -329,7 +339,8 @@ impl MonitorState {
             suspects.retain(|(osd, inc)| map.up_osd(*osd).is_some_and(|o| o.incarnation == *inc));
         }
         self.suspects.retain(|pg, s| !s.is_empty() && map.pools.contains_key(&pg.pool));
-        intervals::recompute(&mut self.map, &osds, &pools, &self.suspects, placement);
+        let placed = placement.then_some(&self.placed);
+        intervals::recompute(&mut self.map, &osds, &pools, &self.suspects, placed);
     }
 
     fn event(&mut self, severity: EventSeverity, text: String) {
@@ -354,6 +365,8 @@ impl MonitorState {
     }
 }
 
+#[cfg(test)]
+mod division_tests;
 #[cfg(test)]
 mod places_tests;
 #[cfg(test)]

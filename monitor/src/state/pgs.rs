@@ -101,6 +101,8 @@ impl MonitorState {
             if held_back {
                 self.change_groups(false, |_| {});
             }
+            self.merge_on(pg.pool);
+            self.place_divided(pg.pool);
         }
         Ok(Reply::Done)
     }

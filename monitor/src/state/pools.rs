@@ -7,7 +7,7 @@ use gabion_proto::map::{FailureDomain, Pool, Redundancy};
 /// Groups of a pool for which none are asked.
 pub const PG_COUNT_DEFAULT: u32 = 32;
 /// Groups of all pools together: the map carries every one.
-const PGS_MAX: usize = 262_144;
+pub(super) const PGS_MAX: usize = 262_144;
 
 /// Replicated: more than half. Erasure coded: one more than decodes, so that what is acknowledged survives another loss;
 /// with a single parity shard that would leave no loss at all, so such a pool goes on without any to spare.
@@ -18,7 +18,7 @@ fn min_size_default(redundancy: Redundancy) -> u32 {
     }
 }
 
-fn check(pool: &Pool) -> Result<(), Refusal> {
+pub(super) fn check(pool: &Pool) -> Result<(), Refusal> {
     gabion_proto::convert::check_pool(pool).map_err(|e| Refusal::invalid(e.to_string()))
 }
 
@@ -107,6 +107,8 @@ impl MonitorState {
             };
             return Err(Refusal::precondition(format!("pool {name} holds volume {}{more}", volume.name)));
         }
+        self.placed.remove(&id);
+        self.merging.remove(&id);
         self.change_groups(true, |map| {
             map.pools.remove(&id);
             map.removed_pools.insert(id);

@@ -72,6 +72,21 @@ impl ScrubRecord {
         self.requested.map(|(_, deep)| deep)
     }
 
+    /// With that of a group that becomes part of this one: what was not done for both was not done.
+    pub(super) fn unite(&mut self, other: ScrubRecord) {
+        self.since_unix_ms = self.since_unix_ms.max(other.since_unix_ms);
+        self.last_unix_ms = self.last_unix_ms.min(other.last_unix_ms);
+        self.last_deep_unix_ms = self.last_deep_unix_ms.min(other.last_deep_unix_ms);
+        self.number = self.number.max(other.number);
+        self.requested = match (self.requested, other.requested) {
+            (Some((a, deep)), Some((b, also))) => Some((a.max(b), deep || also)),
+            (one, other) => one.or(other),
+        };
+        self.damaged_objects += other.damaged_objects;
+        self.damaged.extend(other.damaged);
+        self.damaged.truncate(DAMAGED_NAMED_MAX);
+    }
+
     fn due_unix_ms(&self, last_unix_ms: u64, interval_s: u64) -> Option<u64> {
         let last = last_unix_ms.max(self.since_unix_ms);
         (interval_s > 0).then(|| last.saturating_add(interval_s.saturating_mul(1_000)))

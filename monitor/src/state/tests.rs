@@ -35,7 +35,7 @@ pub(crate) fn cluster(osds: u8, pgs: u32) -> MonitorState {
     state
 }
 
-fn pool(name: &str, size: u32, pg_count: u32) -> Command {
+pub(super) fn pool(name: &str, size: u32, pg_count: u32) -> Command {
     Command::CreatePool {
         name: name.into(),
         redundancy: Redundancy::Replicated { size },

@@ -146,6 +146,10 @@ branches! {
     Frozen,
     /// A fence waits for older writes.
     FenceWaits,
+    /// What is here of a group is divided.
+    Divide,
+    /// What is here of several groups is put together.
+    Combine,
     /// A copy that is needed no more is deleted.
     DropStray,
     /// Shards: what an earlier place left is deleted.

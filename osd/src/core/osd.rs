@@ -6,6 +6,7 @@ use super::pg::{Pg, What};
 use super::scrub_budget::ScrubBudget;
 use super::throttle::Throttle;
 use super::*;
+use crate::store::DIVIDE_MAX;
 use gabion_proto::limits::{CONN_OPS_MAX, SUBOP_STUCK, SUBOP_STUCK_MAX, SUBOP_STUCK_MIN};
 use gabion_proto::msg::RetryWhy;
 use gabion_proto::pb;
@@ -335,8 +336,62 @@ impl OsdCore {
                 self.pgs.entry(*id).or_insert_with(|| Pg::empty(*id));
             }
         }
+        if self.rules.keep(Rule::DividedFirst) {
+            self.divide_groups(out);
+        }
         let current = self.is_current();
         self.every_pg(out, |pg, cx| pg.new_map(cx, current));
+        if !self.rules.keep(Rule::DividedFirst) {
+            self.divide_groups(out);
+        }
+    }
+
+    /// Rule P9: what is here of groups is divided, or put together, before anything else is done under a map in which their pool has another
+    /// number of them, whatever this OSD is to them. The store carries out one thing after the other, so that nothing waits for it.
+    fn divide_groups(&mut self, out: &mut Vec<Effect>) {
+        let map = self.map.clone();
+        for (id, pool) in &map.pools {
+            let groups = PgId { pool: *id, index: 0 }..=PgId { pool: *id, index: u32::MAX };
+            let mut divided = self.pgs.range(groups.clone()).filter_map(|(_, pg)| pg.is_one_of()).peekable();
+            if divided.peek().is_none() || divided.clone().all(|count| count == pool.pg_count) {
+                continue;
+            }
+            // Some may be of more groups than others: a crash came between. What lies between the maps that were seen makes no difference.
+            let finest = divided.fold(pool.pg_count, u32::max);
+            let here: Vec<PgId> = self.pgs.range(groups).map(|(pg, _)| *pg).collect();
+            for pg in here {
+                let mut made = Vec::new();
+                self.with_pg(pg, out, |pg, cx| made = pg.divide(cx, finest));
+                for part in made {
+                    let known = self.pgs.remove(&part.id());
+                    self.pgs.insert(part.id(), part.instead_of(known));
+                }
+            }
+            if finest.is_multiple_of(pool.pg_count) {
+                self.merge_groups(*id, finest, pool.pg_count, out);
+            }
+        }
+    }
+
+    fn merge_groups(&mut self, pool: PoolId, mut from: u32, pg_count: u32, out: &mut Vec<Effect>) {
+        while from > pg_count {
+            let to = pg_count.max(from / DIVIDE_MAX);
+            let groups = PgId { pool, index: 0 }..=PgId { pool, index: u32::MAX };
+            let parts =
+                self.pgs.range(groups).filter(|(_, pg)| pg.is_one_of() == Some(from) && !pg.is_shard());
+            let parts: Vec<PgId> = parts.map(|(id, _)| *id).collect();
+            let mut wholes: BTreeMap<PgId, Option<PgMeta>> = BTreeMap::new();
+            for part in parts {
+                let meta = self.pgs.get_mut(&part).map(Pg::become_part);
+                let newest = wholes.entry(PgId { index: part.index % to, ..part }).or_default();
+                *newest = newest.take().into_iter().chain(meta).max_by_key(|m| m.activated);
+            }
+            for (whole, newest) in wholes {
+                self.pgs.entry(whole).or_insert_with(|| Pg::empty(whole));
+                self.with_pg(whole, out, |pg, cx| pg.combine(cx, from, to, newest.unwrap_or_default()));
+            }
+            from = to;
+        }
     }
 
     fn client(&mut self, token: ClientToken, op: ClientOp, data: Bytes, out: &mut Vec<Effect>) {

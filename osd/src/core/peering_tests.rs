@@ -59,7 +59,7 @@ fn version() -> Version {
     Version::new(Epoch(5), 1).unwrap()
 }
 
-const META: PgMeta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
+const META: PgMeta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None, pg_count: 0 };
 
 struct Driver {
     core: OsdCore,
@@ -191,6 +191,6 @@ fn a_refused_activation_is_not_claimed_later() {
     d.commit(&activation, Err(StoreError::NoSpace));
     let begun = d.map(12, 12, false);
     let promise = d.load(&begun);
-    let promised = PgMeta { promised: Epoch(12), activated: Epoch(5), shard: None };
+    let promised = PgMeta { promised: Epoch(12), activated: Epoch(5), shard: None, pg_count: 1 };
     assert_eq!(txn(&promise).1, vec![TxnOp::SetMeta(promised)]);
 }

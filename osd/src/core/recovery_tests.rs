@@ -117,7 +117,7 @@ impl Driver {
 
     /// Active: osd.1 holds both objects, osd.2 nothing; osd.3 has not answered yet.
     fn active() -> Driver {
-        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
+        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None, pg_count: 0 };
         let core = {
             let boot = Boot {
                 cluster: ClusterId::default(),

@@ -51,6 +51,14 @@ pub enum Rule {
     FrozenLayers,
     /// A copy is deleted only when the group is clean elsewhere (invariant 8).
     StraysStay,
+    /// What an OSD has of a group is divided when its pool has more groups (P9).
+    CopiesAreDivided,
+    /// So is what it has of groups in which it does not act.
+    StraysAreDivided,
+    /// That is done before anything else under that map.
+    DividedFirst,
+    /// What it has of groups that become one is put together (P9).
+    PartsAreCombined,
     /// Erasure coding: as many members of each earlier interval as decode must have answered (invariant 3).
     CoverageDecodes,
     /// Erasure coding: a version that a member of its own interval lacks was never acknowledged, and is rolled back.
@@ -74,7 +82,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 33] = [
+    pub const ALL: [Rule; 37] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -98,6 +106,10 @@ impl Rule {
         Rule::FenceDrains,
         Rule::FrozenLayers,
         Rule::StraysStay,
+        Rule::CopiesAreDivided,
+        Rule::StraysAreDivided,
+        Rule::DividedFirst,
+        Rule::PartsAreCombined,
         Rule::CoverageDecodes,
         Rule::RollBack,
         Rule::TwoPhases,

@@ -16,6 +16,7 @@
 use super::checkpoint::Checkpoint;
 use super::device::{Completion, Device, Request, Traffic};
 use super::group::{CommitState, Group, Queued};
+use super::homes::{Homes, Region};
 use super::journal::Ring;
 use super::kv::Kv;
 use super::layout::{self, Geometry, Key, ObjectRecord, Superblock, kind};
@@ -43,6 +44,8 @@ pub(super) enum Purpose {
 }
 
 const PURPOSE_SHIFT: u32 = 60;
+/// Records that a listing looks at in one go.
+const LISTED_AT_ONCE: usize = 1024;
 
 /// See the module docs.
 pub struct ChunkStore<D: Device, K: Kv> {
@@ -53,6 +56,7 @@ pub struct ChunkStore<D: Device, K: Kv> {
     pub(super) geometry: Geometry,
     pub(super) slots: Slots,
     pub(super) ring: Ring,
+    pub(super) homes: Homes,
     /// Data blocks of one transaction that may go to the journal.
     pub(super) txn_blocks_max: u32,
     pub(super) objects: u64,
@@ -119,11 +123,12 @@ pub(super) struct Opened<D, K: Kv> {
     pub superblock: Superblock,
     pub slots: Slots,
     pub objects: u64,
+    pub homes: Homes,
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
     pub(super) fn assemble(opened: Opened<D, K>) -> Self {
-        let Opened { device, mut index, superblock, slots, objects } = opened;
+        let Opened { device, mut index, superblock, slots, objects, homes } = opened;
         let geometry = superblock.geometry();
         let waker = device.waker();
         index.kv.set_waker(waker.clone());
@@ -135,6 +140,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             geometry,
             slots,
             ring: Ring::new(geometry.journal_blocks, superblock.tail),
+            homes,
             txn_blocks_max: super::group::txn_blocks_max(geometry.journal_blocks),
             objects,
             checksum_errors: 0,
@@ -311,24 +317,52 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         limit: usize,
     ) -> Result<Vec<(ObjectId, T)>, StoreError> {
         self.drain_commits()?;
-        let from = after.map_or_else(Vec::new, |o| {
-            let mut key = layout::object_key(kind, pg, o).to_vec();
-            key.push(0);
-            key
-        });
-        let page = self.index.scan(&layout::pg_key(kind, pg), &from, limit)?;
-        page.into_iter()
-            .map(|(key, value)| {
+        let regions = self.homes.regions(pg);
+        let mut out = Vec::new();
+        for region in &regions {
+            self.list_region(kind, pg, region, after, limit, &mut out)?;
+        }
+        if regions.len() > 1 {
+            out.sort_unstable_by_key(|(object, _)| *object);
+            out.truncate(limit);
+        }
+        Ok(out)
+    }
+
+    /// Up to `limit` of them.
+    fn list_region<T: serde::de::DeserializeOwned>(
+        &self,
+        kind: u8,
+        pg: PgId,
+        region: &Region,
+        after: Option<ObjectId>,
+        limit: usize,
+        out: &mut Vec<(ObjectId, T)>,
+    ) -> Result<(), StoreError> {
+        let (prefix, home) = (region.key(kind, pg), PgId { index: region.home, ..pg });
+        let mut after = after.map(|o| layout::object_key(kind, home, o));
+        let end = out.len().saturating_add(limit);
+        loop {
+            let from = after.map_or_else(Vec::new, |key| [&key[..], &[0]].concat());
+            // Others' may be between.
+            let wanted = (end - out.len()).max(LISTED_AT_ONCE);
+            let page = self.index.scan(&prefix, &from, wanted)?;
+            let full = page.len() == wanted;
+            after = page.last().map(|(key, _)| *key);
+            let own = page.into_iter().filter(|(key, _)| region.class.has_key(key));
+            for (key, value) in own.take(end - out.len()) {
                 let object = layout::parse_key(&key)?.object;
                 let object =
                     object.ok_or_else(|| StoreError::Fatal("a key of the index names no object".into()))?;
-                Ok((object, layout::decode(value.record()?)?))
-            })
-            .collect()
+                out.push((object, layout::decode(value.record()?)?));
+            }
+            if !full || out.len() == end {
+                return Ok(());
+            }
+        }
     }
 
     fn find_object(&mut self, key: &Key) -> Result<Option<ObjectRecord>, StoreError> {
-        self.drain_commits()?;
         let value = self.index.get(key)?;
         value.map(|v| layout::decode(v.record()?)).transpose()
     }
@@ -393,7 +427,10 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
 
     fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError> {
         self.alive()?;
-        let result = self.find_object(&layout::object_key(kind::OBJECT, pg, object));
+        let drained = self.drain_commits();
+        self.watch(drained)?;
+        let result =
+            self.find_object(&layout::object_key(kind::OBJECT, self.homes.home(pg, &object), object));
         self.watch(result).map(|r| r.map(Into::into))
     }
 

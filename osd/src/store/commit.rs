@@ -6,17 +6,19 @@
 use super::buffer::{Blocks, BlocksMut};
 use super::chunk_store::ChunkStore;
 use super::device::Device;
+use super::homes::{self, Class, Homes};
 use super::kv::Kv;
 use super::layout::{self, BLOCK, ChunkRecord, Key, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
 use super::read::pending_block;
 use super::rules::{Rule, holds};
-use super::stage::{FreshBlocks, Stage};
+use super::stage::{FreshBlocks, Stage, Sweep};
 use super::view::{self, BlockBytes, ChunkOverlay, DataBlock, Value, View};
-use super::{StoreError, Txn, TxnOp};
+use super::{DIVIDE_MAX, PgMeta, StoreError, Txn, TxnOp};
 use bytes::Bytes;
 use gabion_proto::blocks::{Content, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// New content of one block: its CRC and bytes, or zeros.
@@ -44,7 +46,17 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         Ok(())
     }
 
-    fn stage_op(&mut self, stage: &mut Stage, pg: PgId, op: &TxnOp, keep: u64) -> Result<(), StoreError> {
+    fn stage_op(&mut self, stage: &mut Stage, group: PgId, op: &TxnOp, keep: u64) -> Result<(), StoreError> {
+        // Where the records of its object are.
+        let pg = match object_of(op) {
+            Some(object) => self.staged_homes(stage).home(group, &object),
+            None => group,
+        };
+        if homes::is_nowhere(pg) {
+            return Err(StoreError::Invalid(format!(
+                "an operation of group {group} on an object of another one"
+            )));
+        }
         match *op {
             TxnOp::Write { object, prev, version, ref content } => {
                 self.advance(stage, pg, object, prev, version)?;
@@ -110,26 +122,113 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 stage.put(layout::object_key(kind::MISSING, pg, object), layout::encode(&needed)?);
             }
             TxnOp::DropMissing { object } => stage.delete(layout::object_key(kind::MISSING, pg, object)),
-            TxnOp::ClearMissing => self.drop_prefix(stage, layout::pg_key(kind::MISSING, pg))?,
-            TxnOp::RemovePg => {
-                self.drop_chunks(stage, &layout::pg_key(kind::CHUNK, pg))?;
-                let objects = self.staged_scan(stage, &layout::pg_key(kind::OBJECT, pg))?.len();
-                stage.txn.objects -= objects as i64;
-                self.free_pending_slots(stage, &layout::pg_key(kind::PENDING_CHUNK, pg))?;
-                for k in [
-                    kind::CHUNK,
-                    kind::OVERLAY,
-                    kind::OBJECT,
-                    kind::PENDING,
-                    kind::PENDING_CHUNK,
-                    kind::MISSING,
-                    kind::META,
-                ] {
-                    self.drop_prefix(stage, layout::pg_key(k, pg))?;
+            TxnOp::ClearMissing => {
+                for region in self.staged_homes(stage).regions(pg) {
+                    self.sweep(stage, region.key(kind::MISSING, pg), region.class)?;
                 }
             }
+            TxnOp::RemovePg => self.remove_group(stage, pg)?,
+            TxnOp::Divide { from, to } => self.divide(stage, pg, from, to)?,
+            TxnOp::Combine { from, to } => self.combine(stage, pg, from, to)?,
         }
         Ok(())
+    }
+
+    /// Homes as the current transaction sees them.
+    fn staged_homes<'a>(&'a self, stage: &Stage) -> Cow<'a, Homes> {
+        if stage.txn.homes.is_empty() {
+            return Cow::Borrowed(&self.homes);
+        }
+        let mut homes = self.homes.clone();
+        stage.txn.homes.iter().cloned().for_each(|c| homes.set(c));
+        Cow::Owned(homes)
+    }
+
+    fn set_homes(&mut self, stage: &mut Stage, change: homes::Change) -> Result<(), StoreError> {
+        let key = layout::pg_key(kind::HOMES, change.0);
+        let known = self.staged(stage, &key)?.is_some();
+        match &change.1 {
+            Some(regions) => stage.put(key, layout::encode(regions)?),
+            None if known => stage.delete(key),
+            None => {}
+        }
+        stage.txn.homes.push(change);
+        Ok(())
+    }
+
+    fn remove_group(&mut self, stage: &mut Stage, pg: PgId) -> Result<(), StoreError> {
+        let homes = self.staged_homes(stage).into_owned();
+        for region in homes.regions(pg) {
+            let (key, class) = (|k| region.key(k, pg), region.class);
+            self.drop_chunks(stage, &key(kind::CHUNK), class)?;
+            let objects = self.staged_scan(stage, &key(kind::OBJECT))?;
+            let objects = objects.iter().filter(|(key, _)| class.has_key(key)).count();
+            stage.txn.objects -= objects as i64;
+            self.free_pending_slots(stage, &key(kind::PENDING_CHUNK), class)?;
+            for k in
+                [kind::CHUNK, kind::OVERLAY, kind::OBJECT, kind::PENDING, kind::PENDING_CHUNK, kind::MISSING]
+            {
+                self.sweep(stage, key(k), class)?;
+            }
+        }
+        stage.delete(layout::pg_key(kind::META, pg));
+        self.set_homes(stage, (pg, homes.after_removal(pg)))
+    }
+
+    /// See [`TxnOp::Divide`]. The caller knows what it has: everything else is an error of ours, after which nothing must be served.
+    fn divide(&mut self, stage: &mut Stage, pg: PgId, from: u32, to: u32) -> Result<(), StoreError> {
+        let fatal = |why: String| StoreError::Fatal(format!("group {pg} cannot be divided: {why}"));
+        if from == 0
+            || !to.is_multiple_of(from)
+            || !(2..=DIVIDE_MAX).contains(&(to / from))
+            || pg.index >= from
+        {
+            return Err(fatal(format!("from {from} into {to}")));
+        }
+        let Some(value) = self.staged(stage, &layout::pg_key(kind::META, pg))? else { return Ok(()) };
+        let meta: PgMeta = layout::decode(value.record()?)?;
+        if meta.pg_count != from {
+            return Err(fatal(format!("it is one of {}, not of {from}", meta.pg_count)));
+        }
+        let parts = self.staged_homes(stage).divided(pg, from, to);
+        for (part, regions) in parts {
+            let key = layout::pg_key(kind::META, part);
+            if part != pg && self.staged(stage, &key)?.is_some() {
+                return Err(fatal(format!("there is a group {part} already")));
+            }
+            stage.put(key, layout::encode(&PgMeta { pg_count: to, ..meta })?);
+            self.set_homes(stage, (part, Some(regions)))?;
+        }
+        Ok(())
+    }
+
+    /// See [`TxnOp::Combine`].
+    fn combine(&mut self, stage: &mut Stage, pg: PgId, from: u32, to: u32) -> Result<(), StoreError> {
+        let fatal = |why: String| StoreError::Fatal(format!("group {pg} cannot be put together: {why}"));
+        if to == 0 || !from.is_multiple_of(to) || !(2..=DIVIDE_MAX).contains(&(from / to)) || pg.index >= to {
+            return Err(fatal(format!("from {from} into {to}")));
+        }
+        let parts: Vec<PgId> = (0..from / to).map(|n| PgId { index: pg.index + n * to, ..pg }).collect();
+        let mut metas = Vec::new();
+        for part in &parts {
+            let Some(value) = self.staged(stage, &layout::pg_key(kind::META, *part))? else { continue };
+            let meta: PgMeta = layout::decode(value.record()?)?;
+            if meta.pg_count != from || meta.shard.is_some() {
+                return Err(fatal(format!("there is {meta:?} of {part}")));
+            }
+            metas.push(meta);
+        }
+        let Some(promised) = metas.iter().map(|m| m.promised).max() else { return Ok(()) };
+        // One that is not there was never active.
+        let activated = metas.iter().map(|m| m.activated).min().filter(|_| metas.len() == parts.len());
+        let regions = self.staged_homes(stage).united(&parts, from);
+        for part in &parts[1..] {
+            stage.delete(layout::pg_key(kind::META, *part));
+            self.set_homes(stage, (*part, None))?;
+        }
+        let meta = PgMeta { promised, activated: activated.unwrap_or_default(), shard: None, pg_count: to };
+        stage.put(layout::pg_key(kind::META, pg), layout::encode(&meta)?);
+        self.set_homes(stage, (pg, Some(regions)))
     }
 
     /// A key as the current transaction sees it.
@@ -503,12 +602,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     }
 
     fn drop_content(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
-        self.drop_chunks(stage, &layout::object_key(kind::CHUNK, pg, object))
+        self.drop_chunks(stage, &layout::object_key(kind::CHUNK, pg, object), Class::ALL)
     }
 
     fn drop_pending(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
         if self.staged_object(stage, pg, object)?.is_some_and(|r| r.pending.is_some()) {
-            self.free_pending_slots(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))?;
+            self.free_pending_slots(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object), Class::ALL)?;
             for k in [kind::PENDING, kind::PENDING_CHUNK] {
                 for (key, _) in self.staged_scan(stage, &layout::object_key(k, pg, object))? {
                     stage.delete(key);
@@ -518,16 +617,22 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         Ok(())
     }
 
-    fn free_pending_slots(&mut self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
-        for (_, value) in self.staged_scan(stage, prefix)? {
+    fn free_pending_slots(
+        &mut self,
+        stage: &mut Stage,
+        prefix: &[u8],
+        class: Class,
+    ) -> Result<(), StoreError> {
+        for (_, value) in self.staged_scan(stage, prefix)?.into_iter().filter(|(key, _)| class.has_key(key)) {
             stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
         }
         Ok(())
     }
 
     /// Deletes chunk records and their overlay blocks; their slots are free once that is durable.
-    fn drop_chunks(&mut self, stage: &mut Stage, prefix: &[u8]) -> Result<(), StoreError> {
-        for (key, value) in self.staged_scan(stage, prefix)? {
+    fn drop_chunks(&mut self, stage: &mut Stage, prefix: &[u8], class: Class) -> Result<(), StoreError> {
+        for (key, value) in self.staged_scan(stage, prefix)?.into_iter().filter(|(key, _)| class.has_key(key))
+        {
             stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
             self.drop_overlay(stage, &key)?;
             stage.delete(key);
@@ -535,12 +640,32 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         Ok(())
     }
 
-    fn drop_prefix(&mut self, stage: &mut Stage, prefix: Key) -> Result<(), StoreError> {
-        for (key, _) in self.staged_scan(stage, &prefix)? {
+    /// Deletes what a group has of a kind in one of its homes.
+    fn sweep(&mut self, stage: &mut Stage, prefix: Key, class: Class) -> Result<(), StoreError> {
+        for (key, _) in self.staged_scan(stage, &prefix)?.into_iter().filter(|(key, _)| class.has_key(key)) {
             stage.delete(key);
         }
-        stage.txn.prefixes.push(prefix);
+        stage.txn.sweeps.push(Sweep { prefix, class });
         Ok(())
+    }
+}
+
+/// The object that an operation is about.
+fn object_of(op: &TxnOp) -> Option<ObjectId> {
+    match *op {
+        TxnOp::Write { object, .. }
+        | TxnOp::Zero { object, .. }
+        | TxnOp::Delete { object, .. }
+        | TxnOp::Replace { object, .. }
+        | TxnOp::Prepare { object, .. }
+        | TxnOp::CommitPending { object, .. }
+        | TxnOp::RollbackPending { object }
+        | TxnOp::PurgeTombstone { object, .. }
+        | TxnOp::Purge { object }
+        | TxnOp::AddMissing { object, .. }
+        | TxnOp::DropMissing { object } => Some(object),
+        TxnOp::SetMeta(_) | TxnOp::ClearMissing | TxnOp::RemovePg => None,
+        TxnOp::Divide { .. } | TxnOp::Combine { .. } => None,
     }
 }
 

@@ -129,7 +129,7 @@ fn crash_everywhere(seed: u64, steps: usize, samples: u64, tools: bool) -> u64 {
                 assert_eq!(frozen, model.visible(), "{}: for reading only", what());
             }
             // It goes on, and a second crash brings nothing of the first one's lost tail back.
-            let mut generator = Generator::new(StdRng::seed_from_u64(crash_seed));
+            let mut generator = Generator::resuming(StdRng::seed_from_u64(crash_seed), &model);
             for _ in 0..3 {
                 let txn = generator.txn(&model);
                 let expected = model.apply(&txn);

@@ -1,8 +1,10 @@
 //! Bytes from a disk: whatever they are, decoders answer and do not panic; what was encoded comes back.
 
 use super::buffer::{Blocks, BlocksMut};
+use super::homes::Class;
 use super::journal::{self, Header, Image};
 use super::layout::{self, BLOCK, ChunkRecord, Geometry, Key, Position, Superblock};
+use super::stage::Sweep;
 use super::tests::IDENTITY;
 use super::view::{BlockBytes, DataBlock, Value, View};
 use super::*;
@@ -42,11 +44,14 @@ proptest! {
         let mut view: View = changes;
         let images = [Image { slot, first: 3, count: 4, crc: 99 }];
         let prefix = Key::new(&[0xff; 5]).expect("short");
-        let (blocks, crc) = journal::encode(HEADER, &[prefix], &images, &mut view);
+        let class = Class { index: 2, count: 4 };
+        let sweeps = [Sweep { prefix, class: Class::ALL }, Sweep { prefix, class }];
+        let (blocks, crc) = journal::encode(HEADER, &sweeps, &images, &mut view);
         let record = journal::decode(&blocks).expect("intact");
         prop_assert_eq!((record.header, record.crc, record.blocks as usize), (HEADER, crc, blocks.count()));
         prop_assert_eq!(&record.images[..], &images[..]);
-        prop_assert_eq!(&record.prefixes[..], &[prefix][..]);
+        let back: Vec<_> = record.sweeps.iter().map(|s| (s.prefix, s.class)).collect();
+        prop_assert_eq!(back, [(prefix, Class::ALL), (prefix, class)]);
         let back: Vec<_> = record.changes.iter().map(|(k, v)| (*k, plain(v))).collect();
         let sent: Vec<_> = view
             .iter()
@@ -161,8 +166,9 @@ fn the_format_has_not_changed() {
         promised: Epoch(7),
         activated: Epoch(6),
         shard: Some(ShardId { number: 1, k: 2, m: 1, matrix: 1 }),
+        pg_count: 8,
     };
-    assert_eq!(layout::encode(&meta).unwrap(), [2, 7, 6, 1, 1, 2, 1, 1]);
+    assert_eq!(layout::encode(&meta).unwrap(), [2, 7, 6, 1, 1, 2, 1, 1, 8]);
 }
 
 /// Without the first byte: the checksum of bytes that end with their own checksum is always the same.

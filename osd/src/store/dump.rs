@@ -165,8 +165,10 @@ impl<D: Device, K: Kv> Frozen<D, K> {
             return Ok([pg].into());
         }
         let mut out: BTreeSet<PgId> = groups_with(&self.0.index, kind::META)?.into_iter().collect();
+        let owners = self.0.homes.owners();
         for k in GROUP_KINDS {
-            out.extend(groups_with(&self.0.index, k)?);
+            // What others use is theirs.
+            out.extend(groups_with(&self.0.index, k)?.into_iter().filter(|home| !owners.know(*home)));
         }
         Ok(out)
     }
@@ -182,10 +184,11 @@ impl<D: Device, K: Kv> Frozen<D, K> {
         object: ObjectId,
         blocks: bool,
     ) -> Result<Option<ObjectDump>, StoreError> {
-        let record: Option<ObjectRecord> = self.record(&layout::object_key(kind::OBJECT, pg, object))?;
-        let missing: Option<Needed> = self.record(&layout::object_key(kind::MISSING, pg, object))?;
-        let committed = self.committed(pg, object, blocks)?;
-        let pending = self.pending(pg, object, blocks)?;
+        let home = self.0.homes.home(pg, &object);
+        let record: Option<ObjectRecord> = self.record(&layout::object_key(kind::OBJECT, home, object))?;
+        let missing: Option<Needed> = self.record(&layout::object_key(kind::MISSING, home, object))?;
+        let committed = self.committed(home, object, blocks)?;
+        let pending = self.pending(home, object, blocks)?;
         let pending_version = record.and_then(|r| r.pending);
         if record.is_none() && missing.is_none() && committed.chunks.is_empty() && pending.is_empty() {
             return Ok(None);
@@ -260,20 +263,30 @@ impl<D: Device, K: Kv> Frozen<D, K> {
                     StoreError::Invalid("the listing was broken off".into())
                 })
             };
-            let listed = index
-                .each(&layout::pg_key(kind::OBJECT, pg), |key, value| {
-                    let record: ObjectRecord = layout::decode(value.record()?)?;
-                    let missing = self.record(&key.with_kind(kind::MISSING))?;
-                    say(line(pg, &key, Some(record), missing)?)
-                })
-                .and_then(|()| {
-                    index.each(&layout::pg_key(kind::MISSING, pg), |key, value| {
-                        if index.peek(&key.with_kind(kind::OBJECT))?.is_some() {
+            let regions = self.0.homes.regions(pg);
+            let mut list = || {
+                for region in &regions {
+                    index.each(&region.key(kind::OBJECT, pg), |key, value| {
+                        if !region.class.has_key(&key) {
+                            return Ok(());
+                        }
+                        let record: ObjectRecord = layout::decode(value.record()?)?;
+                        let missing = self.record(&key.with_kind(kind::MISSING))?;
+                        say(line(pg, &key, Some(record), missing)?)
+                    })?;
+                }
+                for region in &regions {
+                    index.each(&region.key(kind::MISSING, pg), |key, value| {
+                        let held = index.peek(&key.with_kind(kind::OBJECT))?.is_some();
+                        if held || !region.class.has_key(&key) {
                             return Ok(());
                         }
                         say(line(pg, &key, None, Some(layout::decode(value.record()?)?))?)
-                    })
-                });
+                    })?;
+                }
+                Ok(())
+            };
+            let listed = list();
             match (listed, failed) {
                 (_, Some(e)) => return Err(e),
                 (result, None) => result?,

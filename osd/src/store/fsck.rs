@@ -5,6 +5,7 @@ use super::chunk_image::ChunkImage;
 use super::chunk_store::ChunkStore;
 use super::device::Device;
 use super::frozen::{self, GROUP_KINDS, groups_with};
+use super::homes::{self, Homes, Owners};
 use super::kv::Kv;
 use super::layout::{
     self, ChunkRecord, KEY_BYTES_MAX, OBJECT_BLOCKS_MAX, OBJECT_KEY_BYTES, ObjectRecord, PG_KEY_BYTES,
@@ -150,6 +151,7 @@ struct Check<'a> {
     report: &'a mut FsckReport,
     /// Groups with metadata, and what they promised, if that can be read.
     groups: BTreeMap<PgId, Option<PgMeta>>,
+    owners: Owners,
     /// Groups without metadata that have records.
     strangers: BTreeSet<PgId>,
     slots: u32,
@@ -171,13 +173,20 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let mut check = Check {
             report,
             groups: BTreeMap::new(),
+            owners: Owners::default(),
             strangers: BTreeSet::new(),
             slots: self.geometry.slots,
             used: vec![0; (self.geometry.slots as usize).div_ceil(u64::BITS as usize)],
             twice: BTreeSet::new(),
             owner: None,
         };
-        for pass in [Self::check_groups, Self::check_letters, Self::check_objects, Self::check_missing] {
+        for pass in [
+            Self::check_homes,
+            Self::check_groups,
+            Self::check_letters,
+            Self::check_objects,
+            Self::check_missing,
+        ] {
             if let Err(e) = pass(self, &mut check) {
                 check.report.problem(format!("index: {e}"));
             }
@@ -218,18 +227,34 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             Ok(())
         })?;
         for k in GROUP_KINDS {
-            for pg in groups_with(&self.index, k)? {
-                if !check.groups.contains_key(&pg) {
-                    check.strangers.insert(pg);
+            for home in groups_with(&self.index, k)? {
+                // Of one that groups have in common each record is looked at.
+                if !check.owners.know(home) && !check.groups.contains_key(&home) {
+                    check.strangers.insert(home);
                 }
             }
         }
         Ok(())
     }
 
+    fn check_homes(&mut self, check: &mut Check<'_>) -> Result<(), StoreError> {
+        let mut homes = Homes::default();
+        self.index.each(&[kind::HOMES], |key, value| {
+            match value.record().and_then(|v| homes::parse(&key, v)) {
+                Ok(change) => homes.set(change),
+                Err(e) => check.report.problem(format!("record {} of the index: {e}", key.escape_ascii())),
+            }
+            Ok(())
+        })?;
+        check.owners = homes.owners();
+        Ok(())
+    }
+
     /// Letters that no record has, data where only the journal may have it, and keys of one letter that go on.
     fn check_letters(&mut self, check: &mut Check<'_>) -> Result<(), StoreError> {
-        let known = [&GROUP_KINDS[..], &[kind::META, kind::IDENTITY, kind::APPLIED, kind::OVERLAY]].concat();
+        let known =
+            [&GROUP_KINDS[..], &[kind::META, kind::HOMES, kind::IDENTITY, kind::APPLIED, kind::OVERLAY]]
+                .concat();
         for letter in 0..=u8::MAX {
             if !known.contains(&letter) && !self.index.scan(&[letter], &[letter], 1)?.is_empty() {
                 let letter = char::from(letter).escape_default();
@@ -429,11 +454,13 @@ fn check_meta(pg: PgId, meta: &PgMeta, report: &mut FsckReport) {
 }
 
 impl Check<'_> {
-    fn found(&mut self, pg: PgId, object: ObjectId, what: String) {
+    /// `home`: where it is.
+    fn found(&mut self, home: PgId, object: ObjectId, what: String) {
+        let pg = self.owners.of(home, &object);
         self.report.problem(format!("group {pg}, object {object}: {what}"));
     }
 
-    /// Group, object and number of a key of this length. The number is 0 where there is none.
+    /// Home, object and number of a key of this length. The number is 0 where there is none.
     fn key(&mut self, key: &[u8], len: usize) -> Option<(PgId, ObjectId, u32)> {
         match layout::parse_key(key) {
             Ok(Parsed { pg, object: Some(object), number }) if key.len() == len => {
@@ -447,13 +474,17 @@ impl Check<'_> {
     }
 
     /// Nothing is of a later interval than the group has promised: a promise was lost, or the version is wrong.
-    fn promised(&mut self, pg: PgId, object: ObjectId, version: Version) {
+    fn promised(&mut self, home: PgId, object: ObjectId, version: Version) {
+        let pg = self.owners.of(home, &object);
+        if !self.groups.contains_key(&pg) {
+            self.strangers.insert(pg);
+        }
         if let Some(Some(meta)) = self.groups.get(&pg)
             && version.interval() > meta.promised
         {
             let promised = meta.promised;
             self.found(
-                pg,
+                home,
                 object,
                 format!("version {version} is newer than the promised interval {promised}"),
             );

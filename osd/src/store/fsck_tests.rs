@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 const PG: PgId = PGS[0];
 const JOURNAL: u32 = 256;
-const META: PgMeta = PgMeta { promised: Epoch(5), activated: Epoch(4), shard: None };
+const META: PgMeta = PgMeta { promised: Epoch(5), activated: Epoch(4), shard: None, pg_count: 0 };
 
 type IndexEdit = BTreeMap<Vec<u8>, Vec<u8>>;
 

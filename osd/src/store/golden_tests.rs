@@ -1,5 +1,5 @@
-//! A disk of format 3, as it was written once, is read for ever: `golden/format-3.image.gz` has its files,
-//! `golden/format-3.txt` says what is in it. A change that breaks this test breaks every disk there is, and needs a new
+//! A disk of format 4, as it was written once, is read for ever: `golden/format-4.image.gz` has its files,
+//! `golden/format-4.txt` says what is in it. A change that breaks this test breaks every disk there is, and needs a new
 //! format version, with images of its own.
 
 use super::device::{Access, FileDevice};
@@ -17,8 +17,8 @@ use std::fmt::Write as _;
 use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 
-const IMAGE: &[u8] = include_bytes!("golden/format-3.image.gz");
-const CONTENT: &str = include_str!("golden/format-3.txt");
+const IMAGE: &[u8] = include_bytes!("golden/format-4.image.gz");
+const CONTENT: &str = include_str!("golden/format-4.txt");
 const JOURNAL_BLOCKS: u32 = 64;
 const SIZE: u64 = (32 + JOURNAL_BLOCKS as u64 + 14 * 32) * BLOCK_BYTES as u64;
 
@@ -74,12 +74,12 @@ fn unpack(into: &Path) {
 }
 
 #[test]
-fn a_disk_of_format_3_is_read_as_it_was_written() {
+fn a_disk_of_format_4_is_read_as_it_was_written() {
     let dir = tempfile::tempdir().expect("temporary directory");
     unpack(dir.path());
     let report = fsck(dir.path(), true).expect("checks");
     assert!(report.is_clean() && report.notes.is_empty(), "{report}");
-    assert_eq!(info(dir.path()).expect("a superblock").format_version, 3);
+    assert_eq!(info(dir.path()).expect("a superblock").format_version, 4);
     let mut frozen = open_frozen(dir.path()).expect("opens for reading");
     assert_eq!(content_of(&mut frozen), CONTENT);
     drop(frozen);
@@ -97,7 +97,7 @@ fn a_disk_of_format_3_is_read_as_it_was_written() {
 
 #[test]
 fn a_disk_of_another_format_is_refused_in_a_sentence() {
-    for (version, because) in [(2, "older"), (4, "newer")] {
+    for (version, because) in [(3, "older"), (5, "newer")] {
         let dir = tempfile::tempdir().expect("temporary directory");
         unpack(dir.path());
         let block = dir.path().join("block");
@@ -139,7 +139,7 @@ fn write_image(store: &mut DirStore) {
         assert_eq!(store.commit(vec![Txn { pg, ops, reserve: true }]), [Ok(())]);
     };
     let shard = Some(ShardId { number: 1, k: 2, m: 1, matrix: 1 });
-    let meta = PgMeta { promised: Epoch(7), activated: Epoch(6), shard };
+    let meta = PgMeta { promised: Epoch(7), activated: Epoch(6), shard, pg_count: 8 };
     let needed = Needed { version: v(3), deleted: true, uncertain: None };
     commit(store, PGS[0], one_of_everything_with(content));
     let version = Version::new(Epoch(7), 2).expect("fits");
@@ -199,7 +199,7 @@ fn make_the_image() {
     write_image(&mut store);
     drop(store);
     let mut frozen = open_frozen(dir.path()).expect("opens for reading");
-    std::fs::write(golden.join("format-3.txt"), content_of(&mut frozen)).expect("writes");
+    std::fs::write(golden.join("format-4.txt"), content_of(&mut frozen)).expect("writes");
     drop(frozen);
 
     let mut names = vec!["block".to_owned(), "lock".into(), "disk-id".into()];
@@ -211,7 +211,7 @@ fn make_the_image() {
         }
     }
     names.sort();
-    let out = std::fs::File::create(golden.join("format-3.image.gz")).expect("makes");
+    let out = std::fs::File::create(golden.join("format-4.image.gz")).expect("makes");
     let mut out = flate2::write::GzEncoder::new(out, flate2::Compression::best());
     for name in names {
         let bytes = std::fs::read(dir.path().join(&name)).expect("reads");

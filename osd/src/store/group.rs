@@ -54,8 +54,10 @@ pub(super) struct CommitState {
 /// What a record touches, so that reads can wait for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Touched {
-    Object(PgId, VolumeId, u32),
+    Object(PoolId, VolumeId, u32),
     Pg(PgId),
+    /// Every group of it.
+    Pool(PoolId),
 }
 
 /// A record in flight.
@@ -86,12 +88,13 @@ pub(super) fn touched(txn: &Txn, out: &mut Vec<Touched>) {
             | TxnOp::CommitPending { object, .. }
             | TxnOp::RollbackPending { object }
             | TxnOp::PurgeTombstone { object, .. }
-            | TxnOp::Purge { object } => Touched::Object(txn.pg, object.volume, object.index),
+            | TxnOp::Purge { object } => Touched::Object(txn.pg.pool, object.volume, object.index),
             TxnOp::SetMeta(_)
             | TxnOp::AddMissing { .. }
             | TxnOp::DropMissing { .. }
             | TxnOp::ClearMissing => continue,
             TxnOp::RemovePg => Touched::Pg(txn.pg),
+            TxnOp::Divide { .. } | TxnOp::Combine { .. } => Touched::Pool(txn.pg.pool),
         });
     }
 }
@@ -154,7 +157,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             let Some(queued) = self.queue.pop_front() else { break };
             let Queued { number, tag, at, .. } = queued;
             let result = self.stage_txn(&mut stage, &queued.txn).and_then(|()| {
-                let head = journal::head_bytes(&stage.txn.prefixes, stage.txn.fresh.len(), &stage.txn.keys);
+                let head = journal::head_bytes(&stage.txn.sweeps, stage.txn.fresh.len(), &stage.txn.keys);
                 if head > txn_head_max {
                     return Err(StoreError::Invalid(format!("a transaction of {head} bytes of metadata")));
                 }
@@ -163,6 +166,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             });
             match result {
                 Ok(()) => {
+                    std::mem::take(&mut stage.txn.homes).into_iter().for_each(|c| self.homes.set(c));
                     stage.accept();
                     touched(&queued.txn, &mut touches);
                     payload += data_bytes(&queued.txn);
@@ -227,7 +231,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             flushed: self.durable,
             previous_crc: self.ring.head.crc,
         };
-        let (record, crc) = journal::encode(header, &changes.prefixes, &images, &mut changes.keys);
+        let (record, crc) = journal::encode(header, &changes.sweeps, &images, &mut changes.keys);
         let len = record.count() as u32;
         let block = self.ring.place(len).expect("room for the largest record was checked");
         self.ring.push(block, len, seq, crc);
@@ -308,8 +312,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Whether a commit in front of it changes what `object` reads, whatever its layer.
     pub(super) fn is_touched(&self, pg: PgId, object: ObjectId) -> bool {
         let hits = |t: &Touched| match *t {
-            Touched::Object(p, volume, index) => (p, volume, index) == (pg, object.volume, object.index),
+            Touched::Object(pool, volume, index) => {
+                (pool, volume, index) == (pg.pool, object.volume, object.index)
+            }
             Touched::Pg(p) => p == pg,
+            Touched::Pool(pool) => pool == pg.pool,
         };
         if self.groups.iter().any(|g| g.touched.iter().any(hits)) {
             return true;

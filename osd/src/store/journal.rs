@@ -5,7 +5,9 @@
 //! follows a record is either right behind it or at block 0.
 
 use super::buffer::{Blocks, BlocksMut};
+use super::homes::Class;
 use super::layout::{BLOCK, Fields, Key, Position};
+use super::stage::Sweep;
 use super::view::{BlockBytes, DataBlock, Value, View};
 use std::collections::VecDeque;
 
@@ -20,6 +22,7 @@ mod tag {
     pub const BLOCK: u8 = 3;
     pub const DELETE_PREFIX: u8 = 4;
     pub const IMAGE: u8 = 5;
+    pub const DELETE_CLASS: u8 = 6;
 }
 
 /// What a record says about itself.
@@ -47,25 +50,25 @@ pub struct Record {
     pub header: Header,
     pub crc: u32,
     pub blocks: u32,
-    pub prefixes: Vec<Key>,
+    pub sweeps: Vec<Sweep>,
     pub images: Vec<Image>,
     pub changes: Vec<(Key, Option<Value>)>,
 }
 
 /// Upper bound of what `changes` take as the head of a record, in bytes.
-pub fn head_bytes(prefixes: &[Key], images: usize, changes: &View) -> usize {
+pub fn head_bytes(sweeps: &[Sweep], images: usize, changes: &View) -> usize {
     let change = |(key, value): (&Key, &Option<Value>)| match value {
         // Not named one by one: a group of any size can be removed.
-        None if covered(prefixes, key) => 0,
+        None if covered(sweeps, key) => 0,
         Some(Value::Record(bytes)) => 2 + key.len() + 4 + bytes.len(),
         _ => 2 + key.len() + 4,
     };
-    HEADER_BYTES + prefixes.len() * 32 + images * 11 + changes.iter().map(change).sum::<usize>()
+    HEADER_BYTES + sweeps.len() * 40 + images * 11 + changes.iter().map(change).sum::<usize>()
 }
 
-/// What is deleted with everything that has one of the prefixes.
-fn covered(prefixes: &[Key], key: &Key) -> bool {
-    prefixes.iter().any(|p| key.starts_with(p))
+/// What is deleted with everything else of its group.
+fn covered(sweeps: &[Sweep], key: &Key) -> bool {
+    sweeps.iter().any(|s| s.covers(key))
 }
 
 fn put_key(out: &mut Vec<u8>, tag: u8, key: &Key) {
@@ -75,11 +78,17 @@ fn put_key(out: &mut Vec<u8>, tag: u8, key: &Key) {
 }
 
 /// Builds a record. Data blocks of `changes` are from then on the record's copy. Returns its CRC too.
-pub fn encode(header: Header, prefixes: &[Key], images: &[Image], changes: &mut View) -> (Blocks, u32) {
+pub fn encode(header: Header, sweeps: &[Sweep], images: &[Image], changes: &mut View) -> (Blocks, u32) {
     let mut head = Vec::with_capacity(BLOCK);
     head.resize(HEADER_BYTES, 0);
-    for prefix in prefixes {
-        put_key(&mut head, tag::DELETE_PREFIX, prefix);
+    for Sweep { prefix, class } in sweeps {
+        if *class == Class::ALL {
+            put_key(&mut head, tag::DELETE_PREFIX, prefix);
+        } else {
+            put_key(&mut head, tag::DELETE_CLASS, prefix);
+            head.extend_from_slice(&class.index.to_le_bytes());
+            head.extend_from_slice(&class.count.to_le_bytes());
+        }
     }
     for image in images {
         head.push(tag::IMAGE);
@@ -90,7 +99,7 @@ pub fn encode(header: Header, prefixes: &[Key], images: &[Image], changes: &mut 
     let mut data_blocks = 0;
     for (key, value) in changes.iter() {
         match value {
-            None if covered(prefixes, key) => {}
+            None if covered(sweeps, key) => {}
             None => put_key(&mut head, tag::DELETE, key),
             Some(Value::Record(bytes)) => {
                 put_key(&mut head, tag::RECORD, key);
@@ -181,7 +190,7 @@ pub fn decode(blocks: &Blocks) -> Option<Record> {
         header,
         crc,
         blocks: (lengths.head_blocks + lengths.data_blocks) as u32,
-        prefixes: Vec::new(),
+        sweeps: Vec::new(),
         images: Vec::new(),
         changes: Vec::new(),
     };
@@ -207,7 +216,12 @@ pub fn decode(blocks: &Blocks) -> Option<Record> {
                 record.changes.push((key, Some(Value::Block(DataBlock { crc, bytes }))));
                 at += 1;
             }
-            tag::DELETE_PREFIX => record.prefixes.push(key(&mut from)?),
+            tag::DELETE_PREFIX => record.sweeps.push(Sweep { prefix: key(&mut from)?, class: Class::ALL }),
+            tag::DELETE_CLASS => {
+                let (prefix, index) = (key(&mut from)?, from.u32()?);
+                let class = Class { index, count: from.u32().filter(|c| *c > 0)? };
+                record.sweeps.push(Sweep { prefix, class });
+            }
             tag::IMAGE => record.images.push(Image {
                 slot: from.u32()?,
                 first: from.u8()?,

@@ -27,7 +27,7 @@ const JOURNAL_SHARE: u64 = 16;
 
 const MAGIC: &[u8; 8] = b"GABIONSB";
 /// Of the superblock, and with it of everything else.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 const SUPER_BYTES: usize = 8 + 4 + 8 + 8 + 16 + 4 + 16 + 4 + 8 + 8 + 4 + 4 + 8;
 const VALUE_VERSION: u8 = 2;
 
@@ -37,6 +37,8 @@ pub mod kind {
     /// Number of the last journal record whose changes are in the index.
     pub const APPLIED: u8 = b'J';
     pub const META: u8 = b'G';
+    /// Where the records of a group are that was divided, or whose number others use.
+    pub const HOMES: u8 = b'H';
     pub const MISSING: u8 = b'M';
     pub const OBJECT: u8 = b'O';
     pub const CHUNK: u8 = b'C';
@@ -314,7 +316,7 @@ pub const OBJECT_KEY_BYTES: usize = 25;
 /// Longest key.
 pub const KEY_BYTES_MAX: usize = 29;
 
-/// A key of the index: one letter, the group (8 bytes), the object (16 bytes), a number (4 bytes), all
+/// A key of the index: one letter, the group, or a home of its (8 bytes), the object (16 bytes), a number (4 bytes), all
 /// big-endian, so that order of keys is order of ids.
 #[derive(Clone, Copy)]
 pub struct Key {

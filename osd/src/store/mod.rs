@@ -30,6 +30,7 @@ mod fsck_tests;
 #[cfg(test)]
 mod golden_tests;
 mod group;
+mod homes;
 mod journal;
 mod kv;
 mod layout;
@@ -92,6 +93,8 @@ pub struct PgMeta {
     pub activated: Epoch,
     /// Erasure coding: which shard of each object is here.
     pub shard: Option<ShardId>,
+    /// Of how many groups of its pool it is one: which objects it can have (rule P9). 0: none was said.
+    pub pg_count: u32,
 }
 
 /// Where an object stands on this OSD.
@@ -174,9 +177,19 @@ pub enum TxnOp {
     ClearMissing,
     /// Deletes the group: objects, missing map and metadata.
     RemovePg,
+    /// Divides a group of `from` (its metadata says so) into `to / from`: itself, and those whose numbers are a multiple of `from` higher.
+    /// Each has those objects and missing entries that are its own now, and its metadata. Nothing, where there is no
+    /// group.
+    Divide { from: u32, to: u32 },
+    /// The reverse: makes one group, one of `to`, of those of `from` that [`TxnOp::Divide`] would make of it. It has been active as far as each of
+    /// them has: not at all, when one is not there. Nothing, where there is none.
+    Combine { from: u32, to: u32 },
 }
 
-/// An atomic change of one group.
+/// Groups that one [`TxnOp::Divide`] may make, or [`TxnOp::Combine`] take.
+pub const DIVIDE_MAX: u32 = 64;
+
+/// An atomic change of one group, or of it and those into which it is divided.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Txn {
     pub pg: PgId,

@@ -3,12 +3,19 @@
 
 use super::*;
 use gabion_proto::limits::*;
+use gabion_proto::placement::pg_index;
 use rand::Rng;
 use rand::rngs::StdRng;
 use std::collections::BTreeMap;
 
 pub const PGS: [PgId; 2] = [PgId { pool: PoolId(1), index: 3 }, PgId { pool: PoolId(1), index: 4 }];
+/// Those that one group is divided into.
+pub const FAMILY: [PgId; 4] = [family(0), family(1), family(2), family(3)];
 const BLOCK: usize = BLOCK_BYTES as usize;
+
+const fn family(index: u32) -> PgId {
+    PgId { pool: PoolId(2), index }
+}
 
 /// Content of a block by its stamp; 0 is zeros.
 pub fn stamped(stamp: u32, block: u32) -> Vec<u8> {
@@ -87,6 +94,17 @@ pub fn stamps(content: &Content) -> ModelBlocks {
 impl Model {
     /// Applies a transaction whole or not at all; whether it was.
     pub fn apply(&mut self, txn: &Txn) -> bool {
+        match txn.ops[..] {
+            [TxnOp::Divide { from, to }] => {
+                self.divide(txn.pg, from, to);
+                return true;
+            }
+            [TxnOp::Combine { from, to }] => {
+                self.combine(txn.pg, from, to);
+                return true;
+            }
+            _ => {}
+        }
         let mut pg = self.0.get(&txn.pg).cloned().unwrap_or_default();
         let done = txn.ops.iter().all(|op| step(&mut pg, op));
         if done {
@@ -99,11 +117,44 @@ impl Model {
         done
     }
 
+    fn divide(&mut self, pg: PgId, from: u32, to: u32) {
+        let Some(whole) = self.0.get(&pg).filter(|g| g.meta.is_some()).cloned() else { return };
+        for n in 0..to / from {
+            let part = PgId { index: pg.index + n * from, ..pg };
+            let own = |o: &ObjectId| pg_index(o.volume, o.index, to) == part.index;
+            let mut group = whole.clone();
+            group.objects.retain(|o, _| own(o));
+            group.missing.retain(|o, _| own(o));
+            group.meta = group.meta.map(|meta| PgMeta { pg_count: to, ..meta });
+            self.0.insert(part, group);
+        }
+    }
+
+    fn combine(&mut self, pg: PgId, from: u32, to: u32) {
+        let parts = (0..from / to).map(|n| PgId { index: pg.index + n * to, ..pg });
+        let groups: Vec<ModelPg> = parts.filter_map(|part| self.0.remove(&part)).collect();
+        let metas: Vec<PgMeta> = groups.iter().filter_map(|g| g.meta).collect();
+        let mut whole = ModelPg::default();
+        if let Some(promised) = metas.iter().map(|m| m.promised).max() {
+            let lowest = metas.iter().map(|m| m.activated).min().expect("there is one");
+            let all = metas.len() == (from / to) as usize;
+            let activated = if all { lowest } else { Epoch(0) };
+            whole.meta = Some(PgMeta { promised, activated, shard: None, pg_count: to });
+        }
+        for group in groups {
+            whole.objects.extend(group.objects);
+            whole.missing.extend(group.missing);
+        }
+        if whole != ModelPg::default() {
+            self.0.insert(pg, whole);
+        }
+    }
+
     /// What a store holds.
     pub fn of(store: &mut impl Store) -> Model {
         let mut out = Model::default();
         let metas: BTreeMap<_, _> = store.pgs().expect("groups").into_iter().collect();
-        for id in PGS {
+        for id in PGS.into_iter().chain(FAMILY) {
             let mut pg = ModelPg { meta: metas.get(&id).copied(), ..ModelPg::default() };
             for (object, state) in store.list(id, None, 1000).expect("lists") {
                 let (read, content) = store.read_object(id, object).expect("reads");
@@ -236,6 +287,7 @@ fn step(pg: &mut ModelPg, op: &TxnOp) -> bool {
         TxnOp::DropMissing { object: o } => _ = pg.missing.remove(o),
         TxnOp::ClearMissing => pg.missing.clear(),
         TxnOp::RemovePg => *pg = ModelPg::default(),
+        TxnOp::Divide { .. } | TxnOp::Combine { .. } => unreachable!("divided with its siblings"),
     }
     true
 }
@@ -244,11 +296,26 @@ fn step(pg: &mut ModelPg, op: &TxnOp) -> bool {
 pub struct Generator {
     pub rng: StdRng,
     next_stamp: u32,
+    /// Groups of the family, and what is to be done first because they became more.
+    count: u32,
+    divisions: Vec<Txn>,
 }
 
 impl Generator {
     pub fn new(rng: StdRng) -> Generator {
-        Generator { rng, next_stamp: 1 }
+        Generator { rng, next_stamp: 1, count: 1, divisions: Vec::new() }
+    }
+
+    /// On top of what a crash has left, maybe between two groups that were to be divided.
+    pub fn resuming(rng: StdRng, model: &Model) -> Generator {
+        let counts = || {
+            let metas = FAMILY.into_iter().filter_map(|pg| Some((pg, model.0.get(&pg)?.meta?)));
+            metas.map(|(pg, meta)| (pg, meta.pg_count))
+        };
+        let to = counts().map(|(_, count)| count).max().unwrap_or(1);
+        let coarse = counts().filter(|(_, from)| *from < to);
+        let divide = |(pg, from)| Txn { pg, ops: vec![TxnOp::Divide { from, to }], reserve: true };
+        Generator { count: to, divisions: coarse.map(divide).collect(), ..Generator::new(rng) }
     }
 
     fn range(&mut self) -> (u32, u32) {
@@ -270,8 +337,17 @@ impl Generator {
             .collect()
     }
 
-    fn op(&mut self, pg: &ModelPg) -> TxnOp {
-        let object = object(self.rng.random_range(0..3), self.rng.random_range(0..2));
+    fn op(&mut self, id: PgId, pg: &ModelPg) -> TxnOp {
+        let mut object = object(self.rng.random_range(0..3), self.rng.random_range(0..2));
+        let divided = FAMILY.contains(&id);
+        while divided && pg_index(object.volume, object.index, self.count) != id.index {
+            object.index += 1;
+        }
+        let pg_count = if divided { self.count } else { 0 };
+        if divided && pg.meta.is_none() {
+            let meta = PgMeta { promised: Epoch(2), activated: Epoch(1), shard: None, pg_count };
+            return TxnOp::SetMeta(meta);
+        }
         let now = pg.objects.get(&object).cloned().unwrap_or_default();
         let wrong = self.rng.random_range(0..30) == 0;
         let prev = v(now.version + u64::from(wrong));
@@ -302,8 +378,13 @@ impl Generator {
             33 => TxnOp::PurgeTombstone { object, version: v(now.version) },
             34 => TxnOp::Purge { object },
             35 => {
-                let shard = wrong.then_some(ShardId { number: 1, k: 2, m: 1, matrix: 1 });
-                TxnOp::SetMeta(PgMeta { promised: Epoch(version.raw()), activated: Epoch(prev.raw()), shard })
+                let shard = (wrong && !divided).then_some(ShardId { number: 1, k: 2, m: 1, matrix: 1 });
+                TxnOp::SetMeta(PgMeta {
+                    promised: Epoch(version.raw()),
+                    activated: Epoch(prev.raw()),
+                    shard,
+                    pg_count,
+                })
             }
             36 => TxnOp::AddMissing { object, needed: Needed::certain(version, wrong) },
             37 => TxnOp::DropMissing { object },
@@ -315,12 +396,26 @@ impl Generator {
 
     /// A transaction on top of `model`.
     pub fn txn(&mut self, model: &Model) -> Txn {
-        let pg = PGS[self.rng.random_range(0..PGS.len())];
+        if self.rng.random_range(0..60) == 0 {
+            let from = self.count;
+            let to = [1, 2, 4][self.rng.random_range(0..3)];
+            let op = if to > from { TxnOp::Divide { from, to } } else { TxnOp::Combine { from, to } };
+            let change = |n| Txn { pg: family(n), ops: vec![op.clone()], reserve: true };
+            self.divisions = (0..from.min(to)).filter(|_| from != to).map(change).collect();
+            self.count = to;
+        }
+        if let Some(txn) = self.divisions.pop() {
+            return txn;
+        }
+        let pg = match self.rng.random_range(0..6) {
+            n @ 0..4 => PGS[n % PGS.len()],
+            _ => FAMILY[self.rng.random_range(0..self.count) as usize],
+        };
         let mut scratch = model.0.get(&pg).cloned().unwrap_or_default();
         let count = if self.rng.random_range(0..4) == 0 { 3 } else { 1 };
         let mut ops = Vec::new();
         for _ in 0..count {
-            let op = self.op(&scratch);
+            let op = self.op(pg, &scratch);
             step(&mut scratch, &op);
             ops.push(op);
         }

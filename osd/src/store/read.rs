@@ -79,18 +79,19 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     }
 
     fn begin_read(&mut self, tag: u64, work: Work, attempts: u32) {
+        let home = |pg: &PgId, object| self.homes.home(*pg, object);
         let result = match &work {
             Work::Read { pg, object, below, first_block, block_count, pending } => self.plan(
                 tag,
-                *pg,
+                home(pg, object),
                 *object,
                 below,
                 *first_block..first_block.saturating_add(*block_count),
                 *pending,
             ),
-            Work::ReadObject { pg, object } => self.plan_object(tag, *pg, *object),
+            Work::ReadObject { pg, object } => self.plan_object(tag, home(pg, object), *object),
             Work::Digest { pg, object } => {
-                let result = self.recorded_digest(*pg, *object);
+                let result = self.recorded_digest(home(pg, object), *object);
                 let result = self.watch(result);
                 return self.finish(tag, Done::Digest(result));
             }

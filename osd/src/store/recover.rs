@@ -5,6 +5,7 @@ use super::buffer::{Blocks, BlocksMut};
 use super::checkpoint::{index_batch, write_back};
 use super::chunk_store::{ChunkStore, Opened};
 use super::device::{self, Device, Request};
+use super::homes::Homes;
 use super::journal::{self, Record};
 use super::kv::Kv;
 use super::layout::{
@@ -12,6 +13,7 @@ use super::layout::{
 };
 use super::rules::{Rule, holds};
 use super::slots::Slots;
+use super::stage::Sweep;
 use super::view::Index;
 use super::{Identity, StoreError};
 use gabion_proto::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK};
@@ -127,7 +129,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
         assert!(index.dirty.is_empty() && index.frozen.is_empty(), "the journal has been replayed");
         let (slots, objects) = count(&index.kv, superblock.geometry())?;
-        Ok(ChunkStore::assemble(Opened { device, index, superblock, slots, objects }))
+        let homes = Homes::load(&index)?;
+        Ok(ChunkStore::assemble(Opened { device, index, superblock, slots, objects, homes }))
     }
 
     /// The store as opening it would find it, for reading only: what the journal holds lies in memory over the index,
@@ -149,7 +152,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
         replay.apply(&mut index)?;
         let slots = Slots::new(superblock.geometry().slots);
-        let opened = Opened { device, index, superblock, slots, objects: 0 };
+        let homes = Homes::load(&index).or_else(|e| damage(e).map(|()| Homes::default()))?;
+        let opened = Opened { device, index, superblock, slots, objects: 0, homes };
         Ok((ChunkStore::assemble(opened), replay))
     }
 }
@@ -239,9 +243,9 @@ fn replay_into<D: Device, K: Kv>(
 
 /// What one record changes.
 fn apply<K: Kv>(index: &mut Index<K>, record: Record) -> Result<(), StoreError> {
-    for prefix in &record.prefixes {
-        let gone = index.scan(prefix, prefix, usize::MAX)?;
-        index.dirty.extend(gone.into_iter().map(|(key, _)| (key, None)));
+    for Sweep { prefix, class } in &record.sweeps {
+        let gone = index.scan(prefix, prefix, usize::MAX)?.into_iter().map(|(key, _)| key);
+        index.dirty.extend(gone.filter(|key| class.has_key(key)).map(|key| (key, None)));
     }
     index.dirty.extend(record.changes);
     Ok(())

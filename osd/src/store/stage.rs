@@ -1,6 +1,7 @@
 //! Transactions that are not in the journal yet: changes in memory in front of the index.
 
 use super::buffer::Blocks;
+use super::homes::{self, Class};
 use super::layout::Key;
 use super::view::{Value, View};
 
@@ -12,16 +13,31 @@ pub struct FreshBlocks {
     pub data: Blocks,
 }
 
+/// Everything of a kind that a group has in one of its homes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sweep {
+    pub prefix: Key,
+    pub class: Class,
+}
+
+impl Sweep {
+    pub fn covers(&self, key: &Key) -> bool {
+        key.starts_with(&self.prefix) && self.class.has_key(key)
+    }
+}
+
 /// What one transaction, or all of a record so far, changes.
 #[derive(Default)]
 pub struct Changes {
     pub keys: View,
-    /// Prefixes of which everything was deleted before what `keys` puts there.
-    pub prefixes: Vec<Key>,
+    /// What was deleted before what `keys` puts there.
+    pub sweeps: Vec<Sweep>,
     pub fresh: Vec<FreshBlocks>,
     pub taken: Vec<u32>,
     pub freed: Vec<u32>,
     pub objects: i64,
+    /// In order; in force once the transaction is accepted.
+    pub homes: Vec<homes::Change>,
     /// Data blocks that go to the journal.
     pub data_blocks: u32,
 }
@@ -38,7 +54,7 @@ impl Stage {
     pub fn accept(&mut self) {
         let txn = std::mem::take(&mut self.txn);
         self.group.keys.extend(txn.keys);
-        self.group.prefixes.extend(txn.prefixes);
+        self.group.sweeps.extend(txn.sweeps);
         self.group.fresh.extend(txn.fresh);
         self.group.taken.extend(txn.taken);
         self.group.freed.extend(txn.freed);
@@ -67,6 +83,6 @@ impl Stage {
 
     /// Nothing would be journaled.
     pub fn is_empty(&self) -> bool {
-        self.group.keys.is_empty() && self.group.prefixes.is_empty()
+        self.group.keys.is_empty() && self.group.sweeps.is_empty()
     }
 }

@@ -40,7 +40,7 @@ pub fn synthetic_index(data_dir: &Path, objects: u32, identity: Identity) -> Res
         let pg = PgId { pool: PoolId(1), index: n / GROUP_OBJECTS };
         let object = ObjectId { volume: VolumeId(1), index: n, layer: LayerId(0) };
         if n % GROUP_OBJECTS == 0 {
-            let meta = PgMeta { promised: Epoch(1), activated: Epoch(1), shard: None };
+            let meta = PgMeta { promised: Epoch(1), activated: Epoch(1), shard: None, pg_count: 0 };
             batch.push((layout::pg_key(kind::META, pg).to_vec(), Some(layout::encode(&meta)?)));
         }
         let record = ObjectRecord { version: Version::from_raw(1 << 32 | 1), deleted: false, pending: None };

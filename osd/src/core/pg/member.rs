@@ -165,11 +165,8 @@ impl Pg {
             }
         }
         // `self.meta` follows when it is durable: a refused activation must not be claimed by the next promise.
-        let meta = PgMeta {
-            promised: self.record.interval,
-            activated: self.record.interval,
-            shard: self.meta.shard,
-        };
+        let interval = self.record.interval;
+        let meta = PgMeta { promised: interval, activated: interval, ..self.meta };
         let durable = if cx.rules.keep(Rule::MissingMap) { usize::MAX } else { 0 };
         let entries = self
             .index

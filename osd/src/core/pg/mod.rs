@@ -37,6 +37,7 @@
 //! - *Reads* (P5, P6) need the lease, wait for overlapping writes in flight, and for objects about which the authority disagreed
 //!   until every acting member has the same version.
 
+mod division;
 mod hedge;
 mod history;
 mod listing;
@@ -123,6 +124,8 @@ pub enum What {
     },
     /// The copy, or what an earlier place left of one.
     Removed,
+    /// The copy is that of more groups than before.
+    Divided,
     ReportActivated,
     ReportClean,
     ReportFilled,
@@ -274,6 +277,10 @@ impl Pg {
         }
     }
 
+    pub fn id(&self) -> PgId {
+        self.id
+    }
+
     pub fn round(&self) -> u64 {
         self.round
     }
@@ -389,6 +396,9 @@ impl Pg {
         // Not what was submitted: a refused deletion leaves objects of the shard that they were, not of the next one.
         self.stored = listing.meta.is_some() || !listing.objects.is_empty() || !listing.missing.is_empty();
         self.meta = listing.meta.unwrap_or_default();
+        if !self.is_divided(cx) {
+            return;
+        }
         self.index.objects = listing
             .objects
             .into_iter()

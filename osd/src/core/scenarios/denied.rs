@@ -96,7 +96,7 @@ fn what_a_later_interval_may_have_shown_is_waited_for() {
 #[test]
 fn what_an_interval_wrote_that_is_not_the_last_one_is_waited_for() {
     let mut own = Rig::new(&[(0, version(3, 1))]);
-    own.listing.meta = Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: None });
+    own.listing.meta = Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: None, pg_count: 0 });
     waits(survivors(own, misses(v(1), None), vec![past(6, &[4, 1])]), "6 may have shown it");
 }
 
@@ -105,7 +105,8 @@ fn what_an_interval_wrote_that_is_not_the_last_one_is_waited_for() {
 fn who_was_not_active_in_the_interval_denies_nothing() {
     for activated in [0, 4] {
         let mut own = Rig::new(&[(0, version(3, 1))]);
-        own.listing.meta = Some(PgMeta { promised: Epoch(4), activated: Epoch(activated), shard: None });
+        own.listing.meta =
+            Some(PgMeta { promised: Epoch(4), activated: Epoch(activated), shard: None, pg_count: 0 });
         own.map.osds.get_mut(&OsdId(4)).unwrap().up = false;
         own.interval(10, &[1, 3], vec![past(5, &[4, 1, 2])]);
         // It had the write and cannot read it any more.
@@ -140,7 +141,7 @@ fn who_lost_its_copy_denies_nothing() {
 #[test]
 fn who_was_active_later_denies_nothing() {
     let mut own = Rig::new(&[(0, version(3, 1))]);
-    own.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), shard: None });
+    own.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), shard: None, pg_count: 0 });
     own.listing.missing.push((object(0), Needed::certain(v(1), false)));
     waits(survivors(own, misses(v(1), None), vec![past(5, &[4, 1])]), "7 had it from both");
 }
@@ -158,7 +159,7 @@ fn what_was_acknowledged_is_there() {
 fn a_doubt_that_the_last_interval_knew_outlives_one_that_forgot_it() {
     let doubted = |uncertain| {
         let mut own = Rig::new(&[(0, version(3, 1))]);
-        own.listing.meta = Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: None });
+        own.listing.meta = Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: None, pg_count: 0 });
         let needed = Needed { uncertain, ..Needed::certain(v(1), false) };
         own.listing.missing.push((object(0), needed));
         survivors(own, misses(v(1), None), vec![past(5, &[4, 1, 2]), past(6, &[4, 1])])

@@ -16,7 +16,8 @@ fn too_few(objects: &[(u32, Version)], lacks: &[(u32, Needed)]) -> Rig {
     let mut rig = Rig::new(objects);
     let pool = rig.map.pools.get_mut(&PG.pool).unwrap();
     (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 1 }, 3);
-    rig.listing.meta = Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: Some(shard(0)) });
+    rig.listing.meta =
+        Some(PgMeta { promised: Epoch(6), activated: Epoch(6), shard: Some(shard(0)), pg_count: 0 });
     rig.listing.missing = lacks.iter().map(|(o, n)| (object(*o), *n)).collect();
     rig.map.osds.get_mut(&OsdId(2)).unwrap().up = false;
     rig

@@ -86,8 +86,12 @@ fn a_group_that_comes_back_is_listed_again() {
 /// They would give versions out again that members have, who would take new writes for old ones.
 #[test]
 fn monitors_that_forgot_an_interval_are_noticed() {
-    let meta =
-        |promised, activated| PgMeta { promised: Epoch(promised), activated: Epoch(activated), shard: None };
+    let meta = |promised, activated| PgMeta {
+        promised: Epoch(promised),
+        activated: Epoch(activated),
+        shard: None,
+        pg_count: 0,
+    };
     let start = vec![(PG, meta(4, 4)), (PgId { index: 1, ..PG }, meta(9, 7))];
     let boot =
         |epoch| Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch: Epoch(epoch) };

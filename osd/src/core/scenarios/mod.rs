@@ -6,6 +6,7 @@
 mod credits;
 mod denied;
 mod dirty;
+mod division;
 mod fills;
 mod frozen;
 mod full;
@@ -102,7 +103,7 @@ impl Rig {
     }
 
     pub fn booted(objects: &[(u32, Version)], epoch: Epoch) -> Rig {
-        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None };
+        let meta = PgMeta { promised: Epoch(5), activated: Epoch(5), shard: None, pg_count: 0 };
         let boot = Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch };
         let pool = Pool {
             name: "p".into(),

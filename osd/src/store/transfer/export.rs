@@ -6,10 +6,10 @@ use crate::store::chunk_image::ChunkImage;
 use crate::store::device::Device;
 use crate::store::frozen::{Frozen, open_frozen};
 use crate::store::kv::Kv;
-use crate::store::layout::{self, BLOCK, ChunkRecord, ObjectRecord, kind};
+use crate::store::layout::{self, BLOCK, ChunkRecord, kind};
 use crate::store::read::pending_block;
 use crate::store::view::ChunkOverlay;
-use crate::store::{Needed, StoreError};
+use crate::store::{Store, StoreError};
 use bytes::Bytes;
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::ids::*;
@@ -71,13 +71,15 @@ impl<D: Device, K: Kv> Frozen<D, K> {
                 StoreError::Invalid("the export was broken off".into())
             })
         };
+        let objects = store.list(pg, None, usize::MAX)?;
+        let missing = store.list_missing(pg, None, usize::MAX)?;
         let (index, device, geometry) = (&store.index, &mut store.device, store.geometry);
-        let mut walk = || {
-            index.each(&layout::pg_key(kind::OBJECT, pg), |key, value| {
-                let record: ObjectRecord = layout::decode(value.record()?)?;
-                let object = object_of(&key)?;
+        let homes = &store.homes;
+        let walk = || {
+            for (object, state) in objects {
+                let home = homes.home(pg, &object);
                 let mut committed = Blocks::default();
-                index.each(&layout::object_key(kind::CHUNK, pg, object), |key, value| {
+                index.each(&layout::object_key(kind::CHUNK, home, object), |key, value| {
                     let chunk = ChunkRecord::decode(value.record()?)?;
                     let overlay = index.overlay(&key)?;
                     let image = ChunkImage::read(device, geometry, &chunk, &overlay)?;
@@ -85,13 +87,13 @@ impl<D: Device, K: Kv> Frozen<D, K> {
                     Ok(())
                 })?;
                 let mut prepared = Blocks::default();
-                index.each(&layout::object_key(kind::PENDING_CHUNK, pg, object), |key, value| {
+                index.each(&layout::object_key(kind::PENDING_CHUNK, home, object), |key, value| {
                     let chunk = ChunkRecord::decode(value.record()?)?;
                     let image = ChunkImage::read(device, geometry, &chunk, &ChunkOverlay::default())?;
                     prepared.chunk(layout::parse_numbered(&key)?.2, &chunk, &image);
                     Ok(())
                 })?;
-                index.each(&layout::object_key(kind::PENDING, pg, object), |key, value| {
+                index.each(&layout::object_key(kind::PENDING, home, object), |key, value| {
                     let block = layout::parse_numbered(&key)?.2;
                     let data = pending_block(value)?;
                     prepared.block(block, data.map(|d| (d.crc, Bytes::copy_from_slice(d.bytes.get()))));
@@ -99,29 +101,24 @@ impl<D: Device, K: Kv> Frozen<D, K> {
                 })?;
                 written(writer.object(&Exported {
                     object,
-                    state: record.into(),
+                    state,
                     committed: committed.content(),
                     prepared: prepared.content(),
                     bad: committed.bad,
                     bad_prepared: prepared.bad,
-                }))
-            })?;
-            index.each(&layout::pg_key(kind::MISSING, pg), |key, value| {
-                let needed: Needed = layout::decode(value.record()?)?;
-                written(writer.missing(object_of(&key)?, &needed))
-            })
+                }))?;
+            }
+            for (object, needed) in &missing {
+                written(writer.missing(*object, needed))?;
+            }
+            Ok(())
         };
-        let walked = walk();
+        let walked: Result<(), StoreError> = walk();
         match failed {
             Some(e) => Err(e),
             None => walked.map_err(TransferError::from).and_then(|()| writer.end()),
         }
     }
-}
-
-fn object_of(key: &[u8]) -> Result<ObjectId, StoreError> {
-    let object = layout::parse_key(key)?.object;
-    object.ok_or_else(|| StoreError::Fatal("a key of the index names no object".into()))
 }
 
 /// Blocks of one version: data with its checksum, or zeros.

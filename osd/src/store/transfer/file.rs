@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 
 const MAGIC: &[u8; 8] = b"GABIONEX";
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HEADER_BYTES_MAX: u32 = 4096;
 /// An object in two versions, and what describes them.
 const RECORD_BYTES_MAX: u32 = 2 * OBJECT_BYTES_MAX + (1 << 20);

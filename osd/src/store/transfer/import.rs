@@ -6,7 +6,6 @@ use crate::store::chunk_store::ChunkStore;
 use crate::store::device::Device;
 use crate::store::frozen::GROUP_KINDS;
 use crate::store::kv::Kv;
-use crate::store::layout;
 use crate::store::open::{self, Engine};
 use crate::store::{Store, StoreError, Txn, TxnOp};
 use gabion_proto::ids::*;
@@ -221,9 +220,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             return Ok(Knows::Metadata);
         }
         for k in GROUP_KINDS {
-            let prefix = layout::pg_key(k, pg);
-            if !self.index.scan(&prefix, &prefix, 1)?.is_empty() {
-                return Ok(Knows::Records);
+            // A group without metadata has a home of its own, see `Homes::after_removal`.
+            for region in self.homes.regions(pg) {
+                let prefix = region.key(k, pg);
+                if !self.index.scan(&prefix, &prefix, 1)?.is_empty() {
+                    return Ok(Knows::Records);
+                }
             }
         }
         Ok(Knows::Nothing)

@@ -102,7 +102,7 @@ impl Pg {
         // Invariant 8: everything was on the members of an interval without this OSD, which the monitors called clean.
         tracing::info!(pg = %self.id, osd = %cx.id, ?held, ?place, "what an earlier place left is deleted");
         cx.takes(Branch::NewPlace);
-        let meta = PgMeta { promised: self.meta.promised, activated: Epoch(0), shard: Some(place) };
+        let meta = PgMeta { activated: Epoch(0), shard: Some(place), ..self.meta };
         self.remove_copy(cx, Some(meta));
         false
     }
