@@ -15,11 +15,6 @@ const GIVE_UP_MS: Millis = 4_000;
 /// What could not be gathered for recovery is tried again after this long.
 const AGAIN_MS: Millis = 2_000;
 
-/// Rows that one member owes and nobody waits for; with more, it is not asked first.
-const OVERTAKEN_MAX: usize = 8;
-/// After this long the answer is not expected any more.
-const OVERTAKEN_MS: Millis = 10_000;
-
 /// Who wants the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum For {
@@ -29,12 +24,12 @@ pub enum For {
 }
 
 #[derive(Debug)]
-struct Asked {
-    member: OsdId,
-    first: Millis,
+pub(super) struct Asked {
+    pub(super) member: OsdId,
+    pub(super) first: Millis,
     last: Millis,
     /// Others make up for it.
-    passed: bool,
+    pub(super) passed: bool,
 }
 
 impl Asked {
@@ -54,19 +49,19 @@ pub struct Gather {
     /// Those that are being read. All of them, until some cannot be read: then half by half, down to single rows.
     piece: (u32, u32),
     todo: Vec<(u32, u32)>,
-    piecewise: bool,
-    wanted: BTreeSet<u8>,
+    pub(super) piecewise: bool,
+    pub(super) wanted: BTreeSet<u8>,
     /// What came of the wanted shards of earlier pieces.
     done: BTreeMap<u8, Rows>,
-    parts: BTreeMap<u8, Rows>,
-    asked: BTreeMap<u8, Asked>,
-    bad: BTreeSet<u8>,
+    pub(super) parts: BTreeMap<u8, Rows>,
+    pub(super) asked: BTreeMap<u8, Asked>,
+    pub(super) bad: BTreeSet<u8>,
     /// Some shard was there and could not be read.
     unreadable: bool,
     /// More was asked for than would do, because something was late.
-    hedged: bool,
+    pub(super) hedged: bool,
     /// Members that are not asked, as long as there are others.
-    shunned: BTreeSet<OsdId>,
+    pub(super) shunned: BTreeSet<OsdId>,
 }
 
 impl Shards {
@@ -155,72 +150,6 @@ impl Pg {
         self.gather_on(cx, tid);
     }
 
-    /// Members that still owe much that was read elsewhere are not asked for more while others can decode it.
-    fn shun(&mut self, cx: &mut Cx<'_>, tid: u64) {
-        let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
-        let Phase::Active(a) = &mut self.phase else { return };
-        let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
-        // Of shards that do not fit, what others give is not what these hold: clients see always the same.
-        let may = matches!(g.purpose, For::Read { .. }) && !a.scrub.damaged.contains_key(&g.object);
-        if a.shards.overtaken.is_empty() || !may {
-            return;
-        }
-        let holders = a.recovery.holders(&g.object, true);
-        let owes =
-            |o: &OsdId| a.shards.overtaken.keys().filter(|(_, member)| member == o).count() >= OVERTAKEN_MAX;
-        let busy: BTreeSet<OsdId> = holders.values().copied().filter(owes).collect();
-        let wanted = g.wanted.iter().filter_map(|n| holders.get(n)).copied();
-        let late: Vec<OsdId> = wanted.filter(|o| busy.contains(o)).collect();
-        let others = holders.values().filter(|o| !busy.contains(o)).count();
-        if !late.is_empty() && others >= k && cx.latency.spend_hedge(late) {
-            (g.hedged, g.shunned) = (true, busy);
-            self.counters.hedged_reads += 1;
-            cx.takes(Branch::ShunMember);
-        }
-    }
-
-    /// Reads whose shards have not come in time: others make up for those, if they can.
-    pub(in super::super) fn hedge_gathers(&mut self, cx: &mut Cx<'_>) {
-        let (now, after) = (cx.now, cx.latency.hedge_ms());
-        let Phase::Active(a) = &mut self.phase else { return };
-        a.shards.overtaken.retain(|_, (since, _)| now < *since + OVERTAKEN_MS);
-        let may = |g: &Gather| {
-            let plain = matches!(g.purpose, For::Read { .. }) && !g.hedged && !g.piecewise;
-            plain && !a.scrub.damaged.contains_key(&g.object)
-        };
-        let open = a.shards.gathers.iter().filter(|(_, g)| may(g));
-        let deadlines =
-            open.filter_map(|(tid, g)| Some((*tid, g.asked.values().map(|a| a.first).min()? + after)));
-        let (due, later): (Vec<_>, Vec<_>) = deadlines.partition(|(_, at)| *at <= now);
-        if let Some(at) = later.into_iter().map(|(_, at)| at).min() {
-            cx.latency.wake(self.id, at);
-        }
-        for (tid, _) in due {
-            self.hedge_gather(cx, tid, after);
-        }
-    }
-
-    fn hedge_gather(&mut self, cx: &mut Cx<'_>, tid: u64, after: Millis) {
-        let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
-        let Phase::Active(a) = &mut self.phase else { return };
-        let Some(g) = a.shards.gathers.get_mut(&tid) else { return };
-        let late: BTreeSet<OsdId> =
-            g.asked.values().filter(|a| cx.now >= a.first + after).map(|a| a.member).collect();
-        let there = |(n, o): &(u8, OsdId)| {
-            let up = *o == cx.id || cx.map.up_osd(*o).is_some();
-            g.parts.contains_key(n) || (up && !g.bad.contains(n) && !late.contains(o))
-        };
-        let others = a.recovery.holders(&g.object, true).into_iter().filter(there).count();
-        if others < k || !cx.latency.spend_hedge(late.iter().copied()) {
-            return;
-        }
-        g.hedged = true;
-        g.asked.values_mut().filter(|a| late.contains(&a.member)).for_each(|a| a.passed = true);
-        self.counters.hedged_reads += 1;
-        cx.takes(Branch::HedgeShards);
-        self.gather_on(cx, tid);
-    }
-
     /// What a lost shard must be computed at.
     fn needed_version(&self, object: &ObjectId) -> Version {
         let Phase::Active(a) = &self.phase else { return Version::ZERO };
@@ -228,7 +157,7 @@ impl Pg {
     }
 
     /// Asks for what is still needed, or goes on with what came.
-    fn gather_on(&mut self, cx: &mut Cx<'_>, tid: u64) {
+    pub(super) fn gather_on(&mut self, cx: &mut Cx<'_>, tid: u64) {
         let Some(k) = self.geometry().map(|g| usize::from(g.k)) else { return };
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(g) = a.shards.gathers.get_mut(&tid) else { return };

@@ -22,6 +22,7 @@
 #[cfg(test)]
 mod exhaustive;
 mod gather;
+mod hedge;
 mod history;
 mod write;
 
