@@ -67,6 +67,14 @@ impl Content {
         }
     }
 
+    /// Two contents whose bytes came together, `first`'s in front. Lengths are judged by [`Content::validate`].
+    pub fn pair(first: Vec<Extent>, second: Vec<Extent>, mut data: Bytes) -> (Content, Content) {
+        let blocks = first.iter().filter(|e| e.kind != ExtentKind::Zero).map(|e| e.block_count as usize);
+        let bytes = blocks.fold(0usize, usize::saturating_add).saturating_mul(BLOCK_BYTES as usize);
+        let rest = data.split_off(bytes.min(data.len()));
+        (Content { extents: first, data }, Content { extents: second, data: rest })
+    }
+
     /// Checks shape, counts and (with `crc`) every checksum: bytes from a peer or a client are
     /// never trusted (invariant 10, rule C5).
     pub fn validate(&self, crc: bool) -> Result<(), ContentError> {

@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 7;
+pub const PROTOCOL_VERSION: u8 = 8;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -382,6 +382,12 @@ pub enum SubWriteKind {
     Delete,
     /// The receiver lacks the object, and notes that it is at this version now (rule P4).
     Note,
+    /// Erasure coding, to who keeps a parity shard: rows of it as they will be (`whole`), and what is to be added (exclusive or)
+    /// to other rows as they are at `prev`, and at no other version (rule E2). Bytes of both in the frame's data, in this order.
+    Delta {
+        whole: Vec<Extent>,
+        added: Vec<Extent>,
+    },
 }
 
 /// A whole object as recovery moves it.
@@ -401,4 +407,6 @@ pub enum SubResult {
     Io,
     BadChecksum,
     Missing,
+    /// The receiver cannot read what a [`SubWriteKind::Delta`] is to be added to.
+    Unreadable,
 }

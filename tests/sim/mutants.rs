@@ -32,7 +32,12 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     }
     let coded = matches!(
         rule,
-        Rule::CoverageDecodes | Rule::RollBack | Rule::TwoPhases | Rule::AllShards | Rule::OneVersion
+        Rule::CoverageDecodes
+            | Rule::RollBack
+            | Rule::TwoPhases
+            | Rule::AllShards
+            | Rule::OneVersion
+            | Rule::DeltaNamesBase
     );
     let plan = match (coded, rng.chance(500)) {
         (false, _) => Plan::of(rng, SHORT),

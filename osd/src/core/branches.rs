@@ -114,6 +114,12 @@ branches! {
     GatheringFailed,
     /// Shards: several writes are made together.
     JoinedWrites,
+    /// Shards: parity is added to, from what changes alone.
+    DeltaWrite,
+    /// Shards: a member adds to its parity.
+    DeltaAdded,
+    /// Shards: a member cannot read the parity that it is to add to.
+    DeltaUnreadable,
     /// Shards: committed by a message of its own.
     LazyCommit,
     /// Writes: one came before its predecessor.

@@ -69,6 +69,8 @@ pub enum Rule {
     AllShards,
     /// Erasure coding: rows are computed from shards of one version only (E2).
     OneVersion,
+    /// Erasure coding: what is added to parity is added once, to the version that it names (E2).
+    DeltaNamesBase,
     /// Erasure coding: a group with too few members to serve fills empty positions (E5).
     Fill,
     /// Erasure coding: it does so when its members hold everything (E5).
@@ -82,7 +84,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 37] = [
+    pub const ALL: [Rule; 38] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -115,6 +117,7 @@ impl Rule {
         Rule::TwoPhases,
         Rule::AllShards,
         Rule::OneVersion,
+        Rule::DeltaNamesBase,
         Rule::Fill,
         Rule::FillWhole,
         Rule::ScrubRepairs,

@@ -12,6 +12,8 @@ use std::sync::Arc;
 pub enum CodeError {
     #[error("{have} shards of different sizes or too few, {need} are needed")]
     TooFew { have: usize, need: usize },
+    #[error("changes are of data shards, and of equally many rows of each")]
+    Uneven,
     #[error("a code of {0}+{1} is not possible")]
     Shape(u8, u8),
     #[error("this processor lacks AVX2, which erasure coding needs here")]
@@ -23,6 +25,9 @@ pub trait Code: Send + Sync {
     fn geometry(&self) -> Geometry;
     /// The shards `wanted`, from at least `k` others of one version with equally many rows.
     fn compute(&self, have: &BTreeMap<u8, Rows>, wanted: &[u8]) -> Result<BTreeMap<u8, Rows>, CodeError>;
+    /// What is to be added to every parity shard when data shards change by these (the sums of old and new). Parity is linear: it
+    /// is the parity of rows of which all else is zeros.
+    fn added(&self, changes: &BTreeMap<u8, Rows>) -> Result<BTreeMap<u8, Rows>, CodeError>;
 }
 
 /// The code of [`super::MATRIX`], by `reed-solomon-erasure`.
@@ -76,29 +81,56 @@ impl Code for ReedSolomon {
             (0..count).filter(|r| used.iter().any(|(_, rows)| rows[*r].is_some())).collect();
         let mut shards: Vec<Option<Vec<u8>>> = vec![None; usize::from(width)];
         for (n, rows) in &used {
-            let mut bytes = vec![0; busy.len() * BLOCK];
-            for (to, from) in bytes.chunks_exact_mut(BLOCK).zip(&busy) {
-                if let Some(b) = rows[*from].as_ref().filter(|b| b.bytes.len() == BLOCK) {
-                    to.copy_from_slice(&b.bytes);
-                }
-            }
-            shards[usize::from(*n)] = Some(bytes);
+            shards[usize::from(*n)] = Some(gather(rows, &busy));
         }
         if !busy.is_empty() {
             self.fill(&mut shards, wanted).map_err(|_| too_few())?;
         }
         let mut out = BTreeMap::new();
         for n in wanted {
-            let mut rows: Rows = vec![None; count];
             let bytes = shards.get_mut(usize::from(*n)).and_then(Option::take).unwrap_or_default();
-            let bytes = Bytes::from(bytes);
-            for (i, row) in busy.iter().enumerate() {
-                rows[*row] = Block::of(bytes.slice(i * BLOCK..(i + 1) * BLOCK));
-            }
-            out.insert(*n, rows);
+            out.insert(*n, spread(bytes, &busy, count));
         }
         Ok(out)
     }
+
+    fn added(&self, changes: &BTreeMap<u8, Rows>) -> Result<BTreeMap<u8, Rows>, CodeError> {
+        let Geometry { k, m } = self.geometry;
+        let count = changes.values().next().map_or(0, Vec::len);
+        if !changes.iter().all(|(n, rows)| *n < k && rows.len() == count) {
+            return Err(CodeError::Uneven);
+        }
+        let busy: Vec<usize> =
+            (0..count).filter(|r| changes.values().any(|rows| rows[*r].is_some())).collect();
+        let mut parity = vec![vec![0; busy.len() * BLOCK]; m.into()];
+        // In ascending order, as the library wants it: the first shard's product replaces what is there, others are added.
+        for (n, rows) in changes.iter().filter(|_| !busy.is_empty()) {
+            let bytes = gather(rows, &busy);
+            self.code.encode_single_sep((*n).into(), &bytes, &mut parity).map_err(|_| CodeError::Uneven)?;
+        }
+        Ok((k..).zip(parity.into_iter().map(|bytes| spread(bytes, &busy, count))).collect())
+    }
+}
+
+/// The bytes of some rows, back to back.
+fn gather(rows: &Rows, busy: &[usize]) -> Vec<u8> {
+    let mut bytes = vec![0; busy.len() * BLOCK];
+    for (to, from) in bytes.chunks_exact_mut(BLOCK).zip(busy) {
+        if let Some(b) = rows[*from].as_ref().filter(|b| b.bytes.len() == BLOCK) {
+            to.copy_from_slice(&b.bytes);
+        }
+    }
+    bytes
+}
+
+/// The other way round: all other rows are zeros.
+fn spread(bytes: Vec<u8>, busy: &[usize], count: usize) -> Rows {
+    let mut rows: Rows = vec![None; count];
+    let bytes = Bytes::from(bytes);
+    for (i, row) in busy.iter().enumerate() {
+        rows[*row] = Block::of(bytes.slice(i * BLOCK..(i + 1) * BLOCK));
+    }
+    rows
 }
 
 impl ReedSolomon {

@@ -97,6 +97,16 @@ impl Block {
         let zero = bytes.iter().all(|b| *b == 0);
         (!zero).then(|| Block { crc: crc32fast::hash(&bytes), bytes })
     }
+
+    /// The sum in GF(2^8), which is also the difference; `None` is zeros.
+    pub fn sum(a: &Option<Block>, b: &Option<Block>) -> Option<Block> {
+        match (a, b) {
+            (Some(a), Some(b)) => {
+                Block::of(a.bytes.iter().zip(&b.bytes[..]).map(|(a, b)| a ^ b).collect::<Vec<u8>>().into())
+            }
+            (one, None) | (None, one) => one.clone(),
+        }
+    }
 }
 
 /// Some rows of one shard; `None` is zeros.

@@ -95,6 +95,66 @@ fn too_few_or_uneven_shards_are_refused() {
     assert!(ReedSolomon::new(Geometry { k: 0, m: 2 }).is_err());
 }
 
+/// Some data blocks of some rows change: what is added to the old parity gives the parity of the new rows, whatever the code, and is
+/// what the written down matrix says.
+#[test]
+fn what_is_added_to_parity_gives_the_parity_of_the_new_rows() {
+    for (k, m) in (2..=12).flat_map(|k| (1..=4).map(move |m| (k, m))) {
+        let code = code(k, m);
+        let parity: Vec<u8> = (k..k + m).collect();
+        for round in 0..3 {
+            let seed = u64::from(k) << 16 | u64::from(m) << 8 | round;
+            let chance = |n: u8, r: u32, what: u64| {
+                gabion_proto::placement::mix(seed ^ what << 56 ^ u64::from(n) << 32 ^ u64::from(r)) % 4
+            };
+            let old = data(k, 4, seed);
+            let new: BTreeMap<u8, Rows> = old
+                .iter()
+                .map(|(n, rows)| {
+                    let changed = |(r, old): (u32, &Option<Block>)| match chance(*n, r, 1) {
+                        0 => block(seed ^ 0xabcd ^ u64::from(*n) << 48 ^ u64::from(r)),
+                        1 if chance(*n, r, 2) == 0 => None,
+                        _ => old.clone(),
+                    };
+                    (*n, (0..).zip(rows).map(changed).collect())
+                })
+                .collect();
+            // Shards of which nothing changes need not be named.
+            let changes: BTreeMap<u8, Rows> = (0..k)
+                .filter(|n| old[n] != new[n] || *n == 1)
+                .map(|n| (n, old[&n].iter().zip(&new[&n]).map(|(a, b)| Block::sum(a, b)).collect()))
+                .collect();
+            let added = code.added(&changes).unwrap();
+            let (before, after) =
+                (code.compute(&old, &parity).unwrap(), code.compute(&new, &parity).unwrap());
+            let matrix = matrix(k.into(), m.into());
+            for n in &parity {
+                let sums: Rows = before[n].iter().zip(&added[n]).map(|(a, b)| Block::sum(a, b)).collect();
+                assert_eq!(sums, after[n], "{k}+{m}, shard {n}");
+                let at = |b: &Option<Block>| b.as_ref().map_or(0, |b| b.bytes[1234]);
+                for row in 0..4 {
+                    let sum = changes.iter().fold(0, |s, (c, rows)| {
+                        s ^ times(matrix[usize::from(*n)][usize::from(*c)], at(&rows[row]))
+                    });
+                    assert_eq!(at(&added[n][row]), sum, "{k}+{m}, shard {n}, row {row}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn changes_that_are_not_of_data_are_refused() {
+    let mut changes = data(4, 3, 5);
+    assert!(code(4, 2).added(&changes).is_ok());
+    changes.get_mut(&2).unwrap().pop();
+    assert_eq!(code(4, 2).added(&changes), Err(CodeError::Uneven));
+    assert_eq!(code(4, 2).added(&BTreeMap::from([(4, vec![None])])), Err(CodeError::Uneven));
+    let nothing = code(4, 2).added(&BTreeMap::from([(3, vec![None])])).unwrap();
+    assert_eq!(nothing, BTreeMap::from([(4, vec![None]), (5, vec![None])]));
+    assert_eq!(code(4, 2).added(&BTreeMap::new()).unwrap(), BTreeMap::from([(4, vec![]), (5, vec![])]));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

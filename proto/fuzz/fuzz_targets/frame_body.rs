@@ -40,6 +40,14 @@ fn check(frame: &Frame) {
     again.put(frame.encode_head().expect("what was decoded can be encoded"));
     again.put(frame.data.clone());
     assert_eq!(Frame::decode(&mut again).as_ref(), Ok(&Some(frame.clone())));
+    if let Message::Peer(peer) = &frame.message
+        && let PeerBody::SubWrite { write: SubWriteKind::Delta { whole, added }, .. } = &peer.body
+    {
+        let (whole, added) = Content::pair(whole.clone(), added.clone(), frame.data.clone());
+        assert_eq!(whole.data.len() + added.data.len(), frame.data.len());
+        judge(&whole);
+        judge(&added);
+    }
     let extents = match &frame.message {
         Message::Op(op) => match &op.kind {
             OpKind::Write { extents } => extents,
@@ -53,7 +61,10 @@ fn check(frame: &Frame) {
         },
         _ => return,
     };
-    let content = Content { extents: extents.clone(), data: frame.data.clone() };
+    judge(&Content { extents: extents.clone(), data: frame.data.clone() });
+}
+
+fn judge(content: &Content) {
     if content.validate(true).is_ok() {
         let blocks = content.data_blocks().count();
         assert!(blocks <= content.block_count() as usize);

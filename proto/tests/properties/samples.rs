@@ -220,11 +220,17 @@ pub fn frame(seed: u64) -> Frame {
         }
         3 => Message::OpReply(OpReply::Retry { epoch: Epoch(n.any()), why: RetryWhy::Busy }),
         4 => {
-            let write = match n.flag() {
-                true => SubWriteKind::Note,
-                false => {
+            let write = match n.below(3) {
+                0 => SubWriteKind::Note,
+                1 => {
                     data = content.data;
                     SubWriteKind::Write { extents: content.extents }
+                }
+                _ => {
+                    data = content.data;
+                    let (whole, added) =
+                        content.extents.split_at(n.below(1 + content.extents.len() as u64) as usize);
+                    SubWriteKind::Delta { whole: whole.to_vec(), added: added.to_vec() }
                 }
             };
             let body = PeerBody::SubWrite { tid: n.any(), object, version, prev: Version::ZERO, write };

@@ -38,8 +38,10 @@ pub struct Member {
     early: BTreeMap<(ObjectId, Version), Early>,
     /// Submitted and not durable: tids that want an answer.
     in_flight: BTreeMap<(ObjectId, Version), u64>,
+    /// Erasure coding: writes that add to parity, whose old rows are being read.
+    pub(super) adding: BTreeMap<ObjectId, shards::Adding>,
     /// Pushes being applied.
-    applying: BTreeSet<ObjectId>,
+    pub(super) applying: BTreeSet<ObjectId>,
     /// Erasure coding: rows that are being read, for whom and under which number.
     pub serving: BTreeSet<(OsdId, u64)>,
     /// When the primary was last told that the store is full.
@@ -222,7 +224,11 @@ impl Pg {
             (Some(_), _) => return,
             (None, _) => {}
         }
-        if w.version <= have {
+        // Without its rule a repeated sum is added to what the first one made.
+        let twice = matches!(w.write, SubWriteKind::Delta { .. })
+            && w.version == have
+            && !cx.rules.keep(Rule::DeltaNamesBase);
+        if w.version <= have && !twice {
             if !m.in_flight.contains_key(&(w.object, w.version)) {
                 self.send(
                     cx,
@@ -233,20 +239,28 @@ impl Pg {
             }
             return;
         }
-        if w.prev != have && cx.rules.keep(Rule::VersionOrder) {
+        if w.prev != have && !twice && cx.rules.keep(Rule::VersionOrder) {
             if w.prev > have && m.early.len() < EARLY_MAX {
                 cx.takes(Branch::EarlyWrite);
                 m.early.insert((w.object, w.prev), w);
             }
             return;
         }
-        let (object, mut next) = (w.object, Some(Early { prev: have, ..w }));
-        while let Some(w) = next {
-            let version = w.version;
-            if !self.apply_sub_write(cx, from, w) {
+        let prev = if twice { w.prev } else { have };
+        let (object, version) = (w.object, w.version);
+        if self.apply_sub_write(cx, from, Early { prev, ..w }) {
+            self.early_on(cx, object, version);
+        }
+    }
+
+    /// The object is at this version now: what has waited for that is applied.
+    pub(super) fn early_on(&mut self, cx: &mut Cx<'_>, object: ObjectId, mut version: Version) {
+        let Some(primary) = self.record.primary else { return };
+        while let Some(w) = self.member().and_then(|m| m.early.remove(&(object, version))) {
+            version = w.version;
+            if !self.apply_sub_write(cx, primary, w) {
                 return;
             }
-            next = self.member().and_then(|m| m.early.remove(&(object, version)));
         }
     }
 
@@ -278,7 +292,12 @@ impl Pg {
         self.submit(cx, What::SubWrite { tid, object, version }, vec![TxnOp::AddMissing { object, needed }]);
     }
 
+    /// False: it is not applied, or not yet.
     fn apply_sub_write(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) -> bool {
+        if let SubWriteKind::Delta { .. } = w.write {
+            self.add_to_parity(cx, from, w);
+            return false;
+        }
         let Early { tid, object, version, prev, write, data } = w;
         let ops = match write {
             SubWriteKind::Write { extents } => {
@@ -296,12 +315,42 @@ impl Pg {
             }
             // Shards are only ever prepared.
             _ if self.code.is_some() => return false,
-            SubWriteKind::Note => return false,
+            SubWriteKind::Note | SubWriteKind::Delta { .. } => return false,
             SubWriteKind::Zero { first_block, block_count, discard } => {
                 vec![TxnOp::Zero { object, prev, version, first_block, block_count, discard }]
             }
             SubWriteKind::Delete => vec![TxnOp::Delete { object, prev, version }],
         };
+        self.store_sub_write(cx, tid, object, (prev, version), ops);
+        true
+    }
+
+    /// Rule E2: once, and to the version that it names. What is being read is not read twice.
+    fn add_to_parity(&mut self, cx: &mut Cx<'_>, from: OsdId, w: Early) {
+        let base = if w.version == self.version_of(&w.object) { w.version } else { w.prev };
+        let tid = w.tid;
+        let Some(m) = self.member() else { return };
+        let busy = m.adding.contains_key(&w.object) || m.in_flight.contains_key(&(w.object, w.version));
+        // What is being stored may be another version than this member says.
+        if busy || m.applying.contains(&w.object) {
+            return;
+        }
+        if let Err(error) = self.begin_adding(cx, w, base) {
+            tracing::warn!(pg = %self.id, %from, error, "sub-write refused");
+            let body = PeerBody::SubWriteAck { tid, result: SubResult::BadChecksum };
+            self.send(cx, from, body, Bytes::new());
+        }
+    }
+
+    /// What was judged and is in order becomes durable.
+    pub(super) fn store_sub_write(
+        &mut self,
+        cx: &mut Cx<'_>,
+        tid: u64,
+        object: ObjectId,
+        (prev, version): (Version, Version),
+        ops: Vec<TxnOp>,
+    ) {
         if is_removed(cx.map, &object) {
             // The primary does not know yet.
             self.purged = (0, 0);
@@ -311,9 +360,10 @@ impl Pg {
         self.index.objects.insert(object, Held { version, deleted, base });
         if let Some(m) = self.member() {
             m.in_flight.insert((object, version), tid);
+            // Whatever was to be added is in what came instead.
+            m.adding.remove(&object);
         }
         self.submit(cx, What::SubWrite { tid, object, version }, ops);
-        true
     }
 
     pub(super) fn sub_write_done(

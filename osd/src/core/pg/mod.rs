@@ -116,6 +116,12 @@ pub enum What {
         to: OsdId,
         tid: u64,
     },
+    /// Erasure coding: rows of the own parity that a write adds to.
+    OldParity {
+        object: ObjectId,
+        version: Version,
+        first_row: u32,
+    },
     /// Blocks of the own copy for the primary.
     ServeBlocks {
         to: OsdId,
@@ -144,9 +150,11 @@ impl What {
     pub fn measured(&self) -> Option<Kind> {
         match self {
             What::Write { .. } | What::SubWrite { .. } => Some(Kind::Write),
-            What::Read { .. } | What::OwnRows { .. } | What::ServeRows { .. } | What::ServeBlocks { .. } => {
-                Some(Kind::Read)
-            }
+            What::Read { .. }
+            | What::OwnRows { .. }
+            | What::ServeRows { .. }
+            | What::OldParity { .. }
+            | What::ServeBlocks { .. } => Some(Kind::Read),
             _ => None,
         }
     }

@@ -120,6 +120,12 @@ impl Active {
         writes.into_iter().chain(reads.into_keys()).collect()
     }
 
+    /// Erasure coding: shards of members that have not made a write durable.
+    pub(super) fn shards_owed(&self, tid: u64, acting: &[OsdId]) -> BTreeSet<u8> {
+        let Some(w) = self.writes.get(&tid) else { return BTreeSet::new() };
+        acting.iter().zip(0u8..).filter(|(o, _)| w.waiting.contains(o)).map(|(_, n)| n).collect()
+    }
+
     pub fn has_writes(&self, object: &ObjectId) -> bool {
         self.writes.values().any(|w| w.object == *object)
     }
@@ -360,6 +366,9 @@ impl Pg {
         let token = match what {
             What::Read { token } => token,
             What::OwnRows { tid } => return self.own_rows_read(cx, tid, result),
+            What::OldParity { object, version, first_row } => {
+                return self.old_parity_read(cx, (object, version, first_row), result);
+            }
             What::ServeRows { to, tid } => return self.rows_read(cx, to, tid, result),
             What::ServeBlocks { to, tid, layers } => return self.blocks_read(cx, (to, tid, layers), result),
             _ => return,
@@ -515,10 +524,12 @@ impl Pg {
                 if w.waiting.remove(&from) {
                     cx.latency.took(from, Kind::Write, cx.now.saturating_sub(w.started));
                 }
+                self.decode_parity(cx, tid);
                 self.finish_write(cx, tid);
             }
             // Sent again by the timer.
             SubResult::BadChecksum => {}
+            SubResult::Unreadable => self.parity_unreadable(cx, from, tid),
             _ if !cx.rules.keep(Rule::Refusals) => {
                 w.waiting.remove(&from);
                 self.finish_write(cx, tid);

@@ -51,11 +51,15 @@ pub struct Write {
     pub version: Version,
     pub prev: Version,
     parts: Parts,
+    /// Erasure coding: rows whose parity is added to.
+    pub added: BTreeSet<u32>,
     /// The own store has it.
     pub own: bool,
     pub waiting: BTreeSet<OsdId>,
     /// Members that said no (rule P7): never acknowledged in this interval.
     pub refused: BTreeMap<OsdId, SubResult>,
+    /// Erasure coding: members that cannot read the parity that they are to add to.
+    pub unreadable: BTreeSet<OsdId>,
     pub started: Millis,
     pub sent: Millis,
 }
@@ -68,9 +72,11 @@ impl Write {
             version: Version::ZERO,
             prev: Version::ZERO,
             parts,
+            added: BTreeSet::new(),
             own: false,
             waiting: BTreeSet::new(),
             refused: BTreeMap::new(),
+            unreadable: BTreeSet::new(),
             started: now,
             sent: now,
         }
@@ -166,6 +172,13 @@ impl Write {
             Parts::Same(kind, data) => Some((kind.clone(), data.clone())),
             Parts::Each(parts) => parts.get(&member).cloned(),
             Parts::Open(_) | Parts::Gathering(_) => None,
+        }
+    }
+
+    /// A member cannot do with what it was sent.
+    pub fn replace_part(&mut self, member: OsdId, part: (SubWriteKind, Bytes)) {
+        if let Parts::Each(parts) = &mut self.parts {
+            parts.insert(member, part);
         }
     }
 

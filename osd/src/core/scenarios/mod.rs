@@ -4,6 +4,7 @@
 //! hold them; reads, messages and answers to clients are collected.
 
 mod credits;
+mod delta;
 mod denied;
 mod dirty;
 mod division;
@@ -14,6 +15,7 @@ mod hedge;
 mod listed;
 mod maps;
 mod noted;
+mod pieces;
 mod places;
 mod removed;
 mod rescued;
@@ -88,6 +90,10 @@ pub struct Rig {
     pub replies: Vec<(ClientToken, OpReply)>,
     /// Reads and whole-object reads that wait for their answer.
     pub reads: VecDeque<(Token, ObjectId)>,
+    /// Erasure coding: the last of them is of what is pending.
+    pub newest_read: bool,
+    /// Blocks of every one of them: the first, and how many.
+    pub ranges: VecDeque<(u32, u32)>,
     pub object_reads: VecDeque<(Token, ObjectId)>,
     pub digests: VecDeque<(Token, ObjectId)>,
     pub reports: Vec<MonitorRequest>,
@@ -147,6 +153,8 @@ impl Rig {
             sent: Vec::new(),
             replies: Vec::new(),
             reads: VecDeque::new(),
+            newest_read: false,
+            ranges: VecDeque::new(),
             object_reads: VecDeque::new(),
             digests: VecDeque::new(),
             reports: Vec::new(),
@@ -199,8 +207,15 @@ impl Rig {
             }
             Effect::Send { msg, .. } => self.sent.push((msg.to, msg.body)),
             Effect::Reply { token, reply, .. } => self.replies.push((token, reply)),
-            Effect::Read { token, object, .. } | Effect::ReadPending { token, object, .. } => {
-                self.reads.push_back((token, object))
+            Effect::Read { token, object, first_block, block_count, .. } => {
+                self.reads.push_back((token, object));
+                self.ranges.push_back((first_block, block_count));
+                self.newest_read = false;
+            }
+            Effect::ReadPending { token, object, first_block, block_count, .. } => {
+                self.reads.push_back((token, object));
+                self.ranges.push_back((first_block, block_count));
+                self.newest_read = true;
             }
             Effect::ReadObject { token, object, .. } => self.object_reads.push_back((token, object)),
             Effect::Digest { token, object, .. } => self.digests.push_back((token, object)),
@@ -211,10 +226,15 @@ impl Rig {
 
     /// A map in which a new interval of the group begins.
     pub fn interval(&mut self, epoch: u64, acting: &[u32], past: Vec<PastInterval>) {
+        self.led(acting.first().copied().unwrap_or_default(), epoch, acting, past);
+    }
+
+    /// One that is led by this OSD.
+    pub fn led(&mut self, primary: u32, epoch: u64, acting: &[u32], past: Vec<PastInterval>) {
         let acting: Vec<OsdId> = acting.iter().map(|o| OsdId(*o)).collect();
         let record = Shared::from(PgRecord {
             up: acting.clone(),
-            primary: acting.first().copied(),
+            primary: Some(OsdId(primary)),
             acting,
             interval: Epoch(epoch),
             activated: false,

@@ -18,8 +18,19 @@ const AGAIN_MS: Millis = 2_000;
 /// Who wants the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum For {
-    Read { token: ClientToken, first_block: u32, block_count: u32 },
-    Write { tid: u64 },
+    Read {
+        token: ClientToken,
+        first_block: u32,
+        block_count: u32,
+    },
+    Write {
+        tid: u64,
+    },
+    /// Old parity that its holder cannot read, and that a write adds to.
+    Parity {
+        tid: u64,
+        shard: u8,
+    },
     Recovery,
 }
 
@@ -56,6 +67,8 @@ pub struct Gather {
     pub(super) parts: BTreeMap<u8, Rows>,
     pub(super) asked: BTreeMap<u8, Asked>,
     pub(super) bad: BTreeSet<u8>,
+    /// Never asked for.
+    barred: BTreeSet<u8>,
     /// Some shard was there and could not be read.
     unreadable: bool,
     /// More was asked for than would do, because something was late.
@@ -67,9 +80,13 @@ pub struct Gather {
 impl Shards {
     /// Members that owe rows, since when, and whether a client's write waits for them.
     pub fn late(&self) -> impl Iterator<Item = (OsdId, Millis, bool)> + '_ {
-        let writes = |g: &Gather| matches!(g.purpose, For::Write { .. });
+        let writes = |g: &Gather| matches!(g.purpose, For::Write { .. } | For::Parity { .. });
         let asked = self.gathers.values().flat_map(move |g| g.asked.values().map(move |a| (a, writes(g))));
         asked.map(|(a, write)| (a.member, a.first, write))
+    }
+
+    pub fn is_gathering(&self, purpose: For) -> bool {
+        self.gathers.values().any(|g| g.purpose == purpose)
     }
 }
 
@@ -128,6 +145,10 @@ impl Pg {
         };
         let Phase::Active(a) = &mut self.phase else { return };
         let tid = a.next_tid();
+        let barred = match purpose {
+            For::Parity { tid, .. } => a.shards_owed(tid, &self.record.acting),
+            _ => BTreeSet::new(),
+        };
         let gather = Gather {
             purpose,
             object,
@@ -140,7 +161,8 @@ impl Pg {
             wanted,
             parts: BTreeMap::new(),
             asked: BTreeMap::new(),
-            bad: BTreeSet::new(),
+            bad: barred.clone(),
+            barred,
             unreadable: false,
             hedged: false,
             shunned: BTreeSet::new(),
@@ -219,8 +241,13 @@ impl Pg {
         version: Version,
         (first_block, block_count): (u32, u32),
     ) {
-        let pending =
-            self.index.objects.get(&object).is_some_and(|h| h.version == version && h.base.is_some());
+        // Rule E2: of exactly that version, not of what is newest here.
+        let any = !cx.rules.keep(Rule::OneVersion);
+        let pending = self
+            .index
+            .objects
+            .get(&object)
+            .is_some_and(|h| (h.version == version || any) && h.base.is_some());
         let (token, pg) = (self.token(cx, what), self.id);
         cx.out.push(match pending {
             true => Effect::ReadPending { token, pg, object, first_block, block_count },
@@ -349,6 +376,8 @@ impl Pg {
                 }
             }
             For::Write { tid } => self.withdraw_write(cx, tid),
+            // The member is sent its part again, says again that it cannot, and is left out in the end (rule P8).
+            For::Parity { .. } => {}
             For::Recovery => {
                 if damaged && !away {
                     a.scrub.damaged.insert(g.object, Damage::Unreadable);
@@ -374,7 +403,7 @@ impl Pg {
         let Phase::Active(a) = &mut self.phase else { return };
         g.parts.clear();
         g.asked.clear();
-        g.bad.clear();
+        g.bad = g.barred.clone();
         g.unreadable = false;
         // A number of its own: late answers are of another piece.
         let tid = a.next_tid();
@@ -426,6 +455,11 @@ impl Pg {
                 self.read_gathered(cx, token, content_of(blocks.filter(|(_, b)| b.is_some())));
             }
             For::Write { tid } => self.encode_write(cx, tid, g.rows.0, &g.done),
+            For::Parity { tid, shard } => {
+                if let Some(old) = g.done.get(&shard) {
+                    self.parity_decoded(cx, tid, shard, g.rows.0, old);
+                }
+            }
             For::Recovery => self.shards_computed(cx, g.object, g.version, g.done),
         }
     }

@@ -19,6 +19,7 @@
 //! - *A member keeps its shard number.* The monitors give an OSD that may be needed for one shard no other one. What is left of another
 //!   number when it takes its place is older than the last time the group was clean.
 
+mod delta;
 #[cfg(test)]
 mod exhaustive;
 mod gather;
@@ -26,6 +27,7 @@ mod hedge;
 mod history;
 mod write;
 
+pub use delta::Adding;
 pub use history::{pending, rollbacks, unsettled, wanted};
 
 use super::ops::{ClientWork, range_of};

@@ -2,7 +2,7 @@
 
 use super::writes::{Requested, Write};
 use super::*;
-use crate::erasure::{Block, Rows, content_of};
+use crate::erasure::{Block, Rows, content_of, sparse_content};
 use gabion_proto::blocks::Content;
 
 /// A version that no later write or read commits is committed by a message of its own after this long (E3).
@@ -80,20 +80,38 @@ impl Pg {
         let (Some(geometry), Phase::Active(a)) = (self.geometry(), &mut self.phase) else { return };
         let Some(w) = a.writes.get_mut(&tid) else { return };
         let object = w.object;
-        let Some(new) = w.close() else { return };
+        let Some(new) = w.close().cloned() else { return };
+        let costs = self.costs(cx, &object);
         let rows: BTreeSet<u32> = new.keys().map(|b| geometry.place(*b).1).collect();
-        // Data shards that a row keeps as they are.
+        // Old data that parity depends on: of what a row keeps, or of what changes.
         let mut wanted = BTreeSet::new();
+        let mut added = BTreeSet::new();
         let mut partial: Option<(u32, u32)> = None;
-        for row in rows {
-            let kept = (0..geometry.k).filter(|n| !new.contains_key(&geometry.block(*n, row)));
-            let kept: Vec<u8> = kept.collect();
-            if !kept.is_empty() {
+        let known = self.index.objects.contains_key(&object);
+        for row in rows.into_iter().filter(|_| known) {
+            let (changed, kept): (Vec<u8>, Vec<u8>) =
+                (0..geometry.k).partition(|n| new.contains_key(&geometry.block(*n, row)));
+            if kept.is_empty() {
+                continue;
+            }
+            partial = Some(partial.map_or((row, row), |(first, _)| (first, row)));
+            if costs.as_ref().is_some_and(|c| c.adds(&changed, &kept)) {
+                added.insert(row);
+                wanted.extend(changed);
+            } else {
                 wanted.extend(kept);
-                partial = Some(partial.map_or((row, row), |(first, _)| (first, row)));
             }
         }
-        match partial.filter(|_| self.index.objects.contains_key(&object)) {
+        if !added.is_empty() {
+            cx.takes(Branch::DeltaWrite);
+            // Own parity is added to here.
+            let own = self.record.acting.iter().position(|o| *o == cx.id).map(|n| n as u8);
+            wanted.extend(own.filter(|n| *n >= geometry.k));
+        }
+        let Phase::Active(a) = &mut self.phase else { return };
+        let Some(w) = a.writes.get_mut(&tid) else { return };
+        w.added = added;
+        match partial {
             Some((first, last)) => {
                 self.gather(cx, For::Write { tid }, object, (first, last - first + 1), wanted);
             }
@@ -119,8 +137,9 @@ impl Pg {
             return self.withdraw_write(cx, tid);
         }
         let Some(new) = w.close().cloned() else { return };
-        let rows: Vec<u32> =
-            new.keys().map(|b| geometry.place(*b).1).collect::<BTreeSet<u32>>().into_iter().collect();
+        let sums: Vec<u32> = w.added.iter().copied().collect();
+        let rows: BTreeSet<u32> = new.keys().map(|b| geometry.place(*b).1).collect();
+        let whole: Vec<u32> = rows.iter().copied().filter(|r| !w.added.contains(r)).collect();
         let old_block = |n: u8, row: u32| {
             let at = row.checked_sub(first_row)? as usize;
             old.get(&n)?.get(at)?.clone()
@@ -131,11 +150,24 @@ impl Pg {
                     Some(block) => block.clone(),
                     None => old_block(n, *r),
                 };
-                (n, rows.iter().map(row).collect())
+                (n, whole.iter().map(row).collect())
             })
             .collect();
+        let change = |n: u8, r: &u32| Some(Block::sum(new.get(&geometry.block(n, *r))?, &old_block(n, *r)));
+        let changes: BTreeMap<u8, Rows> =
+            (0..geometry.k).map(|n| (n, sums.iter().map(|r| change(n, r).flatten()).collect())).collect();
+        let own_shard = self.record.acting.iter().position(|o| *o == cx.id).map(|n| n as u8);
+        let depends = |n: &u8| match *n < geometry.k {
+            true => sums.iter().any(|r| change(*n, r).is_some()),
+            false => Some(*n) == own_shard && !sums.is_empty(),
+        };
+        // Never zeros in place of what was not read.
+        if (0..geometry.width()).filter(depends).any(|n| !old.contains_key(&n)) {
+            return self.fail(cx, format!("old rows of {object} are not here, which its parity depends on"));
+        }
         let parity: Vec<u8> = (geometry.k..geometry.width()).collect();
-        let computed = match code.compute(&data, &parity) {
+        let computed = code.compute(&data, &parity).and_then(|c| Ok((c, code.added(&changes)?)));
+        let (computed, added) = match computed {
             Ok(computed) => computed,
             Err(error) => return self.fail(cx, format!("parity cannot be computed: {error}")),
         };
@@ -144,26 +176,36 @@ impl Pg {
             return self.fail(cx, format!("object {object} has no versions left in this interval"));
         };
         self.note_worn(version);
+        // Rows as they will be, and what is to be added to others.
         let content = |n: u8| match computed.get(&n) {
-            Some(parity) => content_of(rows.iter().copied().zip(parity.iter().cloned())),
-            None => content_of(rows.iter().filter_map(|r| {
-                let block = new.get(&geometry.block(n, *r))?;
-                Some((*r, block.clone()))
-            })),
+            Some(parity) => {
+                let added = added.get(&n).into_iter().flatten().cloned();
+                (
+                    content_of(whole.iter().copied().zip(parity.iter().cloned())),
+                    sparse_content(sums.iter().copied().zip(added)),
+                )
+            }
+            None => {
+                let new = |r: &u32| Some((*r, new.get(&geometry.block(n, *r))?.clone()));
+                (content_of(rows.iter().filter_map(new)), Content::default())
+            }
         };
         let places = self.record.acting.iter().copied().zip(0u8..).filter(|(o, _)| *o != OsdId::NONE);
-        let mut parts: BTreeMap<OsdId, Content> = places.map(|(o, n)| (o, content(n))).collect();
-        if !cx.rules.keep(Rule::AllShards) {
-            parts.retain(|o, c| *o == cx.id || !c.extents.is_empty());
+        let mut own = Content::default();
+        let mut parts: BTreeMap<OsdId, (SubWriteKind, Bytes)> = BTreeMap::new();
+        for (o, n) in places {
+            let (whole, added) = content(n);
+            if o == cx.id {
+                let old = old.get(&n).into_iter().flatten().cloned();
+                own = delta::sums(&whole, &added, &(first_row..).zip(old).collect());
+            } else if cx.rules.keep(Rule::AllShards) || !whole.extents.is_empty() || !added.extents.is_empty()
+            {
+                parts.insert(o, delta::part(whole, added));
+            }
         }
-        let own = parts.remove(&cx.id).unwrap_or_default();
         let Phase::Active(a) = &mut self.phase else { return };
         a.shards.uncommitted.remove(&object);
         let Some(w) = a.writes.get_mut(&tid) else { return };
-        let parts: BTreeMap<OsdId, (SubWriteKind, Bytes)> = parts
-            .into_iter()
-            .map(|(o, c)| (o, (SubWriteKind::Write { extents: c.extents }, c.data)))
-            .collect();
         w.send((prev, version), parts.clone(), cx.now);
         let ops = self.prepare_ops(object, prev, version, own);
         let ops = match cx.rules.keep(Rule::TwoPhases) {
