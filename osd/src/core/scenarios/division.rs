@@ -93,7 +93,7 @@ fn a_part_is_not_taken_for_the_whole() {
     rig.interval(10, &[1, 2], vec![past(5, &[1, 2])]);
     rig.tells(2, 5, &[]);
     assert_eq!(rig.sent, [], "it says nothing");
-    assert_eq!(rig.core.pg_statuses()[0].waiting_for.contains("one of 2 groups, the map has 1"), true);
+    assert!(rig.core.pg_statuses()[0].waiting_for.contains("one of 2 groups, the map has 1"));
 }
 
 /// An operation was sent when there was one group; its object is in another one now.
