@@ -20,13 +20,14 @@ use super::homes::{Homes, Region};
 use super::journal::Ring;
 use super::kv::Kv;
 use super::layout::{self, Geometry, Key, ObjectRecord, Superblock, kind};
+use super::place::{PlaceJob, Returned};
 use super::read::ReadJob;
 use super::slots::Slots;
 use super::view::Index;
 use super::wake::Waker;
 use super::{
-    ConcurrentStore, Done, Identity, ListEntry, Needed, ObjectState, PgMeta, Store, StoreError, Txn, Usage,
-    Work,
+    ConcurrentStore, Done, Identity, ListEntry, Needed, ObjectState, PgMeta, Piece, Placed, Store,
+    StoreError, Txn, Usage, Work,
 };
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -41,6 +42,7 @@ pub(super) enum Purpose {
     Read = 3,
     WriteBack = 4,
     Checkpoint = 5,
+    Place = 6,
 }
 
 const PURPOSE_SHIFT: u32 = 60;
@@ -79,6 +81,13 @@ pub struct ChunkStore<D: Device, K: Kv> {
     pub(super) next_read: u64,
     /// Reads that wait until so many transactions are answered, because one of them changes what they read.
     pub(super) deferred: VecDeque<(u64, u64, Work)>,
+    /// Chunks on their way to slots that nothing names yet.
+    pub(super) placing: HashMap<u64, PlaceJob>,
+    pub(super) next_place: u64,
+    /// Placements that wait for slots until the journal is trimmed.
+    pub(super) unplaced: VecDeque<(u64, Work)>,
+    /// Slots of placements that nobody wanted in the end.
+    pub(super) returned: Returned,
     pub(super) checkpoint: Option<Checkpoint>,
     /// A checkpoint was asked for; it starts when it can.
     pub(super) want_checkpoint: bool,
@@ -156,6 +165,10 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             reads: HashMap::new(),
             next_read: 0,
             deferred: VecDeque::new(),
+            placing: HashMap::new(),
+            next_place: 0,
+            unplaced: VecDeque::new(),
+            returned: Returned::default(),
             checkpoint: None,
             want_checkpoint: false,
             settling: Vec::new(),
@@ -195,6 +208,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         for (tag, done) in reads {
             self.finish(tag, done);
         }
+        let mut placing: Vec<u64> = self.placing.drain().map(|(_, job)| job.tag).collect();
+        placing.extend(self.unplaced.drain(..).map(|(tag, _)| tag));
+        placing.sort_unstable();
+        for tag in placing {
+            self.finish(tag, Done::Place(Err(fatal())));
+        }
         for tag in std::mem::take(&mut self.settling) {
             self.finish(tag, Done::Settled(Err(fatal())));
         }
@@ -230,10 +249,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             return moved;
         }
         moved |= self.acknowledge();
+        self.take_back();
         let result = self.advance_checkpoint();
         moved |= self.watch(result).unwrap_or(true);
         let result = self.fill();
         moved |= self.watch(result).unwrap_or(true);
+        moved |= self.place_waiting();
         if self.want_checkpoint && self.checkpoint.is_none() && self.dead.is_none() {
             // Writers have just found that they must wait for one.
             let result = self.advance_checkpoint();
@@ -258,6 +279,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
         if what == Purpose::Group as u64 || what == Purpose::GroupFlush as u64 {
             self.group_completed(number);
+        } else if what == Purpose::Place as u64 {
+            self.place_completed(number);
         } else {
             self.checkpoint_completed(what == Purpose::WriteBack as u64);
         }
@@ -443,6 +466,30 @@ impl<D: Device, K: Kv> Store for ChunkStore<D, K> {
         }
     }
 
+    fn read_piece(
+        &mut self,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    ) -> Result<Piece, StoreError> {
+        let tag = self.own_tag();
+        self.start(tag, Work::ReadPiece { pg, object, first_block, block_count });
+        match self.finish_own(tag) {
+            Done::ReadPiece(result) => result,
+            _ => unreachable!("a read ends as a read"),
+        }
+    }
+
+    fn place(&mut self, pg: PgId, object: ObjectId, content: Content) -> Result<Placed, StoreError> {
+        let tag = self.own_tag();
+        self.start(tag, Work::Place { pg, object, content });
+        match self.finish_own(tag) {
+            Done::Place(result) => result,
+            _ => unreachable!("a placement ends as one"),
+        }
+    }
+
     fn digest(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, u64), StoreError> {
         let tag = self.own_tag();
         self.start(tag, Work::Digest { pg, object });
@@ -517,6 +564,7 @@ impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
                 self.settling.push(tag);
                 self.want_checkpoint = true;
             }
+            Work::Place { .. } => self.start_place(tag, work),
             read => self.start_read(tag, read),
         }
     }

@@ -22,7 +22,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// New content of one block: its CRC and bytes, or zeros.
-type NewBlock = Option<DataBlock>;
+pub(super) type NewBlock = Option<DataBlock>;
 
 /// How content is put in place.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,6 +85,9 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 self.put_object(stage, pg, object, Some(record))?;
                 self.apply(stage, pg, object, content, keep, Mode::Fresh)?;
                 stage.delete(layout::object_key(kind::MISSING, pg, object));
+            }
+            TxnOp::Assemble { object, version, base, ref kept, ref placed } => {
+                self.stage_assembly(stage, pg, (object, version, base), kept, placed)?;
             }
             TxnOp::Prepare { object, base, version, ref content } => {
                 self.prepare(stage, pg, object, base, version, content, keep)?;
@@ -254,7 +257,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     }
 
     /// Everything with `prefix`, as the current transaction sees it.
-    fn staged_scan(&self, stage: &Stage, prefix: &[u8]) -> Result<Vec<(Key, Value)>, StoreError> {
+    pub(super) fn staged_scan(&self, stage: &Stage, prefix: &[u8]) -> Result<Vec<(Key, Value)>, StoreError> {
         let layers = self.layers(stage);
         if prefix[0] == kind::OVERLAY {
             let mut merged = View::new();
@@ -281,7 +284,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         }
     }
 
-    fn staged_object(
+    pub(super) fn staged_object(
         &mut self,
         stage: &Stage,
         pg: PgId,
@@ -291,7 +294,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         value.map(|v| layout::decode(v.record()?)).transpose()
     }
 
-    fn put_object(
+    pub(super) fn put_object(
         &mut self,
         stage: &mut Stage,
         pg: PgId,
@@ -499,7 +502,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     }
 
     /// `chunk` with `new` applied to it, in a slot of its own. What `new` does not name is copied.
-    fn fresh_chunk(
+    pub(super) fn fresh_chunk(
         &mut self,
         stage: &mut Stage,
         key: &Key,
@@ -592,7 +595,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         Ok(())
     }
 
-    fn drop_overlay(&mut self, stage: &mut Stage, chunk: &Key) -> Result<(), StoreError> {
+    pub(super) fn drop_overlay(&mut self, stage: &mut Stage, chunk: &Key) -> Result<(), StoreError> {
         let mask = self.staged_overlay(stage, chunk)?.mask;
         let (pg, object, number) = layout::parse_numbered(chunk)?;
         for bit in bits(mask) {
@@ -605,7 +608,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         self.drop_chunks(stage, &layout::object_key(kind::CHUNK, pg, object), Class::ALL)
     }
 
-    fn drop_pending(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
+    pub(super) fn drop_pending(
+        &mut self,
+        stage: &mut Stage,
+        pg: PgId,
+        object: ObjectId,
+    ) -> Result<(), StoreError> {
         if self.staged_object(stage, pg, object)?.is_some_and(|r| r.pending.is_some()) {
             self.free_pending_slots(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object), Class::ALL)?;
             for k in [kind::PENDING, kind::PENDING_CHUNK] {
@@ -657,6 +665,7 @@ fn object_of(op: &TxnOp) -> Option<ObjectId> {
         | TxnOp::Zero { object, .. }
         | TxnOp::Delete { object, .. }
         | TxnOp::Replace { object, .. }
+        | TxnOp::Assemble { object, .. }
         | TxnOp::Prepare { object, .. }
         | TxnOp::CommitPending { object, .. }
         | TxnOp::RollbackPending { object }
@@ -669,7 +678,7 @@ fn object_of(op: &TxnOp) -> Option<ObjectId> {
     }
 }
 
-fn check(content: &Content) -> Result<(), StoreError> {
+pub(super) fn check(content: &Content) -> Result<(), StoreError> {
     content.validate(false).map_err(|e| StoreError::Invalid(e.to_string()))
 }
 
@@ -692,12 +701,12 @@ fn whole_run(source: &Bytes, new: &[(u32, NewBlock)], first: u32, end: u32) -> O
     Some(themselves.unwrap_or_else(|| BlocksMut::gather(run.into_iter()).freeze()))
 }
 
-fn data_count(new: &[(u32, NewBlock)]) -> u32 {
+pub(super) fn data_count(new: &[(u32, NewBlock)]) -> u32 {
     new.iter().filter(|(_, n)| n.is_some()).count() as u32
 }
 
 /// Blocks by chunk, each numbered within it.
-fn by_chunk(blocks: Vec<(u32, NewBlock)>) -> BTreeMap<u32, Vec<(u32, NewBlock)>> {
+pub(super) fn by_chunk(blocks: Vec<(u32, NewBlock)>) -> BTreeMap<u32, Vec<(u32, NewBlock)>> {
     let mut chunks: BTreeMap<u32, Vec<(u32, NewBlock)>> = BTreeMap::new();
     for (block, new) in blocks {
         chunks.entry(block / BLOCKS_PER_CHUNK).or_default().push((block % BLOCKS_PER_CHUNK, new));
@@ -706,7 +715,7 @@ fn by_chunk(blocks: Vec<(u32, NewBlock)>) -> BTreeMap<u32, Vec<(u32, NewBlock)>>
 }
 
 /// The blocks of validated content, in order.
-fn blocks(content: &Content) -> Vec<(u32, NewBlock)> {
+pub(super) fn blocks(content: &Content) -> Vec<(u32, NewBlock)> {
     let mut out = Vec::new();
     let mut at = 0;
     for e in &content.extents {

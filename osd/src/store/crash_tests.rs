@@ -47,9 +47,11 @@ fn run(seed: u64, steps: usize) -> Run {
             for _ in 0..generator.rng.random_range(1..3) {
                 let mut next = states.last().expect("a state").clone();
                 let txn = generator.txn(&next);
+                let (txn, told) =
+                    generator.assembled(&next, &txn, &mut store).unwrap_or_else(|| (txn.clone(), txn));
                 expected.push(next.apply(&txn));
                 states.push(next);
-                txns.push(txn);
+                txns.push(told);
             }
             tag += 1;
             disk.note(note(states.len() - 1, acknowledged));
@@ -177,8 +179,10 @@ fn random_operations_match_the_model() {
             let txns: Vec<_> = (0..generator.rng.random_range(1..4))
                 .map(|_| {
                     let txn = generator.txn(&model);
+                    let (txn, told) =
+                        generator.assembled(&model, &txn, &mut store).unwrap_or_else(|| (txn.clone(), txn));
                     let expected = model.apply(&txn);
-                    (txn, expected)
+                    (told, expected)
                 })
                 .collect();
             let (txns, expected): (Vec<_>, Vec<_>) = txns.into_iter().unzip();

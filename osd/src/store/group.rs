@@ -9,7 +9,7 @@ use super::journal::{self, Header, Image};
 use super::kv::Kv;
 use super::layout::BLOCK;
 use super::rules::{Rule, holds};
-use super::stage::{Changes, Stage};
+use super::stage::{Changes, FreshBlocks, Stage};
 use super::{Done, StoreError, Txn, TxnOp};
 use gabion_proto::ids::*;
 use gabion_proto::limits::BLOCK_BYTES;
@@ -84,6 +84,7 @@ pub(super) fn touched(txn: &Txn, out: &mut Vec<Touched>) {
             | TxnOp::Zero { object, .. }
             | TxnOp::Delete { object, .. }
             | TxnOp::Replace { object, .. }
+            | TxnOp::Assemble { object, .. }
             | TxnOp::Prepare { object, .. }
             | TxnOp::CommitPending { object, .. }
             | TxnOp::RollbackPending { object }
@@ -104,6 +105,7 @@ fn data_bytes(txn: &Txn) -> u64 {
         TxnOp::Write { content, .. } | TxnOp::Replace { content, .. } | TxnOp::Prepare { content, .. } => {
             content.data.len() as u64
         }
+        TxnOp::Assemble { placed, .. } => placed.iter().map(|p| p.data_bytes()).sum(),
         _ => 0,
     };
     txn.ops.iter().map(content).sum()
@@ -157,7 +159,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             let Some(queued) = self.queue.pop_front() else { break };
             let Queued { number, tag, at, .. } = queued;
             let result = self.stage_txn(&mut stage, &queued.txn).and_then(|()| {
-                let head = journal::head_bytes(&stage.txn.sweeps, stage.txn.fresh.len(), &stage.txn.keys);
+                let images = stage.txn.fresh.len() + stage.txn.placed.len();
+                let head = journal::head_bytes(&stage.txn.sweeps, images, &stage.txn.keys);
                 if head > txn_head_max {
                     return Err(StoreError::Invalid(format!("a transaction of {head} bytes of metadata")));
                 }
@@ -168,6 +171,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 Ok(()) => {
                     std::mem::take(&mut stage.txn.homes).into_iter().for_each(|c| self.homes.set(c));
                     stage.accept();
+                    super::place::named(&queued.txn);
                     touched(&queued.txn, &mut touches);
                     payload += data_bytes(&queued.txn);
                     last = number;
@@ -216,15 +220,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     ) {
         let seq = self.ring.head.seq + 1;
         let fresh = std::mem::take(&mut changes.fresh);
-        let images: Vec<Image> = fresh
-            .iter()
-            .map(|f| Image {
-                slot: f.slot,
-                first: f.first as u8,
-                count: f.data.count() as u8,
-                crc: crc32fast::hash(f.data.bytes()),
-            })
-            .collect();
+        let images: Vec<Image> =
+            fresh.iter().map(FreshBlocks::image).chain(changes.placed.iter().copied()).collect();
         let header = Header {
             nonce: self.superblock.nonce,
             seq,
@@ -290,7 +287,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             self.durable = group.seq;
             self.answered = group.last_number;
             self.marked = self.marked.max(group.flushed);
-            if !group.changes.fresh.is_empty() {
+            if !(group.changes.fresh.is_empty() && group.changes.placed.is_empty()) {
                 self.last_fresh = group.seq;
             }
             self.index.dirty.extend(group.changes.keys);

@@ -37,6 +37,7 @@ mod layout;
 #[cfg(test)]
 mod model;
 mod open;
+mod place;
 mod pool;
 mod read;
 mod recover;
@@ -66,6 +67,7 @@ pub use dump::{ObjectDump, ObjectLine};
 pub use frozen::{DirFrozen, Frozen, open_damaged, open_frozen};
 pub use fsck::{FsckReport, fsck};
 pub use open::{DirStore, Engine, Info, ensure_blank, format, info, open, open_with};
+pub use place::Placed;
 pub use synthetic::synthetic_index;
 pub use wake::Waker;
 
@@ -156,6 +158,9 @@ pub enum TxnOp {
     /// Recovery: replaces whatever is here, also a newer or a divergent version, by `content` at
     /// `version` (or by a tombstone), and drops the object's missing entry, in one step (rule P4).
     Replace { object: ObjectId, version: Version, deleted: bool, content: Content },
+    /// Recovery: the object becomes what was [`Placed`], and the chunks `kept` of what is here, which must then be exactly the
+    /// committed version `base`, at `version`. Everything else of it goes, and so does its missing entry, in one step (rule P4).
+    Assemble { object: ObjectId, version: Version, base: Version, kept: Vec<u32>, placed: Vec<Placed> },
     /// Erasure coding: writes `content` beside the committed version. Refused unless the committed
     /// version is `base`; replaces an older pending version.
     Prepare { object: ObjectId, base: Version, version: Version, content: Content },
@@ -228,6 +233,15 @@ pub struct Usage {
     pub checksum_errors: u64,
 }
 
+/// A part of an object's own layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub state: ObjectState,
+    pub content: Content,
+    /// The object has no block from here on.
+    pub end: u32,
+}
+
 /// One entry of an object listing.
 pub type ListEntry = (ObjectId, ObjectState);
 
@@ -259,6 +273,17 @@ pub trait Store: Send {
     fn object(&mut self, pg: PgId, object: ObjectId) -> Result<Option<ObjectState>, StoreError>;
     /// A whole object with its state, for recovery: only its own layer.
     fn read_object(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError>;
+    /// Some blocks of an object's own layer with its state.
+    fn read_piece(
+        &mut self,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    ) -> Result<Piece, StoreError>;
+    /// Writes chunks to slots that nothing names yet, for [`TxnOp::Assemble`]. Without it they are free again, at the latest
+    /// when the store is opened anew.
+    fn place(&mut self, pg: PgId, object: ObjectId, content: Content) -> Result<Placed, StoreError>;
     /// An object's state and the digest of its committed version ([`digest_of`]), from its records alone.
     fn digest(&mut self, pg: PgId, object: ObjectId) -> Result<(ObjectState, u64), StoreError>;
     /// Up to `limit` objects of a group in order, after `after`.
@@ -314,6 +339,19 @@ pub enum Work {
         pg: PgId,
         object: ObjectId,
     },
+    /// As [`Store::read_piece`].
+    ReadPiece {
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    },
+    /// As [`Store::place`].
+    Place {
+        pg: PgId,
+        object: ObjectId,
+        content: Content,
+    },
     /// As [`Store::digest`].
     Digest {
         pg: PgId,
@@ -329,6 +367,8 @@ impl Work {
             Work::Commit(txns) => Done::Commit(vec![Err(e); txns.len()]),
             Work::Read { .. } => Done::Read(Err(e)),
             Work::ReadObject { .. } => Done::ReadObject(Err(e)),
+            Work::ReadPiece { .. } => Done::ReadPiece(Err(e)),
+            Work::Place { .. } => Done::Place(Err(e)),
             Work::Digest { .. } => Done::Digest(Err(e)),
             Work::Settle => Done::Settled(Err(e)),
         }
@@ -341,6 +381,8 @@ pub enum Done {
     Commit(Vec<Result<(), StoreError>>),
     Read(Result<Content, StoreError>),
     ReadObject(Result<(ObjectState, Content), StoreError>),
+    ReadPiece(Result<Piece, StoreError>),
+    Place(Result<Placed, StoreError>),
     Digest(Result<(ObjectState, u64), StoreError>),
     Settled(Result<(), StoreError>),
 }

@@ -243,6 +243,7 @@ fn step(pg: &mut ModelPg, op: &TxnOp) -> bool {
             set(pg, o, version, *deleted, stamps(content));
             pg.missing.remove(o);
         }
+        TxnOp::Assemble { .. } => unreachable!("the model replaces, see `assembled`"),
         TxnOp::Prepare { object: o, base, version, content } => {
             let now = at(pg, o);
             if now.version != base.raw() {
@@ -392,6 +393,46 @@ impl Generator {
             _ if self.rng.random_range(0..4) == 0 => TxnOp::RemovePg,
             _ => TxnOp::Write { object, prev, version, content: content(&self.blocks()) },
         }
+    }
+
+    /// A transaction that replaces an object, as the model is told, and what brings a store there: chunks that are placed
+    /// ahead, and some that are kept. `None`: the store has no room.
+    pub fn assembled(&mut self, model: &Model, txn: &Txn, store: &mut impl Store) -> Option<(Txn, Txn)> {
+        let [TxnOp::Replace { object, version, deleted: false, content: new }] = &txn.ops[..] else {
+            return None;
+        };
+        let now = model.0.get(&txn.pg).and_then(|pg| pg.objects.get(object)).cloned().unwrap_or_default();
+        let may_keep = !now.deleted && now.pending.is_none() && now.version > 0;
+        let chunks: std::collections::BTreeSet<u32> =
+            now.blocks.keys().map(|b| b / BLOCKS_PER_CHUNK).collect();
+        let kept: Vec<u32> = chunks.into_iter().filter(|_| may_keep && self.rng.random()).collect();
+        let stays = |block: &u32| kept.contains(&(block / BLOCKS_PER_CHUNK));
+        let mut blocks = stamps(new);
+        blocks.retain(|b, _| !stays(b));
+        let mut placed = Vec::new();
+        // Piece by piece, and some more that nobody wants in the end.
+        let pieces = blocks
+            .iter()
+            .map(|(b, _)| b / (2 * BLOCKS_PER_CHUNK))
+            .collect::<std::collections::BTreeSet<u32>>();
+        for piece in pieces {
+            let piece: ModelBlocks = blocks
+                .iter()
+                .filter(|(b, _)| **b / (2 * BLOCKS_PER_CHUNK) == piece)
+                .map(|(b, s)| (*b, *s))
+                .collect();
+            for _ in 0..self.rng.random_range(0..2) {
+                store.place(txn.pg, *object, content(&piece)).ok()?;
+            }
+            placed.push(store.place(txn.pg, *object, content(&piece)).ok()?);
+        }
+        blocks.extend(now.blocks.iter().filter(|(b, _)| stays(b)));
+        let replace =
+            TxnOp::Replace { object: *object, version: *version, deleted: false, content: content(&blocks) };
+        let base = v(now.version);
+        let assemble = TxnOp::Assemble { object: *object, version: *version, base, kept, placed };
+        let of = |op| Txn { ops: vec![op], ..txn.clone() };
+        Some((of(replace), of(assemble)))
     }
 
     /// A transaction on top of `model`.

@@ -6,7 +6,7 @@ use super::device::{Device, ReadPart, Request};
 use super::kv::Kv;
 use super::layout::{self, BLOCK, ChunkRecord, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
 use super::view::{BlockBytes, ChunkOverlay, DataBlock, Value};
-use super::{Done, ObjectState, StoreError, Work};
+use super::{Done, ObjectState, Piece, StoreError, Work};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
@@ -30,8 +30,8 @@ pub(super) struct ReadJob {
     /// To begin again: what is read may be overwritten in place meanwhile.
     work: Work,
     attempts: u32,
-    /// Of a whole object.
-    state: Option<ObjectState>,
+    /// Of a whole object, or of a piece of one, and where it ends.
+    state: Option<(ObjectState, u32)>,
     object: ObjectId,
     first: u32,
     found: Vec<Found>,
@@ -45,9 +45,12 @@ impl ReadJob {
     }
 
     fn done(&self, result: Result<Content, StoreError>) -> Done {
-        match self.state {
-            Some(state) => Done::ReadObject(result.map(|content| (state, content))),
-            None => Done::Read(result),
+        match (self.state, &self.work) {
+            (Some((state, end)), Work::ReadPiece { .. }) => {
+                Done::ReadPiece(result.map(|content| Piece { state, content, end }))
+            }
+            (Some((state, _)), _) => Done::ReadObject(result.map(|content| (state, content))),
+            (None, _) => Done::Read(result),
         }
     }
 }
@@ -55,8 +58,10 @@ impl ReadJob {
 impl<D: Device, K: Kv> ChunkStore<D, K> {
     /// Starts a read, now or when the commits before it that it overlaps are durable.
     pub(super) fn start_read(&mut self, tag: u64, work: Work) {
-        let (Work::Read { pg, object, .. } | Work::ReadObject { pg, object } | Work::Digest { pg, object }) =
-            work
+        let (Work::Read { pg, object, .. }
+        | Work::ReadObject { pg, object }
+        | Work::ReadPiece { pg, object, .. }
+        | Work::Digest { pg, object }) = work
         else {
             unreachable!("only reads are started here")
         };
@@ -89,7 +94,11 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 *first_block..first_block.saturating_add(*block_count),
                 *pending,
             ),
-            Work::ReadObject { pg, object } => self.plan_object(tag, home(pg, object), *object),
+            Work::ReadObject { pg, object } => self.plan_object(tag, home(pg, object), *object, 0..u32::MAX),
+            Work::ReadPiece { pg, object, first_block, block_count } => {
+                let range = *first_block..first_block.saturating_add(*block_count);
+                self.plan_object(tag, home(pg, object), *object, range)
+            }
             Work::Digest { pg, object } => {
                 let result = self.recorded_digest(home(pg, object), *object);
                 let result = self.watch(result);
@@ -111,12 +120,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         self.reads.insert(self.next_read, job);
     }
 
-    /// The object's own layer, all of it.
+    /// The object's own layer, as far as it is within `range`.
     fn plan_object(
         &mut self,
         tag: u64,
         pg: PgId,
         object: ObjectId,
+        range: Range<u32>,
     ) -> Result<(ReadJob, BlocksMut), StoreError> {
         let value = self.index.get(&layout::object_key(kind::OBJECT, pg, object))?;
         let value = value.ok_or(StoreError::NotFound { object })?;
@@ -127,8 +137,9 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             end = (number + 1).saturating_mul(BLOCKS_PER_CHUNK).min(OBJECT_BLOCKS_MAX);
             Ok(())
         })?;
-        let (mut job, buffer) = self.plan(tag, pg, object, &[], 0..end, false)?;
-        job.state = Some(record.into());
+        let range = range.start..range.end.min(end);
+        let (mut job, buffer) = self.plan(tag, pg, object, &[], range, false)?;
+        job.state = Some((record.into(), end));
         Ok((job, buffer))
     }
 

@@ -2,6 +2,7 @@
 
 use super::buffer::Blocks;
 use super::homes::{self, Class};
+use super::journal::Image;
 use super::layout::Key;
 use super::view::{Value, View};
 
@@ -26,6 +27,18 @@ impl Sweep {
     }
 }
 
+impl FreshBlocks {
+    /// As a record names them.
+    pub fn image(&self) -> Image {
+        Image {
+            slot: self.slot,
+            first: self.first as u8,
+            count: self.data.count() as u8,
+            crc: crc32fast::hash(self.data.bytes()),
+        }
+    }
+}
+
 /// What one transaction, or all of a record so far, changes.
 #[derive(Default)]
 pub struct Changes {
@@ -33,6 +46,8 @@ pub struct Changes {
     /// What was deleted before what `keys` puts there.
     pub sweeps: Vec<Sweep>,
     pub fresh: Vec<FreshBlocks>,
+    /// Fresh slots that are written already.
+    pub placed: Vec<Image>,
     pub taken: Vec<u32>,
     pub freed: Vec<u32>,
     pub objects: i64,
@@ -56,6 +71,7 @@ impl Stage {
         self.group.keys.extend(txn.keys);
         self.group.sweeps.extend(txn.sweeps);
         self.group.fresh.extend(txn.fresh);
+        self.group.placed.extend(txn.placed);
         self.group.taken.extend(txn.taken);
         self.group.freed.extend(txn.freed);
         self.group.objects += txn.objects;

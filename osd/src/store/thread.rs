@@ -6,7 +6,9 @@
 //! A watchdog stops the OSD when the disk does not answer (rule S9).
 
 use super::watchdog::{OnFatal, Watchdog};
-use super::{ConcurrentStore, Done, ObjectState, PgMeta, Stats, StoreError, Txn, Usage, Waker, Work};
+use super::{
+    ConcurrentStore, Done, ObjectState, PgMeta, Piece, Placed, Stats, StoreError, Txn, Usage, Waker, Work,
+};
 use crate::core::Listing;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -36,6 +38,8 @@ enum Request {
         answer: Answer<Content>,
     },
     ReadObject(PgId, ObjectId, Answer<(ObjectState, Content)>),
+    ReadPiece(PgId, ObjectId, (u32, u32), Answer<Piece>),
+    Place(PgId, ObjectId, Content, Answer<Placed>),
     Digest(PgId, ObjectId, Answer<(ObjectState, u64)>),
     List(PgId, Answer<Listing>),
     Pgs(Answer<Vec<(PgId, PgMeta)>>),
@@ -48,6 +52,8 @@ impl Request {
             Request::Commit(_, answer) => answer(Err(e)),
             Request::Read { answer, .. } => answer(Err(e)),
             Request::ReadObject(_, _, answer) => answer(Err(e)),
+            Request::ReadPiece(_, _, _, answer) => answer(Err(e)),
+            Request::Place(_, _, _, answer) => answer(Err(e)),
             Request::Digest(_, _, answer) => answer(Err(e)),
             Request::List(_, answer) => answer(Err(e)),
             Request::Pgs(answer) => answer(Err(e)),
@@ -111,6 +117,28 @@ impl StoreHandle {
         self.send(Request::ReadObject(pg, object, Box::new(answer)));
     }
 
+    /// As [`super::Store::read_piece`].
+    pub fn read_piece(
+        &self,
+        pg: PgId,
+        object: ObjectId,
+        blocks: (u32, u32),
+        answer: impl FnOnce(Result<Piece, StoreError>) + Send + 'static,
+    ) {
+        self.send(Request::ReadPiece(pg, object, blocks, Box::new(answer)));
+    }
+
+    /// As [`super::Store::place`].
+    pub fn place(
+        &self,
+        pg: PgId,
+        object: ObjectId,
+        content: Content,
+        answer: impl FnOnce(Result<Placed, StoreError>) + Send + 'static,
+    ) {
+        self.send(Request::Place(pg, object, content, Box::new(answer)));
+    }
+
     /// As [`super::Store::digest`].
     pub fn digest(
         &self,
@@ -153,6 +181,8 @@ enum Pending {
     Commit(Answer<()>),
     Read(Answer<Content>),
     ReadObject(Answer<(ObjectState, Content)>),
+    ReadPiece(Answer<Piece>),
+    Place(Answer<Placed>),
     Digest(Answer<(ObjectState, u64)>),
     Settle(Option<Answer<Stats>>),
 }
@@ -289,6 +319,13 @@ impl<S: ConcurrentStore> Worker<S> {
             Request::ReadObject(pg, object, answer) => {
                 self.start(Work::ReadObject { pg, object }, Pending::ReadObject(answer));
             }
+            Request::ReadPiece(pg, object, (first_block, block_count), answer) => {
+                let work = Work::ReadPiece { pg, object, first_block, block_count };
+                self.start(work, Pending::ReadPiece(answer));
+            }
+            Request::Place(pg, object, content, answer) => {
+                self.start(Work::Place { pg, object, content }, Pending::Place(answer));
+            }
             Request::Digest(pg, object, answer) => {
                 self.start(Work::Digest { pg, object }, Pending::Digest(answer));
             }
@@ -316,6 +353,8 @@ impl<S: ConcurrentStore> Worker<S> {
                 }
                 (Some(Pending::Read(answer)), Done::Read(result)) => answer(self.watch(result)),
                 (Some(Pending::ReadObject(answer)), Done::ReadObject(result)) => answer(self.watch(result)),
+                (Some(Pending::ReadPiece(answer)), Done::ReadPiece(result)) => answer(self.watch(result)),
+                (Some(Pending::Place(answer)), Done::Place(result)) => answer(self.watch(result)),
                 (Some(Pending::Digest(answer)), Done::Digest(result)) => answer(self.watch(result)),
                 (Some(Pending::Settle(answer)), Done::Settled(result)) => {
                     let result = self.watch(result).map(|()| self.store.stats());
