@@ -13,6 +13,14 @@ pub const OBJECT_BYTES_DEFAULT: u32 = 4 << 20;
 pub const OBJECT_BYTES_MIN: u32 = 1 << 20;
 pub const OBJECT_BYTES_MAX: u32 = 16 << 20;
 
+/// Recovery moves objects piece by piece ...
+pub const PIECE_BYTES: u32 = 256 * 1024;
+pub const PIECE_BLOCKS: u32 = PIECE_BYTES / BLOCK_BYTES;
+/// ... and compares copies leaf by leaf.
+pub const LEAF_BYTES: u32 = 16 * 1024;
+pub const LEAF_BLOCKS: u32 = LEAF_BYTES / BLOCK_BYTES;
+pub const PIECE_LEAVES: u32 = PIECE_BYTES / LEAF_BYTES;
+
 /// Largest data payload of one frame: one whole object of the largest kind.
 pub const FRAME_DATA_BYTES_MAX: u32 = OBJECT_BYTES_MAX;
 /// Largest metadata part of one frame.
@@ -124,6 +132,9 @@ pub const RECOVERY_FREE_PERCENT: u64 = 2;
 
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(OBJECT_BYTES_MIN.is_multiple_of(CHUNK_BYTES));
+const _: () = assert!(PIECE_BYTES.is_multiple_of(CHUNK_BYTES) && CHUNK_BYTES.is_multiple_of(LEAF_BYTES));
+// One bit for each.
+const _: () = assert!(PIECE_LEAVES <= u32::BITS);
 const _: () = assert!(OBJECT_BYTES_MAX <= FRAME_DATA_BYTES_MAX);
 const _: () = assert!(OP_DATA_BYTES_MAX <= OBJECT_BYTES_MIN);
 const _: () = assert!(RECOVERY_FREE_PERCENT < FULL_FREE_PERCENT);

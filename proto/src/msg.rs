@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 8;
+pub const PROTOCOL_VERSION: u8 = 9;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -254,27 +254,33 @@ pub enum PeerBody {
         tid: u64,
         result: SubResult,
     },
-    /// Asks a holder for a whole object at exactly `version`.
+    /// Asks who has an object at exactly `version` for a piece of it: a holder, or a primary that has sent `Push`. Who asks has read
+    /// these leaves of the piece in a copy of its own, one after the other from `first_block` on, or none; those that are the same there and here need not be sent.
     Pull {
         tid: u64,
         object: ObjectId,
         version: Version,
+        first_block: u32,
+        have: Vec<LeafDigest>,
     },
-    /// The object, or why not. Bytes in the frame's data.
+    /// The piece, or why not. Bytes in the frame's data.
     PullReply {
         tid: u64,
         object: ObjectId,
         version: Version,
-        image: Result<ObjectImage, SubResult>,
+        first_block: u32,
+        piece: Result<PieceImage, SubResult>,
     },
     /// The primary brings a member that misses the object to `version`; conditional on the member
-    /// still missing it (rule P4), or on still holding what a scrub found wrong: a copy at `over`.
+    /// still missing it (rule P4), or on still holding what a scrub found wrong: a copy at `over`. The first piece comes along
+    /// if the member has no older copy to compare; the others are pulled by the member, which answers when all is stored.
     Push {
         tid: u64,
         object: ObjectId,
         version: Version,
-        image: ObjectImage,
+        deleted: bool,
         over: Option<Version>,
+        piece: Option<PieceImage>,
     },
     PushAck {
         tid: u64,
@@ -390,11 +396,18 @@ pub enum SubWriteKind {
     },
 }
 
-/// A whole object as recovery moves it.
+/// What a leaf of an object is, in 256 bits: which of its blocks are data and which zeros, and the data itself (`gabion-osd`'s
+/// `pieces`). Leaves with the same one are taken for the same, which CRCs would not allow.
+pub type LeafDigest = [u8; 32];
+
+/// A piece of an object as recovery moves it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ObjectImage {
-    pub deleted: bool,
+pub struct PieceImage {
+    /// Which leaves of the piece are what the asker has: they are not among the extents.
+    pub same: u32,
     pub extents: Vec<Extent>,
+    /// The object has no block from here on.
+    pub end: u32,
 }
 
 /// How a sub-operation ended.

@@ -25,7 +25,7 @@ pub const SILENCE_MS: u64 = 2_500;
 /// Blocks that one operation reads back at the end.
 const FINAL_BLOCKS: u64 = 32;
 const OBJECT_BLOCKS: u64 = 256;
-const VOLUME_BLOCKS: u64 = 2_048;
+pub const VOLUME_BLOCKS: u64 = 2_048;
 pub const VOLUME_OBJECTS: u32 = (VOLUME_BLOCKS / OBJECT_BLOCKS) as u32;
 /// Blocks that are used: few, so that they collide.
 const USED: [u64; 24] = [
@@ -215,6 +215,7 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             let slowest = match (w.clients[i].final_reads.is_empty(), w.pace) {
                 (false, _) => 10,
                 (true, Pace::Storm) if w.slowness.began() => 150,
+                (true, Pace::Storm) if w.absence.is_quiet() => 3_000,
                 (true, Pace::Storm) => 120,
                 (true, Pace::Quiet) => 20_000,
             };
@@ -319,6 +320,9 @@ fn issue(w: &mut World, i: usize) {
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
     }
+    if w.absence.is_filling() {
+        return fill(w, i);
+    }
     let slow_disks = w.slowness.began();
     let first = match slow_disks {
         true => w.rng.below(VOLUME_BLOCKS),
@@ -364,8 +368,22 @@ fn next_run(ids: &mut Vec<BlockId>) -> Option<(u64, Range<u64>)> {
     Some((last.volume, run))
 }
 
+/// Writes the next object of the volume, whole.
+fn fill(w: &mut World, i: usize) {
+    let (volume, c) = (w.clients[i].volume as u64, &w.clients[i]);
+    let (Some(first), true) = (w.absence.next_fill(i), c.ops.is_empty()) else { return };
+    let ids = (first..first + OBJECT_BLOCKS).map(|block| BlockId { volume, block });
+    let numbers = ids.map(|id| w.oracle.issue(id, false, false)).collect();
+    let layers = w.layers_of(i, volume);
+    w.absence.filled(i, OBJECT_BLOCKS);
+    start(w, i, Op::new(volume, layers, (first, OBJECT_BLOCKS), Kind::Write { numbers, zero: false }));
+}
+
 pub fn start(w: &mut World, i: usize, op: Op) {
     w.tally.client_ops += 1;
+    if op.kind.is_write() {
+        w.tally.written_blocks += op.count;
+    }
     let op = Op { issued: w.now, ..op };
     let c = &mut w.clients[i];
     let request = c.next_request;

@@ -1,6 +1,7 @@
 //! `gabion-sim`: the seeded simulator. The real placement-group, store, monitor and decision logic on a simulated
 //! network, clock and disk, under faults; every read is checked, and after healing every replica is compared.
 
+mod absence;
 mod args;
 mod check;
 mod client;
@@ -161,6 +162,12 @@ mod tests {
     fn reads_do_not_go_around_a_slow_disk_to_stale_copies() {
         in_scenario(Scenario::StaleCopies, &["3", "4+2"], 1..=2);
         println!("{:?}", mutants::noticed(Rule::HedgeHolders, 20).unwrap());
+    }
+
+    #[test]
+    fn after_a_short_absence_little_is_moved() {
+        in_scenario(Scenario::Absence, &["3", "2"], 1..=2);
+        println!("{:?}", mutants::noticed(Rule::KeptIsEqual, 20).unwrap());
     }
 
     /// Without hedges reads wait for the slow disk.

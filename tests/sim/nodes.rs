@@ -187,6 +187,7 @@ impl World {
     /// Which ways a process has gone that ends now, and what it knows of its reads.
     pub fn count_ways(&mut self, node: usize) {
         if let Some(stats) = self.nodes[node].core.as_ref().map(OsdCore::stats) {
+            self.tally.recovered_bytes += stats.recovered_bytes;
             self.tally.hedged_reads += stats.hedged_reads;
             self.tally.hedges_won += stats.hedges_won;
         }
@@ -408,6 +409,13 @@ impl World {
             Effect::ReadObject { token, pg, object } => {
                 Event::ObjectRead { token, result: store.read_object(pg, object) }
             }
+            Effect::ReadPiece { token, pg, object, first_block, block_count } => {
+                let result = store.read_piece(pg, object, first_block, block_count);
+                Event::PieceRead { token, result }
+            }
+            Effect::Place { token, pg, object, content } => {
+                Event::PiecePlaced { token, result: store.place(pg, object, content) }
+            }
             Effect::Digest { token, pg, object } => {
                 Event::Digested { token, result: store.digest(pg, object) }
             }
@@ -441,6 +449,8 @@ fn is_fatal(event: &Event) -> bool {
         Event::Committed { result, .. } => result.as_ref().err(),
         Event::ReadDone { result, .. } => result.as_ref().err(),
         Event::ObjectRead { result, .. } => result.as_ref().err(),
+        Event::PieceRead { result, .. } => result.as_ref().err(),
+        Event::PiecePlaced { result, .. } => result.as_ref().err(),
         Event::Digested { result, .. } => result.as_ref().err(),
         Event::Listed { result, .. } => result.as_ref().err(),
         _ => None,

@@ -70,16 +70,19 @@ pub enum Scenario {
     SlowDisks { all: bool },
     /// One disk is slow, and other OSDs come and go: what they lack must not be read from them (rule P5).
     StaleCopies,
+    /// An OSD is away while little is written: what is brought to it then is in proportion.
+    Absence,
 }
 
 impl Scenario {
     /// As the command line names them.
-    pub const NAMES: [(&str, Scenario); 5] = [
+    pub const NAMES: [(&str, Scenario); 6] = [
         ("faults", Scenario::Faults),
         ("broken-link", Scenario::OneBrokenLink),
         ("slow-disk", Scenario::SlowDisks { all: false }),
         ("slow-disks", Scenario::SlowDisks { all: true }),
         ("stale-copies", Scenario::StaleCopies),
+        ("absence", Scenario::Absence),
     ];
 }
 
@@ -108,6 +111,10 @@ impl Plan {
                 Plan { volumes: 2, observed: 0, fault_phase_ms: 90_000, rot: false, ..plan }
             }
             Scenario::StaleCopies => Plan { rot: false, ..plan },
+            Scenario::Absence => {
+                let (volumes, observed, fault_phase_ms) = (2, 0, 90_000);
+                Plan { volumes, observed, fault_phase_ms, rot: false, loss: 0, duplicate: 0, ..plan }
+            }
             Scenario::TooFewMembers => Plan::with_too_few_members(redundancy, rng),
             Scenario::Faults | Scenario::OneBrokenLink => plan,
         }

@@ -58,6 +58,10 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
             go_on(&mut w, 0)?;
         }
         Scenario::OneBrokenLink | Scenario::StaleCopies => {}
+        Scenario::Absence => {
+            let measured = w.judge_absence()?;
+            w.log(|| measured);
+        }
         Scenario::SlowDisks { all } => {
             let measured = w.judge_slowness(all)?;
             w.log(|| measured);

@@ -30,6 +30,9 @@ pub struct Tally {
     /// Reads that were asked of somebody else as well, and those that were answered so.
     pub hedged_reads: u64,
     pub hedges_won: u64,
+    pub written_blocks: u64,
+    /// What recovery has moved.
+    pub recovered_bytes: u64,
     /// OSDs that were slow when the monitors looked.
     pub called_slow: u64,
     pub branches: BTreeMap<Branch, u64>,
@@ -97,6 +100,8 @@ impl Report {
         sum.scrub_repaired += run.scrub_repaired;
         sum.hedged_reads += run.hedged_reads;
         sum.hedges_won += run.hedges_won;
+        sum.written_blocks += run.written_blocks;
+        sum.recovered_bytes += run.recovered_bytes;
         sum.called_slow += run.called_slow;
         add(&mut sum.faults, &run.faults);
         add(&mut sum.changes, &run.changes);
@@ -142,6 +147,7 @@ impl Report {
             "reads: {} hedged, {} answered so; somebody slow {} times when the monitors looked",
             sum.hedged_reads, sum.hedges_won, sum.called_slow
         );
+        println!("recovery: {} MiB moved, {} blocks written", sum.recovered_bytes >> 20, sum.written_blocks);
         println!("faults: {}", list(&sum.faults));
         println!("map changes: {}", list(&sum.changes));
         println!("besides: {}", list(&sum.work));

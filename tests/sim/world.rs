@@ -1,5 +1,6 @@
 //! The simulated cluster's clock and events: one heap; nothing happens outside it.
 
+use crate::absence::Absence;
 use crate::client::{self, Client, ClientEvent, Seat};
 use crate::monitor::{Beat, MONITOR_TICK_MS, Monitor};
 use crate::network::Network;
@@ -125,6 +126,7 @@ pub enum Ev {
         all: bool,
     },
     StaleCopies,
+    Absence,
     GoAway {
         slow: usize,
     },
@@ -167,6 +169,7 @@ pub struct World {
     /// Some bit rotted in this run: what scrubs find otherwise is not there.
     pub rotten: bool,
     pub slowness: Slowness,
+    pub absence: Absence,
 }
 
 impl World {
@@ -211,6 +214,7 @@ impl World {
             rotting: false,
             rotten: false,
             slowness: Slowness::default(),
+            absence: Absence::default(),
             plan,
         };
         world.log(|| format!("{:?}", world.plan));
@@ -232,6 +236,7 @@ impl World {
             Scenario::TooFewMembers => {}
             Scenario::SlowDisks { all } => world.at(first, Ev::SlowDisks { all }),
             Scenario::StaleCopies => world.at(first, Ev::StaleCopies),
+            Scenario::Absence => world.at(first, Ev::Absence),
         }
         world
     }
@@ -390,6 +395,7 @@ impl World {
             Ev::BreakLink => self.break_link(),
             Ev::SlowDisks { all } => self.slow_down(all),
             Ev::StaleCopies => self.make_copies_stale(),
+            Ev::Absence => self.go_on_with_absence(),
             Ev::GoAway { slow } => self.go_away(slow),
             Ev::Restart { node } => self.start(node),
             Ev::Unfill { node } => self.nodes[node].disk.unfill(),

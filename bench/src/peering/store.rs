@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use gabion_osd::core::Listing;
-use gabion_osd::store::{Needed, ObjectState, PgMeta, StoreError, Txn, TxnOp};
+use gabion_osd::store::{Needed, ObjectState, PgMeta, Piece, StoreError, Txn, TxnOp};
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::{ObjectId, PgId, Version};
 
@@ -64,6 +64,10 @@ impl Group {
                 self.hold(object, version, deleted);
                 self.missing.remove(&object);
             }
+            TxnOp::Assemble { object, version, .. } => {
+                self.hold(object, version, false);
+                self.missing.remove(&object);
+            }
             other => return Err(StoreError::Invalid(format!("not part of this measurement: {other:?}"))),
         }
         Ok(())
@@ -94,10 +98,11 @@ impl IndexStore {
         Listing { meta: group.meta, objects, missing: group.missing.iter().map(|(o, n)| (*o, *n)).collect() }
     }
 
-    pub fn read_object(&self, pg: PgId, object: ObjectId) -> Result<(ObjectState, Content), StoreError> {
+    pub fn read_piece(&self, pg: PgId, object: ObjectId, first_block: u32) -> Result<Piece, StoreError> {
         let state = self.groups.get(&pg).and_then(|g| g.object(&object));
         let state = state.ok_or(StoreError::NotFound { object })?;
-        Ok((state, Content::data(0, block())))
+        let content = if first_block == 0 { Content::data(0, block()) } else { Content::default() };
+        Ok(Piece { state, content, end: 1 })
     }
 
     /// What the OSD starts from.

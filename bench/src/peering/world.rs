@@ -361,15 +361,22 @@ impl World {
                 self.at(DISK_MS, Due::Step { osd, run, event: Event::Committed { token, result } });
             }
             Effect::List { token, pg } => self.at(DISK_MS, Due::List { osd, run, token, pg }),
-            Effect::ReadObject { token, pg, object } => {
-                let result = self.osds[osd].store.read_object(pg, object);
-                self.at(DISK_MS, Due::Step { osd, run, event: Event::ObjectRead { token, result } });
+            Effect::ReadPiece { token, pg, object, first_block, .. } => {
+                let result = self.osds[osd].store.read_piece(pg, object, first_block);
+                self.at(DISK_MS, Due::Step { osd, run, event: Event::PieceRead { token, result } });
+            }
+            Effect::Place { token, .. } => {
+                let result = Ok(gabion_osd::store::Placed::nowhere());
+                self.at(DISK_MS, Due::Step { osd, run, event: Event::PiecePlaced { token, result } });
             }
             Effect::Reply { token, reply, .. } => _ = self.replies.insert(token, reply),
             Effect::Monitor { token, request } => self.report(osd, token, request)?,
             // Maps come by themselves.
             Effect::WantMap { .. } => {}
-            Effect::Read { .. } | Effect::ReadPending { .. } | Effect::Digest { .. } => {
+            Effect::Read { .. }
+            | Effect::ReadPending { .. }
+            | Effect::ReadObject { .. }
+            | Effect::Digest { .. } => {
                 bail!("nobody reads in this measurement")
             }
         }

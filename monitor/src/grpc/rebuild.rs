@@ -45,6 +45,7 @@ impl Recovered {
 struct Sample {
     at_ms: u64,
     recovered_bytes: u64,
+    recovered_objects: u64,
     io: [u64; 4],
 }
 
@@ -113,10 +114,23 @@ impl Meter {
             self.at_rest = self.total;
         }
         self.rebuilding = rebuilding;
-        self.samples.push_back(Sample { at_ms, recovered_bytes: self.total.bytes, io: self.io });
+        self.samples.push_back(Sample {
+            at_ms,
+            recovered_bytes: self.total.bytes,
+            recovered_objects: self.total.objects,
+            io: self.io,
+        });
         while self.samples.front().is_some_and(|s| s.at_ms + WINDOW_MS < at_ms) {
             self.samples.pop_front();
         }
+    }
+
+    /// Recovered objects per second: what is moved of one depends on how much of it is elsewhere already.
+    pub fn objects_per_s(&self) -> f64 {
+        let (Some(first), Some(last)) = (self.samples.front(), self.samples.back()) else { return 0.0 };
+        let seconds = (last.at_ms - first.at_ms) as f64 / 1000.0;
+        let objects = (last.recovered_objects - first.recovered_objects) as f64;
+        if seconds > 0.0 { objects / seconds } else { 0.0 }
     }
 
     /// Recovered bytes per second, and reads, writes, read bytes, written bytes per second.

@@ -227,8 +227,9 @@ pub(super) fn rebuild(state: &MonitorState, volatile: &Volatile) -> pb::RebuildS
             waiting_for: s.waiting_for,
         })
     });
-    let eta_s = match rate > 0.0 && totals.degraded_bytes > 0 {
-        true => (totals.degraded_bytes as f64 / rate).ceil() as u64,
+    let objects_per_s = volatile.meter.objects_per_s();
+    let eta_s = match objects_per_s > 0.0 && totals.degraded_objects > 0 {
+        true => (totals.degraded_objects as f64 / objects_per_s).ceil() as u64,
         false => 0,
     };
     pb::RebuildStatus {

@@ -52,6 +52,8 @@ branches! {
     Pull,
     /// Recovery: an object is pushed.
     Push,
+    /// Recovery: leaves of an older copy stay.
+    KeepLeaves,
     /// Recovery: a deletion is brought about.
     RecoverDeletion,
     /// Recovery: shards are computed.

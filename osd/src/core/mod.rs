@@ -25,7 +25,7 @@ pub use osd::{Boot, OsdCore};
 pub use pg::damaged_object;
 pub use rules::{Rule, Rules};
 
-use crate::store::{ListEntry, Needed, ObjectState, PgMeta, StoreError, Txn};
+use crate::store::{ListEntry, Needed, ObjectState, PgMeta, Piece, Placed, StoreError, Txn};
 use bytes::Bytes;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
@@ -62,6 +62,10 @@ pub enum Event {
     ReadDone { token: Token, result: Result<Content, StoreError> },
     /// Answer to `Effect::ReadObject`.
     ObjectRead { token: Token, result: Result<(ObjectState, Content), StoreError> },
+    /// Answer to `Effect::ReadPiece`.
+    PieceRead { token: Token, result: Result<Piece, StoreError> },
+    /// Answer to `Effect::Place`.
+    PiecePlaced { token: Token, result: Result<Placed, StoreError> },
     /// Answer to `Effect::Digest`.
     Digested { token: Token, result: Result<(ObjectState, u64), StoreError> },
     /// Answer to `Effect::List`.
@@ -182,6 +186,21 @@ pub enum Effect {
         token: Token,
         pg: PgId,
         object: ObjectId,
+    },
+    /// Some blocks of an object's own layer, with its state.
+    ReadPiece {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+        first_block: u32,
+        block_count: u32,
+    },
+    /// Writes chunks of an object to slots that nothing names yet.
+    Place {
+        token: Token,
+        pg: PgId,
+        object: ObjectId,
+        content: Content,
     },
     /// State and digest of one object, from the store's records alone.
     Digest {

@@ -142,6 +142,16 @@ impl OsdCore {
             Event::ObjectRead { token, result } => {
                 self.answer(token, out, |pg, cx, what| pg.object_read(cx, what, result));
             }
+            Event::PieceRead { token, result } => {
+                self.answer(token, out, |pg, cx, what| pg.piece_read(cx, what, result));
+            }
+            Event::PiecePlaced { token, result } => {
+                self.answer(token, out, |pg, cx, what| {
+                    if let What::PlacePiece { object, tid } = what {
+                        pg.piece_placed(cx, (object, tid), result);
+                    }
+                });
+            }
             Event::Digested { token, result } => {
                 self.answer(token, out, |pg, cx, what| {
                     if let What::ScrubCopy { tid, object } = what {

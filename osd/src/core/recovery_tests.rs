@@ -1,7 +1,7 @@
 //! Bad blocks and what is left of removed volumes, at an active primary.
 
 use super::*;
-use crate::store::TxnOp;
+use crate::store::{Piece, TxnOp};
 use gabion_proto::map::*;
 use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, SubResult};
 
@@ -164,12 +164,12 @@ impl Driver {
     /// The own copy is read for osd.2, and is bad.
     fn own_read(&mut self, effects: &[Effect]) -> Vec<Effect> {
         let token = effects.iter().find_map(|e| match e {
-            Effect::ReadObject { token, object: OBJECT, .. } => Some(*token),
+            Effect::ReadPiece { token, object: OBJECT, .. } => Some(*token),
             _ => None,
         });
         let why = "checksum mismatch".into();
         let result = Err(StoreError::Unreadable { object: OBJECT, block: 0, why });
-        self.step(Event::ObjectRead { token: token.expect("reads its copy"), result })
+        self.step(Event::PieceRead { token: token.expect("reads its copy"), result })
     }
 }
 
@@ -207,7 +207,7 @@ fn a_bad_copy_that_is_the_only_one_stays() {
     for _ in 0..10 {
         d.now += 100;
         let effects = d.step(Event::Tick);
-        let busy = |e: &Effect| matches!(e, Effect::ReadObject { .. });
+        let busy = |e: &Effect| matches!(e, Effect::ReadPiece { .. });
         let loses = |e: &Effect| matches!(e, Effect::Store { txn, .. } if txn.ops.iter().any(|o| matches!(o, TxnOp::AddMissing { .. })));
         assert!(!effects.iter().any(|e| busy(e) || loses(e)), "{effects:?}");
     }
@@ -263,16 +263,16 @@ fn a_push_that_was_refused_waits() {
     d.now += 11_000;
     let effects = d.step(Event::Tick);
     let token = effects.iter().find_map(|e| match e {
-        Effect::ReadObject { token, object: OBJECT, .. } => Some(*token),
+        Effect::ReadPiece { token, object: OBJECT, .. } => Some(*token),
         _ => None,
     });
     let state = ObjectState { version: version(), deleted: false, pending: None };
-    let result = Ok((state, Content::zero(0, 1)));
-    let effects = d.step(Event::ObjectRead { token: token.expect("reads again later"), result });
+    let result = Ok(Piece { state, content: Content::zero(0, 1), end: 1 });
+    let effects = d.step(Event::PieceRead { token: token.expect("reads again later"), result });
     let tid = sent(&effects).into_iter().find_map(|(_, body)| match body {
         PeerBody::Push { tid, .. } => Some(tid),
         _ => None,
     });
     let effects = d.hear(2, PeerBody::PushAck { tid: tid.expect("pushes"), result: SubResult::NoSpace });
-    assert!(!effects.iter().any(|e| matches!(e, Effect::ReadObject { .. })), "{effects:?}");
+    assert!(!effects.iter().any(|e| matches!(e, Effect::ReadPiece { .. })), "{effects:?}");
 }

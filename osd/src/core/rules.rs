@@ -21,6 +21,8 @@ pub enum Rule {
     MissingMap,
     /// An object leaves the missing map only when it is stored (P4).
     MissingUntilStored,
+    /// What a member keeps of an older copy is what the wanted version has there (P4).
+    KeptIsEqual,
     /// While members lack an object it is written only if enough others have it (P4).
     EnoughHold,
     /// A member that lacks an object has noted a write of it durably before the write is answered (P4).
@@ -84,7 +86,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 38] = [
+    pub const ALL: [Rule; 39] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -93,6 +95,7 @@ impl Rule {
         Rule::PartsDiffer,
         Rule::MissingMap,
         Rule::MissingUntilStored,
+        Rule::KeptIsEqual,
         Rule::EnoughHold,
         Rule::WritesAreNoted,
         Rule::RecoveryWaitsForWrites,

@@ -30,8 +30,9 @@ const LOADS: usize = 8;
 const RATE_AT_FIRST: u64 = 8 * REBUILD_RATE_MIN;
 /// What may be saved up: what the rate moves in this time.
 const SAVED_MS: u64 = 250;
-/// What may be under way, beside one object: what the rate moves in this time. A client's operation comes to a disk behind all of it.
-const AHEAD_MS: u64 = 25;
+/// What may be under way, beside one piece: what the rate moves in this time, which is about what a piece takes from one disk to the
+/// other. A client's operation comes to a disk behind all of it.
+const AHEAD_MS: u64 = 4;
 
 /// Sums over one window.
 #[derive(Clone, Copy, Debug, Default)]
@@ -120,10 +121,15 @@ impl Throttle {
         }
     }
 
-    /// Whether another object that nobody waits for may be begun, with so much under way.
+    /// Whether another piece that nobody waits for may be begun, with so much under way.
     pub fn allows(&self, recovery_bytes: u64) -> bool {
         let ahead = |rate: u64| recovery_bytes == 0 || recovery_bytes <= rate / 1_000 * AHEAD_MS;
         self.probing == 0 && self.rate().is_none_or(|rate| self.credit_bytes > 0 && ahead(rate))
+    }
+
+    /// Recovery may not go as fast as it could.
+    pub fn limits(&self) -> bool {
+        self.rate().is_some()
     }
 
     /// Recovery pauses, so that what is healthy can be measured.
@@ -203,6 +209,7 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+    const PIECE: u64 = gabion_proto::limits::PIECE_BYTES as u64;
 
     /// A disk that recovery and clients share. An operation alone takes `alone_us`; the disk's share that recovery takes makes
     /// it longer. `depth` operations at a time, one millisecond a step.
@@ -258,8 +265,8 @@ mod tests {
                 self.under_way -= moving;
                 self.moved += moving;
                 while recovering && self.under_way < 32 * MIB && self.throttle.allows(self.under_way) {
-                    self.under_way += 4 * MIB;
-                    self.throttle.spend(4 * MIB);
+                    self.under_way += PIECE;
+                    self.throttle.spend(PIECE);
                 }
             }
             (self.moved - before) * 1_000 / ms
@@ -302,8 +309,8 @@ mod tests {
                 let moving = disk.under_way.min(disk.full_bytes_per_ms);
                 (disk.under_way, disk.moved) = (disk.under_way - moving, disk.moved + moving);
                 while disk.under_way < 32 * MIB && disk.throttle.allows(disk.under_way) {
-                    disk.under_way += 4 * MIB;
-                    disk.throttle.spend(4 * MIB);
+                    disk.under_way += PIECE;
+                    disk.throttle.spend(PIECE);
                 }
             }
             disk.throttle.spend(4 * MIB);
@@ -325,8 +332,8 @@ mod tests {
             let moving = disk.under_way.min(disk.full_bytes_per_ms);
             disk.under_way -= moving;
             while disk.under_way < 32 * MIB && disk.throttle.allows(disk.under_way) {
-                disk.under_way += 4 * MIB;
-                disk.throttle.spend(4 * MIB);
+                disk.under_way += PIECE;
+                disk.throttle.spend(PIECE);
             }
             if disk.now > 10_000 { moved + moving } else { 0 }
         });

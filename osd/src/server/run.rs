@@ -437,6 +437,16 @@ impl Shell {
                     self.store
                         .read_object(pg, object, move |result| answer(Event::ObjectRead { token, result }));
                 }
+                Effect::ReadPiece { token, pg, object, first_block, block_count } => {
+                    self.store.read_piece(pg, object, (first_block, block_count), move |result| {
+                        answer(Event::PieceRead { token, result });
+                    });
+                }
+                Effect::Place { token, pg, object, content } => {
+                    self.store.place(pg, object, content, move |result| {
+                        answer(Event::PiecePlaced { token, result });
+                    });
+                }
                 Effect::Digest { token, pg, object } => {
                     self.store.digest(pg, object, move |result| answer(Event::Digested { token, result }));
                 }

@@ -4,8 +4,8 @@
 use super::*;
 use gabion_proto::limits::*;
 use gabion_proto::placement::pg_index;
-use rand::Rng;
 use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
 pub const PGS: [PgId; 2] = [PgId { pool: PoolId(1), index: 3 }, PgId { pool: PoolId(1), index: 4 }];
@@ -397,31 +397,31 @@ impl Generator {
 
     /// A transaction that replaces an object, as the model is told, and what brings a store there: chunks that are placed
     /// ahead, and some that are kept. `None`: the store has no room.
-    pub fn assembled(&mut self, model: &Model, txn: &Txn, store: &mut impl Store) -> Option<(Txn, Txn)> {
+    pub fn assembled(&self, model: &Model, txn: &Txn, store: &mut impl Store) -> Option<(Txn, Txn)> {
         let [TxnOp::Replace { object, version, deleted: false, content: new }] = &txn.ops[..] else {
             return None;
         };
         let now = model.0.get(&txn.pg).and_then(|pg| pg.objects.get(object)).cloned().unwrap_or_default();
         let may_keep = !now.deleted && now.pending.is_none() && now.version > 0;
+        // Its own chance: the transactions are the same with and without it.
+        let mut rng = StdRng::seed_from_u64(version.raw() << 8 ^ u64::from(object.index));
         let chunks: std::collections::BTreeSet<u32> =
             now.blocks.keys().map(|b| b / BLOCKS_PER_CHUNK).collect();
-        let kept: Vec<u32> = chunks.into_iter().filter(|_| may_keep && self.rng.random()).collect();
+        let kept: Vec<u32> = chunks.into_iter().filter(|_| may_keep && rng.random()).collect();
         let stays = |block: &u32| kept.contains(&(block / BLOCKS_PER_CHUNK));
         let mut blocks = stamps(new);
         blocks.retain(|b, _| !stays(b));
         let mut placed = Vec::new();
         // Piece by piece, and some more that nobody wants in the end.
-        let pieces = blocks
-            .iter()
-            .map(|(b, _)| b / (2 * BLOCKS_PER_CHUNK))
-            .collect::<std::collections::BTreeSet<u32>>();
+        let pieces =
+            blocks.keys().map(|b| b / (2 * BLOCKS_PER_CHUNK)).collect::<std::collections::BTreeSet<u32>>();
         for piece in pieces {
             let piece: ModelBlocks = blocks
                 .iter()
                 .filter(|(b, _)| **b / (2 * BLOCKS_PER_CHUNK) == piece)
                 .map(|(b, s)| (*b, *s))
                 .collect();
-            for _ in 0..self.rng.random_range(0..2) {
+            for _ in 0..rng.random_range(0..2) {
                 store.place(txn.pg, *object, content(&piece)).ok()?;
             }
             placed.push(store.place(txn.pg, *object, content(&piece)).ok()?);

@@ -56,7 +56,9 @@ fn check(frame: &Frame) {
         Message::OpReply(OpReply::Data { extents }) => extents,
         Message::Peer(peer) => match &peer.body {
             PeerBody::SubWrite { write: SubWriteKind::Write { extents }, .. } => extents,
-            PeerBody::PullReply { image: Ok(image), .. } | PeerBody::Push { image, .. } => &image.extents,
+            PeerBody::PullReply { piece: Ok(piece), .. } | PeerBody::Push { piece: Some(piece), .. } => {
+                &piece.extents
+            }
             _ => return,
         },
         _ => return,

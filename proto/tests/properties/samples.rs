@@ -194,7 +194,7 @@ pub fn frame(seed: u64) -> Frame {
         })
     };
     let mut data = Bytes::new();
-    let message = match n.below(14) {
+    let message = match n.below(16) {
         0 => Message::Hello(Hello {
             cluster: ClusterId([n.any() as u8; 16]),
             role: Role::Client { id: ClientId(n.any()) },
@@ -292,9 +292,31 @@ pub fn frame(seed: u64) -> Frame {
             let body = PeerBody::BlockData { tid: n.any(), result: Ok(content.extents) };
             peer(n, body)
         }
+        13 => {
+            let have = vec![[n.any() as u8; 32]; n.below(u64::from(PIECE_LEAVES) + 1) as usize];
+            let first_block = n.any() as u32;
+            let body = PeerBody::Pull { tid: n.any(), object, version, first_block, have };
+            peer(n, body)
+        }
+        14 => {
+            let (deleted, over) = (n.flag(), n.flag().then(|| Version::from_raw(n.any())));
+            let piece = n.flag().then(|| {
+                data = content.data.clone();
+                PieceImage { same: 0, extents: content.extents.clone(), end: n.any() as u32 }
+            });
+            let body = PeerBody::Push { tid: n.any(), object, version, deleted, over, piece };
+            peer(n, body)
+        }
         _ => {
-            let image = Err(SubResult::VersionMismatch);
-            let body = PeerBody::PullReply { tid: n.any(), object, version, image };
+            let piece = match n.flag() {
+                true => Err(SubResult::VersionMismatch),
+                false => {
+                    data = content.data;
+                    Ok(PieceImage { same: n.any() as u32, extents: content.extents, end: n.any() as u32 })
+                }
+            };
+            let first_block = n.any() as u32;
+            let body = PeerBody::PullReply { tid: n.any(), object, version, first_block, piece };
             peer(n, body)
         }
     };

@@ -1,9 +1,11 @@
 //! What a member does at the primary's word: promise, list, activate, write, take pushed objects, hand
 //! objects out. The primary itself goes through the same promise and activation.
 
+use super::intake::Intake;
 use super::*;
-use crate::store::ObjectState;
+use crate::store::Piece;
 use gabion_proto::blocks::Content;
+use gabion_proto::limits::PIECE_BLOCKS;
 
 /// Sub-writes that may be early at one member of one group; more are dropped and come again.
 const EARLY_MAX: usize = 512;
@@ -393,51 +395,71 @@ impl Pg {
 
     /// Rule P4: conditional on the object being missed here at exactly that version, in this interval; or on what is here being
     /// what a scrub found wrong. Writes wait until that is answered, so whatever is newer came after an earlier one of the same.
+    fn refuses_push(
+        &self,
+        (object, version, over): (ObjectId, Version, Option<Version>),
+        deleted: bool,
+    ) -> Option<SubResult> {
+        let needed = self.index.missing.get(&object).copied();
+        let have = self.version_of(&object);
+        match needed {
+            Some(n) if n.version == version && n.deleted == deleted => None,
+            // A shard that this member could not read, computed from the others.
+            None if self.code.is_some() && have == version && !deleted => None,
+            None if over.is_some_and(|over| have <= version || have == over) => None,
+            None if have >= version => Some(SubResult::Ok),
+            _ => Some(SubResult::VersionMismatch),
+        }
+    }
+
     pub(super) fn push(
         &mut self,
         cx: &mut Cx<'_>,
         from: OsdId,
         tid: u64,
         (object, version, over): (ObjectId, Version, Option<Version>),
-        image: ObjectImage,
-        data: Bytes,
+        deleted: bool,
+        piece: Option<(PieceImage, Bytes)>,
     ) {
-        let needed = self.index.missing.get(&object).copied();
-        let have = self.version_of(&object);
-        let coded = self.code.is_some();
+        let answer = self.refuses_push((object, version, over), deleted);
+        let same = self.intakes.get(&object).is_some_and(|i| i.tid == tid);
         let Some(m) = self.member() else { return };
-        if !m.active || m.applying.contains(&object) {
+        if !m.active || m.applying.contains(&object) || same {
             return;
         }
-        let answer = match needed {
-            Some(n) if n.version == version && n.deleted == image.deleted => None,
-            // A shard that this member could not read, computed from the others.
-            None if coded && have == version && !image.deleted => None,
-            None if over.is_some_and(|over| have <= version || have == over) => None,
-            None if have >= version => Some(SubResult::Ok),
-            _ => Some(SubResult::VersionMismatch),
-        };
         if let Some(result) = answer {
             self.send(cx, from, PeerBody::PushAck { tid, result }, Bytes::new());
             return;
         }
-        let content = Content { extents: image.extents, data };
-        if content.validate(true).is_err() {
-            self.send(cx, from, PeerBody::PushAck { tid, result: SubResult::BadChecksum }, Bytes::new());
-            return;
+        if !deleted {
+            return self.begin_intake(cx, object, Intake::new(from, tid, version, over, cx.now), piece);
         }
         m.applying.insert(object);
-        let beside = self.kept_beside(&object);
-        let ops = match (cx.rules.keep(Rule::MissingUntilStored), beside) {
-            (false, _) => vec![TxnOp::DropMissing { object }],
-            (true, Some(base)) => self.beside_ops(cx, object, base, version, content),
-            (true, None) => replace_ops(object, version, image.deleted, content),
+        let ops = match cx.rules.keep(Rule::MissingUntilStored) {
+            false => vec![TxnOp::DropMissing { object }],
+            true => replace_ops(object, version, true, Content::default()),
         };
-        if beside.is_some() {
-            cx.takes(Branch::RecoverBeside);
+        self.submit(cx, What::PushApplied { tid, object, version, deleted, beside: None }, ops);
+    }
+
+    /// All of a pushed object is here: whether it is still wanted. Nothing else of it is stored from now on.
+    pub(super) fn may_store_pushed(
+        &mut self,
+        cx: &mut Cx<'_>,
+        tid: u64,
+        pushed: (ObjectId, Version, Option<Version>),
+    ) -> bool {
+        let (answer, primary) = (self.refuses_push(pushed, false), self.record.primary);
+        let Some(m) = self.member() else { return false };
+        if m.applying.contains(&pushed.0) {
+            return false;
         }
-        let deleted = image.deleted;
-        self.submit(cx, What::PushApplied { tid, object, version, deleted, beside }, ops);
+        if answer.is_none() {
+            m.applying.insert(pushed.0);
+        } else if let (Some(result), Some(primary)) = (answer, primary) {
+            self.send(cx, primary, PeerBody::PushAck { tid, result }, Bytes::new());
+        }
+        answer.is_none()
     }
 
     pub(super) fn push_applied(
@@ -452,6 +474,7 @@ impl Pg {
         if let Some(m) = self.member() {
             m.applying.remove(&object);
         }
+        self.intake_stored(object, result.is_ok());
         let result = match result {
             Ok(()) => {
                 self.index.missing.remove(&object);
@@ -471,37 +494,62 @@ impl Pg {
         cx: &mut Cx<'_>,
         from: OsdId,
         tid: u64,
-        object: ObjectId,
-        version: Version,
+        (object, version): (ObjectId, Version),
+        (first_block, have): (u32, Vec<LeafDigest>),
     ) {
         if self.member().is_none() {
             return;
         }
         // Also what is older than what this member should have: the object may have to go back to it.
         if self.version_of(&object) != version {
-            let body = PeerBody::PullReply { tid, object, version, image: Err(SubResult::VersionMismatch) };
+            let piece = Err(SubResult::VersionMismatch);
+            let body = PeerBody::PullReply { tid, object, version, first_block, piece };
             self.send(cx, from, body, Bytes::new());
             return;
         }
-        let token = self.token(cx, What::ServePull { to: from, tid, object, version });
-        cx.out.push(Effect::ReadObject { token, pg: self.id, object });
+        let what = What::ServePull { to: from, tid, object, version, first_block, have };
+        let token = self.token(cx, what);
+        let block_count = PIECE_BLOCKS;
+        cx.out.push(Effect::ReadPiece { token, pg: self.id, object, first_block, block_count });
     }
 
-    pub(super) fn pull_read(
+    /// A piece of the own copy was read for somebody.
+    pub(super) fn send_piece(
         &mut self,
         cx: &mut Cx<'_>,
-        (to, tid, object, version): (OsdId, u64, ObjectId, Version),
-        result: Result<(ObjectState, Content), StoreError>,
-    ) {
-        let (image, data) = match result {
-            Ok((state, content)) if state.version == version => {
-                (Ok(ObjectImage { deleted: state.deleted, extents: content.extents }), content.data)
+        (to, tid): (OsdId, u64),
+        (object, version): (ObjectId, Version),
+        (first_block, have): (u32, &[LeafDigest]),
+        result: Result<Piece, SubResult>,
+    ) -> u64 {
+        let (piece, data) = match result {
+            Ok(piece) if piece.state.version == version && !piece.state.deleted => {
+                let (image, data) = piece_image(cx, piece.content, piece.end, first_block, have);
+                (Ok(image), data)
             }
             Ok(_) => (Err(SubResult::VersionMismatch), Bytes::new()),
-            Err(e) => (Err(sub_result(&e)), Bytes::new()),
+            Err(why) => (Err(why), Bytes::new()),
         };
-        self.send(cx, to, PeerBody::PullReply { tid, object, version, image }, data);
+        let bytes = data.len() as u64;
+        self.send(cx, to, PeerBody::PullReply { tid, object, version, first_block, piece }, data);
+        bytes
     }
+}
+
+/// A piece as it travels to somebody who has these leaves.
+pub(super) fn piece_image(
+    cx: &Cx<'_>,
+    content: Content,
+    end: u32,
+    first_block: u32,
+    have: &[LeafDigest],
+) -> (PieceImage, Bytes) {
+    let same = match cx.rules.keep(Rule::KeptIsEqual) || have.is_empty() {
+        true => pieces::same(&content, first_block, have),
+        false => u32::MAX,
+    };
+    let content = pieces::without(content, first_block, same);
+    (PieceImage { same, extents: content.extents, end }, content.data)
 }
 
 impl Index {

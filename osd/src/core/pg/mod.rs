@@ -40,10 +40,12 @@
 mod division;
 mod hedge;
 mod history;
+mod intake;
 mod listing;
 mod member;
 mod ops;
 mod peering;
+mod pieces;
 mod recovery;
 mod scrub;
 mod shards;
@@ -62,6 +64,12 @@ use gabion_proto::msg::*;
 use gabion_proto::shared::Shared;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+
+#[cfg(test)]
+pub mod test_pieces {
+    pub use super::pieces::digests;
+    pub use gabion_proto::limits::PIECE_BLOCKS as PIECE;
+}
 
 pub use ops::ClientWork;
 pub use status::damaged_object;
@@ -86,11 +94,32 @@ pub enum What {
     Read {
         token: ClientToken,
     },
+    /// A piece of the own copy for the primary.
     ServePull {
         to: OsdId,
         tid: u64,
         object: ObjectId,
         version: Version,
+        first_block: u32,
+        have: Vec<LeafDigest>,
+    },
+    /// A piece of the own copy for a member that this primary brings the object to.
+    ServePushed {
+        to: OsdId,
+        tid: u64,
+        object: ObjectId,
+        version: Version,
+        first_block: u32,
+        have: Vec<LeafDigest>,
+    },
+    /// A piece of the own copy, to be compared with what the object is to be.
+    OwnPiece {
+        object: ObjectId,
+        tid: u64,
+    },
+    PlacePiece {
+        object: ObjectId,
+        tid: u64,
     },
     PushApplied {
         tid: u64,
@@ -104,6 +133,7 @@ pub enum What {
         /// Erasure coding: it was stored beside this version.
         beside: Option<Version>,
     },
+    /// The first piece of the own copy, before an object is pushed.
     PushRead {
         object: ObjectId,
     },
@@ -240,6 +270,10 @@ pub struct Pg {
     since: Millis,
     /// This interval should end: some object runs out of versions, or the last copy of a version in doubt is lost.
     wants_interval: bool,
+    /// Objects on their way here.
+    intakes: BTreeMap<ObjectId, intake::Intake>,
+    /// Of these the own copy was not what it seemed to be.
+    comes_whole: BTreeSet<ObjectId>,
     /// The map's tombstones when nothing of any of them was left here.
     purged: (usize, usize),
     /// Of an erasure-coded pool.
@@ -270,6 +304,8 @@ impl Pg {
             recovered_bytes: 0,
             since: 0,
             wants_interval: false,
+            intakes: BTreeMap::new(),
+            comes_whole: BTreeSet::new(),
             purged: (0, 0),
             code: None,
             fills: false,
@@ -337,6 +373,8 @@ impl Pg {
         self.round += 1;
         self.index = Index::default();
         self.phase = Phase::Loading;
+        self.intakes.clear();
+        self.comes_whole.clear();
         self.recovered_objects = 0;
         self.recovered_bytes = 0;
         self.since = cx.now;
@@ -358,6 +396,7 @@ impl Pg {
     fn remove_copy(&mut self, cx: &mut Cx<'_>, then: Option<PgMeta>) {
         self.phase = Phase::Loading;
         self.index = Index::default();
+        self.intakes.clear();
         // What was asked of the copy is read after it is gone, maybe: nothing, which would be taken for zeros.
         self.round += 1;
         let ops = std::iter::once(TxnOp::RemovePg).chain(then.map(TxnOp::SetMeta)).collect();
@@ -469,6 +508,7 @@ impl Pg {
         tracing::error!(pg = %self.id, osd = %cx.id, why, "group stopped");
         cx.takes(Branch::Broken);
         self.abandon(cx);
+        self.intakes.clear();
         self.phase = Phase::Broken(why);
         self.since = cx.now;
     }
@@ -501,6 +541,7 @@ impl Pg {
             Phase::Activating(_) => self.activate_on(cx),
             Phase::Member(_) => {
                 self.tell_full(cx);
+                self.pull_on(cx);
                 self.look_on(cx);
             }
             Phase::Active(_) => {
@@ -529,8 +570,8 @@ impl Pg {
             PeerBody::SubWrite { tid, object, version, prev, write } if is_primary => {
                 self.sub_write(cx, from, member::Early { tid, object, version, prev, write, data });
             }
-            PeerBody::Push { tid, object, version, image, over } if is_primary => {
-                self.push(cx, from, tid, (object, version, over), image, data);
+            PeerBody::Push { tid, object, version, deleted, over, piece } if is_primary => {
+                self.push(cx, from, tid, (object, version, over), deleted, piece.map(|p| (p, data)));
             }
             PeerBody::ScrubRead { tid, range, deep } if is_primary => self.scrub_asked(cx, tid, range, deep),
             // With a newer map it may have purged what is still whole here. It is asked again.
@@ -538,9 +579,10 @@ impl Pg {
                 self.copies_came(cx, from, tid, entries, last);
                 self.scrub_on(cx);
             }
-            PeerBody::Pull { tid, object, version } if is_primary => {
-                self.serve_pull(cx, from, tid, object, version)
-            }
+            PeerBody::Pull { tid, object, version, first_block, have } => match is_primary {
+                true => self.serve_pull(cx, from, tid, (object, version), (first_block, have)),
+                false => self.piece_wanted(cx, from, tid, (object, version), (first_block, have)),
+            },
             PeerBody::ShardRead { tid, object, version, first_row, row_count } if is_primary => {
                 self.serve_rows(cx, from, tid, object, version, (first_row, row_count));
             }
@@ -555,8 +597,8 @@ impl Pg {
             PeerBody::List { after, entries, last } => self.list_page(cx, from, after, entries, last),
             PeerBody::ActivateAck { page } => self.activate_ack(cx, from, page),
             PeerBody::SubWriteAck { tid, result } => self.sub_write_ack(cx, from, tid, result),
-            PeerBody::PullReply { object, version, image, .. } => {
-                self.pulled(cx, from, object, version, image, data)
+            PeerBody::PullReply { tid, object, version, first_block, piece } => {
+                self.piece_came(cx, from, (tid, object, version, first_block), piece, data)
             }
             PeerBody::Full => self.member_full(cx, from),
             PeerBody::PushAck { tid, result } => self.push_ack(cx, from, tid, result),

@@ -70,6 +70,8 @@ pub struct Activating {
     strays: BTreeMap<OsdId, u8>,
     /// Erasure coding, while the group does not serve: what must wait for more members.
     unsettled: BTreeSet<ObjectId>,
+    /// Who has an older copy of what it lacks.
+    older: BTreeSet<(ObjectId, OsdId)>,
     sent: Option<Millis>,
 }
 
@@ -311,7 +313,7 @@ impl Pg {
         };
         let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);
         let mut missing: BTreeMap<OsdId, BTreeMap<ObjectId, Needed>> = BTreeMap::new();
-        let mut uncertain = BTreeSet::new();
+        let (mut uncertain, mut older) = (BTreeSet::new(), BTreeSet::new());
         self.note_choice(cx, &told, &wanted, &back);
         for member in self.record.members() {
             let Some(t) = told.get(&member) else { return };
@@ -321,6 +323,9 @@ impl Pg {
                     continue;
                 }
                 lacks.insert(*o, *n);
+                if t.entries.get(o).is_some_and(|e| !e.missing || e.held.is_some()) {
+                    older.insert((*o, member));
+                }
                 if n.uncertain.is_some() {
                     cx.takes(Branch::RollForward);
                     uncertain.insert(*o);
@@ -377,6 +382,7 @@ impl Pg {
             pending,
             strays,
             unsettled,
+            older,
             ..Activating::default()
         };
         self.activate(cx, chosen, own_missing);
@@ -502,6 +508,7 @@ impl Pg {
             std::mem::take(&mut a.sources),
             std::mem::take(&mut a.uncertain),
             std::mem::take(&mut a.unsettled),
+            std::mem::take(&mut a.older),
             coded,
         );
         let active = ops::Active::new(recovery, std::mem::take(&mut a.pending), cx.now);

@@ -91,7 +91,7 @@ fn what_a_member_lacks_is_rebuilt_without_serving_anybody() {
         let reply = rig.reply(token);
         assert!(matches!(reply, Some(OpReply::Retry { why: RetryWhy::NotActive, .. })), "{reply:?}");
     }
-    let stored = |op: &TxnOp| matches!(op, TxnOp::Replace { object: o, version, .. } if *o == object(0) && *version == newest);
+    let stored = |op: &TxnOp| matches!(op, TxnOp::Assemble { object: o, version, .. } if *o == object(0) && *version == newest);
     assert!(rig.ops().any(stored));
     assert_eq!(rig.reports, [FILLED]);
     rig.tick(60_000);

@@ -12,6 +12,7 @@ mod fills;
 mod frozen;
 mod full;
 mod hedge;
+mod intake;
 mod listed;
 mod maps;
 mod noted;
@@ -27,11 +28,11 @@ mod uncertain;
 
 use super::*;
 use crate::erasure::{Block, Geometry, ReedSolomon, Rows};
-use crate::store::TxnOp;
+use crate::store::{Piece, Placed, TxnOp};
 use gabion_proto::map::*;
-use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, RetryWhy, SubResult, SubWriteKind};
+use gabion_proto::msg::{ObjectEntry, OpKind, PeerBody, PieceImage, RetryWhy, SubResult, SubWriteKind};
 use gabion_proto::shared::Shared;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub const PG: PgId = PgId { pool: PoolId(1), index: 0 };
 pub const CLUSTER: ClusterId = ClusterId([9; 16]);
@@ -95,6 +96,10 @@ pub struct Rig {
     /// Blocks of every one of them: the first, and how many.
     pub ranges: VecDeque<(u32, u32)>,
     pub object_reads: VecDeque<(Token, ObjectId)>,
+    /// Content that was placed.
+    pub placed: Vec<Content>,
+    /// Which of them are of pieces.
+    pieces: BTreeSet<Token>,
     pub digests: VecDeque<(Token, ObjectId)>,
     pub reports: Vec<MonitorRequest>,
     next_client: u64,
@@ -156,6 +161,8 @@ impl Rig {
             newest_read: false,
             ranges: VecDeque::new(),
             object_reads: VecDeque::new(),
+            placed: Vec::new(),
+            pieces: BTreeSet::new(),
             digests: VecDeque::new(),
             reports: Vec::new(),
             next_client: 0,
@@ -188,10 +195,9 @@ impl Rig {
                     }
                 }
                 self.commits.push(txn.ops);
-                let push = self
-                    .commits
-                    .last()
-                    .is_some_and(|t| t.iter().any(|op| matches!(op, TxnOp::Replace { .. })));
+                let push = self.commits.last().is_some_and(|t| {
+                    t.iter().any(|op| matches!(op, TxnOp::Replace { .. } | TxnOp::Assemble { .. }))
+                });
                 if (write && self.hold_writes) || (push && self.hold_pushes) {
                     self.held.push_back(token);
                     return None;
@@ -218,6 +224,14 @@ impl Rig {
                 self.newest_read = true;
             }
             Effect::ReadObject { token, object, .. } => self.object_reads.push_back((token, object)),
+            Effect::ReadPiece { token, object, .. } => {
+                self.pieces.insert(token);
+                self.object_reads.push_back((token, object));
+            }
+            Effect::Place { token, content, .. } => {
+                self.placed.push(content);
+                return Some(Event::PiecePlaced { token, result: Ok(Placed::nowhere()) });
+            }
             Effect::Digest { token, object, .. } => self.digests.push_back((token, object)),
             Effect::WantMap { .. } => {}
         }
@@ -382,6 +396,12 @@ impl Rig {
 
     pub fn answer_object(&mut self, result: Result<(ObjectState, Content), StoreError>) {
         let (token, _) = self.object_reads.pop_front().expect("a whole-object read waits");
+        if self.pieces.remove(&token) {
+            let end = |c: &Content| c.extents.last().map_or(0, |e| e.first_block + e.block_count);
+            let piece =
+                |(state, content): (ObjectState, Content)| Piece { state, end: end(&content), content };
+            return self.step(Event::PieceRead { token, result: result.map(piece) });
+        }
         self.step(Event::ObjectRead { token, result });
     }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::erasure::{Rows, sparse_content};
 use crate::store::digest_of;
-use gabion_proto::msg::{ObjectImage, OpError, ScrubEntry, ScrubRange};
+use gabion_proto::msg::{OpError, ScrubEntry, ScrubRange};
 
 const RATE: u64 = 64 << 20;
 
@@ -179,8 +179,8 @@ fn the_primarys_own_rotten_copy_comes_back_from_another() {
     let (from, tid) = pull.expect("pulls");
     assert_eq!(from, OsdId(3), "never from a rotten one");
     let c = content(1);
-    let image = Ok(ObjectImage { deleted: false, extents: c.extents });
-    let body = PeerBody::PullReply { tid, object: object(0), version: version(5, 1), image };
+    let piece = Ok(PieceImage { same: 0, extents: c.extents, end: 2 });
+    let body = PeerBody::PullReply { tid, object: object(0), version: version(5, 1), first_block: 0, piece };
     rig.hear_data(3, body, c.data);
     rig.own_copies(version(5, 1));
     let (to, tid, ..) = rig.push().expect("the other rotten one is replaced, too");
@@ -227,8 +227,8 @@ fn a_read_fails_once_nobody_can_read_it() {
         });
         let (from, tid) = pull.expect("asks the next one");
         assert_eq!(rig.reply(read), None);
-        let image = Err(SubResult::Io);
-        rig.hear(from.0, PeerBody::PullReply { tid, object: object(0), version: version(5, 1), image });
+        let (object, version, piece) = (object(0), version(5, 1), Err(SubResult::Io));
+        rig.hear(from.0, PeerBody::PullReply { tid, object, version, first_block: 0, piece });
     }
     rig.answer_read(Err(unreadable(0)));
     assert_eq!(rig.reply(read), Some(&OpReply::Failed(OpError::Io)));
@@ -345,8 +345,8 @@ fn objects_that_are_lacking_come_and_others_go() {
         .take_sent()
         .into_iter()
         .filter_map(|(to, b)| match b {
-            PeerBody::Push { object, version, image, over, .. } => {
-                Some((to, object, version, image.deleted, over))
+            PeerBody::Push { object, version, deleted, over, .. } => {
+                Some((to, object, version, deleted, over))
             }
             _ => None,
         })
@@ -370,10 +370,12 @@ fn a_member_takes_a_replacement_only_for_what_was_found() {
     let (_, answer) = rig.take_sent().pop().expect("answers");
     assert_eq!(answer, PeerBody::ScrubInfo { tid: 7, entries: vec![rotten(0, version(5, 1))], last: true });
     let c = content(1);
-    let image = ObjectImage { deleted: false, extents: c.extents };
-    let push =
-        |version, over| PeerBody::Push { tid: 8, object: object(0), version, image: image.clone(), over };
-    let replaced = |rig: &Rig| rig.ops().filter(|op| matches!(op, TxnOp::Replace { .. })).count();
+    let image = PieceImage { same: 0, extents: c.extents, end: 2 };
+    let push = |version, over| {
+        let piece = Some(image.clone());
+        PeerBody::Push { tid: 8, object: object(0), version, deleted: false, over, piece }
+    };
+    let replaced = |rig: &Rig| rig.ops().filter(|op| matches!(op, TxnOp::Assemble { .. })).count();
     rig.hear_data(2, push(version(5, 1), None), c.data.clone());
     assert_eq!(replaced(&rig), 0, "without a finding it has it already");
     rig.hear_data(2, push(version(5, 1), Some(version(5, 1))), c.data.clone());
@@ -476,7 +478,7 @@ fn a_wrong_shard_is_computed_from_the_others() {
     assert!(asked.len() == 1 && asked[0].0 != OsdId(3), "not from itself: {asked:?}");
     tell_shards(&mut rig, &shards, &asked, &[]);
     let pushed = rig.take_sent().into_iter().find_map(|(to, b)| match b {
-        PeerBody::Push { tid, image, over, .. } => Some((to, tid, image.extents, over)),
+        PeerBody::Push { tid, piece, over, .. } => Some((to, tid, piece?.extents, over)),
         _ => None,
     });
     let (to, tid, extents, over) = pushed.expect("pushes");

@@ -99,6 +99,8 @@ fn the_last_copy_of_a_doubtful_write_may_rot() {
     rig.activates(2);
     rig.activates(3);
     assert_eq!(unfound(&rig), 0);
+    // What is here of it cannot be read, so nothing of it stays.
+    rig.answer_object(Err(StoreError::Unreadable { object: object(0), block: 0, why: "test".into() }));
     let pulls =
         rig.sent.iter().any(|(_, b)| matches!(b, PeerBody::Pull { version: v, .. } if *v == version(5, 1)));
     assert!(pulls, "what the others have");

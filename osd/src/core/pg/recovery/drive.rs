@@ -2,6 +2,7 @@
 
 use super::record::{PULL_PATIENCE_MS, PUSH_PATIENCE_MS};
 use super::*;
+use gabion_proto::limits::PIECE_BLOCKS;
 
 impl Pg {
     pub(super) fn recovery(&mut self) -> Option<&mut Recovery> {
@@ -37,12 +38,22 @@ impl Pg {
             Stage::Pushing { .. } => Some(PUSH_PATIENCE_MS),
             Stage::Replacing | Stage::Reading | Stage::Gathering => None,
         };
-        let is_stale = |w: &Work| patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms);
+        // Whoever waits for its turn owes nothing; nor does a source while its piece is being stored.
+        let owes = |o: &ObjectId, w: &Work| match w.stage {
+            Stage::Pulling { .. } => self.intakes.get(o).is_none_or(|i| i.step == Step::Asked),
+            _ => !a.recovery.wishes_for(o),
+        };
+        let is_stale = |o: &ObjectId, w: &Work| {
+            patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms) && owes(o, w)
+        };
         let stale: Vec<ObjectId> =
-            a.recovery.work.iter().filter(|(_, w)| is_stale(w)).map(|(o, _)| *o).collect();
+            a.recovery.work.iter().filter(|(o, w)| is_stale(o, w)).map(|(o, _)| *o).collect();
         for o in stale {
             // Another source, if there is one; a member that is pushed to is waited for, and reported in the end.
-            if let Some(Work { stage: Stage::Pulling { from }, .. }) = a.recovery.work.remove(&o) {
+            let asked = self.intakes.remove(&o).is_some();
+            if let Some(Work { stage: Stage::Pulling { from }, .. }) = a.recovery.work.remove(&o)
+                && asked
+            {
                 a.recovery.bad.insert((o, from));
                 cx.takes(Branch::SourceLate);
             }
@@ -50,6 +61,7 @@ impl Pg {
         let written = a.writes.values().map(|w| w.object).collect::<BTreeSet<ObjectId>>();
         // Whose writes have ended are waited for now.
         a.recovery.draining.retain(|o| written.contains(o));
+        self.grant_wishes(cx);
         loop {
             let Some(r) = self.recovery() else { return };
             // Wanted objects may overtake even when all places are taken.
@@ -58,7 +70,10 @@ impl Pg {
                 break;
             }
             let under_way = cx.recovery_bytes_elsewhere + r.bytes();
-            let taken = places >= AT_ONCE || under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way);
+            let waits = under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way) || !r.wishes.is_empty();
+            // Writes wait for an object that is under way: beside clients it is under way for longer.
+            let at_once = if cx.throttle.limits() { 1 } else { AT_ONCE };
+            let taken = places >= at_once || waits;
             let next = r.next(cx.id, cx.now, taken, &written);
             if next.is_none() && taken && !cx.throttle.allows(under_way) {
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
@@ -124,67 +139,165 @@ impl Pg {
             _ => cx.takes(Branch::RecoverDeletion),
         }
         let (replacing, reading) = (matches!(stage, Stage::Replacing), matches!(stage, Stage::Reading));
-        r.work.insert(object, Work { stage, since: cx.now, tid });
-        if let Some((from, _)) = pull {
-            r.asked(from, cx.now);
-        }
+        r.work.insert(object, Work::new(stage, tid, cx.now));
         if let Some((from, version)) = pull {
-            self.send(cx, from, PeerBody::Pull { tid, object, version }, Bytes::new());
+            self.begin_intake(cx, object, Intake::new(from, tid, version, None, cx.now), None);
         } else if let (true, Some(n)) = (replacing, own) {
             let ops = replace_ops(object, n.version, true, Content::default());
             self.submit(cx, What::Recovered { object, beside: None }, ops);
         } else if reading {
             let token = self.token(cx, What::PushRead { object });
-            cx.out.push(Effect::ReadObject { token, pg: self.id, object });
+            let (pg, first_block, block_count) = (self.id, 0, PIECE_BLOCKS);
+            cx.out.push(Effect::ReadPiece { token, pg, object, first_block, block_count });
         } else {
-            self.push_to_all(cx, object, true, Content::default());
+            self.push_to_all(cx, object, true, None);
         }
     }
 
-    pub(in super::super) fn pulled(
+    /// Pieces whose turn it is go; those of objects in demand whatever clients leave.
+    fn grant_wishes(&mut self, cx: &mut Cx<'_>) {
+        let own = cx.id;
+        loop {
+            let Some(r) = self.recovery() else { return };
+            let under_way = cx.recovery_bytes_elsewhere + r.bytes();
+            let allowed = under_way < BYTES_AT_ONCE && cx.throttle.allows(under_way);
+            if !allowed && !r.wishes.is_empty() {
+                cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
+            }
+            let Some(wish) = r.next_wish(allowed) else { return };
+            let Some(w) = r.work.get_mut(&wish.object) else { continue };
+            w.moving.insert(wish.to, wish.first_block);
+            w.since = cx.now;
+            if let (true, Stage::Pulling { from }) = (wish.to == own, &w.stage) {
+                let from = *from;
+                r.asked(from, cx.now);
+            }
+            match wish.to == own {
+                true => self.pull_piece(cx, wish.object),
+                false => self.grant(cx, wish),
+            }
+        }
+    }
+
+    /// A piece for a member.
+    fn grant(&mut self, cx: &mut Cx<'_>, wish: Wish) {
+        let Wish { object, to, tid, version, first_block, have } = wish;
+        if let Some((image, data)) = self.computed_piece(cx, to, object, first_block, &have) {
+            if let Some(r) = self.recovery() {
+                r.asked(to, cx.now);
+            }
+            let piece = Ok(image);
+            return self.send(cx, to, PeerBody::PullReply { tid, object, version, first_block, piece }, data);
+        }
+        let token = self.token(cx, What::ServePushed { to, tid, object, version, first_block, have });
+        let block_count = PIECE_BLOCKS;
+        cx.out.push(Effect::ReadPiece { token, pg: self.id, object, first_block, block_count });
+    }
+
+    /// Erasure coding: a piece of a shard that was computed here.
+    pub(in super::super) fn computed_piece(
+        &mut self,
+        cx: &mut Cx<'_>,
+        to: OsdId,
+        object: ObjectId,
+        first_block: u32,
+        have: &[LeafDigest],
+    ) -> Option<(PieceImage, Bytes)> {
+        let whole = self.recovery()?.work.get(&object)?.computed.get(&to)?;
+        let (content, end) = (pieces::slice(whole, first_block, PIECE_BLOCKS), pieces::end_of(whole));
+        let (image, data) = piece_image(cx, content, end, first_block, have);
+        self.count_moved(cx, data.len() as u64);
+        Some((image, data))
+    }
+
+    /// The next piece of what misses here: when it is its turn.
+    pub(in super::super) fn want_own_piece(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let own = cx.id;
+        let Some(r) = self.recovery() else { return };
+        let Some(w) = r.work.get_mut(&object) else {
+            self.intakes.remove(&object);
+            return;
+        };
+        w.moving.remove(&own);
+        let (tid, version) = (w.tid, Version::ZERO);
+        r.wishes.push_back(Wish { object, to: own, tid, version, first_block: 0, have: Vec::new() });
+        self.grant_wishes(cx);
+    }
+
+    /// A member asks for a piece of what it was offered.
+    pub(in super::super) fn piece_wanted(
         &mut self,
         cx: &mut Cx<'_>,
         from: OsdId,
-        object: ObjectId,
-        version: Version,
-        image: Result<ObjectImage, SubResult>,
-        data: Bytes,
+        tid: u64,
+        (object, version): (ObjectId, Version),
+        (first_block, have): (u32, Vec<LeafDigest>),
     ) {
         let Some(r) = self.recovery() else { return };
-        // Whatever a member answers, it works.
         r.owing.remove(&from);
-        let Some(needed) = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied() else { return };
-        let expected =
-            r.work.get(&object).is_some_and(|w| matches!(w.stage, Stage::Pulling { from: f } if f == from));
-        if !expected || needed.version != version {
-            return;
-        }
-        let unreadable = image == Err(SubResult::Io);
-        let content = match image {
-            Ok(image) if image.deleted == needed.deleted => Some(Content { extents: image.extents, data }),
-            _ => None,
+        let offered = |w: &&mut Work| {
+            let waiting = matches!(&w.stage, Stage::Pushing { waiting } if waiting.contains(&from));
+            w.tid == tid && waiting
         };
-        match content.filter(|c| c.validate(true).is_ok()) {
-            Some(content) => {
-                if let Some(w) = r.work.get_mut(&object) {
-                    w.stage = Stage::Replacing;
-                }
-                self.count_moved(cx, content.data.len() as u64);
-                let ops = replace_ops(object, version, needed.deleted, content);
-                self.submit(cx, What::Recovered { object, beside: None }, ops);
-            }
-            None => {
-                r.bad.insert((object, from));
-                r.work.remove(&object);
-                if unreadable {
-                    r.unreadable.insert((object, from));
-                }
-                tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
-                cx.takes(Branch::SourceBad);
-                self.keep_if_damaged(cx, object, needed);
-                self.recover(cx);
-            }
+        let Some(w) = r.work.get_mut(&object).filter(offered) else {
+            let piece = Err(SubResult::Missing);
+            let body = PeerBody::PullReply { tid, object, version, first_block, piece };
+            return self.send(cx, from, body, Bytes::new());
+        };
+        w.since = cx.now;
+        w.moving.remove(&from);
+        r.wishes.retain(|w| (w.object, w.to) != (object, from));
+        r.wishes.push_back(Wish { object, to: from, tid, version, first_block, have });
+        self.grant_wishes(cx);
+    }
+
+    pub(in super::super) fn source_speaks(&mut self, from: OsdId) {
+        // Whatever a member answers, it works.
+        if let Some(r) = self.recovery() {
+            r.owing.remove(&from);
         }
+    }
+
+    /// The source has no good copy.
+    pub(in super::super) fn pull_refused(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        from: OsdId,
+        why: SubResult,
+    ) {
+        let Some(r) = self.recovery() else { return };
+        let Some(needed) = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied() else { return };
+        r.bad.insert((object, from));
+        r.work.remove(&object);
+        if why == SubResult::Io {
+            r.unreadable.insert((object, from));
+        }
+        tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
+        cx.takes(Branch::SourceBad);
+        self.keep_if_damaged(cx, object, needed);
+        self.recover(cx);
+    }
+
+    /// All of an object that misses here has come: whether it is still wanted.
+    pub(in super::super) fn may_store_own(
+        &mut self,
+        own: OsdId,
+        object: ObjectId,
+        (tid, version): (u64, Version),
+    ) -> bool {
+        let missing = self.index.missing.get(&object).copied();
+        let coded = self.code.is_some();
+        let Some(w) = self.recovery().and_then(|r| r.work.get_mut(&object)) else { return false };
+        let wanted = missing.map_or(coded, |n| n.version == version && !n.deleted);
+        if w.tid != tid || !wanted {
+            return false;
+        }
+        w.moving.remove(&own);
+        if let Stage::Pulling { .. } = w.stage {
+            w.stage = Stage::Replacing;
+        }
+        true
     }
 
     pub(in super::super) fn own_recovered(
@@ -194,7 +307,13 @@ impl Pg {
         beside: Option<Version>,
         result: Result<(), StoreError>,
     ) {
+        self.intake_stored(object, result.is_ok());
+        let own = cx.id;
         let Some(r) = self.recovery() else { return };
+        if let Some(w) = r.work.get_mut(&object) {
+            w.moving.remove(&own);
+            w.computed.remove(&own);
+        }
         let pushing = match r.work.get_mut(&object).map(|w| &mut w.stage) {
             Some(Stage::Pushing { waiting }) => {
                 waiting.remove(&cx.id);
@@ -242,40 +361,71 @@ impl Pg {
         what: What,
         result: Result<(ObjectState, Content), StoreError>,
     ) {
+        if let What::ScrubCopy { tid, object } = what {
+            self.copy_read(cx, (tid, object), result);
+        }
+    }
+
+    pub fn piece_read(&mut self, cx: &mut Cx<'_>, what: What, result: Result<Piece, StoreError>) {
         match what {
-            What::ServePull { to, tid, object, version } => {
-                self.pull_read(cx, (to, tid, object, version), result)
+            What::OwnPiece { object, tid } => self.own_piece_read(cx, (object, tid), result),
+            What::ServePull { to, tid, object, version, first_block, have } => {
+                let result = result.map_err(|e| sub_result(&e));
+                self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
             }
-            What::ScrubCopy { tid, object } => self.copy_read(cx, (tid, object), result),
-            What::PushRead { object } => match result {
-                Ok((state, content)) => {
-                    let held = self.index.objects.get(&object).copied();
-                    if let Some(r) = self.recovery() {
-                        r.own_bad.remove(&object);
-                    }
-                    if held == Some(Held::committed(state.version, state.deleted)) {
-                        self.push_to_all(cx, object, state.deleted, content);
-                    } else if let Some(r) = self.recovery() {
-                        r.work.remove(&object);
-                    }
+            What::ServePushed { to, tid, object, version, first_block, have } => {
+                let result = self.own_piece(cx, object, result);
+                let bytes = self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
+                if let Some(r) = self.recovery() {
+                    r.asked(to, cx.now);
                 }
-                Err(e) => {
-                    tracing::warn!(pg = %self.id, osd = %cx.id, %object, error = %e, result = ?sub_result(&e), "own copy is bad");
-                    if let Some(r) = self.recovery() {
-                        r.work.remove(&object);
-                        // Others get their turn.
-                        r.not_before.insert(object, cx.now + UNREADABLE_AGAIN_MS);
-                    }
-                    self.lose_own_copy(cx, object);
-                    self.recover(cx);
+                self.count_moved(cx, bytes);
+            }
+            What::PushRead { object } => {
+                let Ok(piece) = self.own_piece(cx, object, result) else { return };
+                if let Some(r) = self.recovery() {
+                    r.own_bad.remove(&object);
                 }
-            },
+                self.push_to_all(cx, object, piece.state.deleted, Some(piece));
+            }
             _ => {}
         }
     }
 
-    /// Pushes to every other member that lacks the object.
-    fn push_to_all(&mut self, cx: &mut Cx<'_>, object: ObjectId, deleted: bool, content: Content) {
+    /// A piece of the own copy that members are to get. One that cannot be read is lost.
+    fn own_piece(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        result: Result<Piece, StoreError>,
+    ) -> Result<Piece, SubResult> {
+        match result {
+            Ok(piece) => {
+                let held = self.index.objects.get(&object).copied();
+                if held == Some(Held::committed(piece.state.version, piece.state.deleted)) {
+                    return Ok(piece);
+                }
+                if let Some(r) = self.recovery() {
+                    r.work.remove(&object);
+                }
+                Err(SubResult::VersionMismatch)
+            }
+            Err(e) => {
+                tracing::warn!(pg = %self.id, osd = %cx.id, %object, error = %e, result = ?sub_result(&e), "own copy is bad");
+                if let Some(r) = self.recovery() {
+                    r.work.remove(&object);
+                    // Others get their turn.
+                    r.not_before.insert(object, cx.now + UNREADABLE_AGAIN_MS);
+                }
+                self.lose_own_copy(cx, object);
+                self.recover(cx);
+                Err(SubResult::Io)
+            }
+        }
+    }
+
+    /// Offers it to every other member that lacks the object.
+    fn push_to_all(&mut self, cx: &mut Cx<'_>, object: ObjectId, deleted: bool, first: Option<Piece>) {
         let own = cx.id;
         let Some(r) = self.recovery() else { return };
         let lacking: Vec<(OsdId, Version)> = r
@@ -284,7 +434,6 @@ impl Pg {
             .filter(|(o, _)| **o != own)
             .filter_map(|(o, m)| m.get(&object).map(|n| (*o, n.version)))
             .collect();
-        let waiting = lacking.iter().map(|(o, _)| *o).collect();
         if !r.work.contains_key(&object) {
             return;
         }
@@ -292,15 +441,23 @@ impl Pg {
             r.asked(*o, cx.now);
         }
         let repairs = r.repairs_of(&object);
+        let first = first.filter(|_| !deleted);
+        let older: BTreeSet<OsdId> =
+            lacking.iter().map(|(o, _)| *o).filter(|o| r.has_older(*o, &object)).collect();
         let Some(w) = r.work.get_mut(&object) else { return };
-        w.stage = Stage::Pushing { waiting };
+        w.stage = Stage::Pushing { waiting: lacking.iter().map(|(o, _)| *o).collect() };
         w.since = cx.now;
         let tid = w.tid;
-        let bytes = content.data.len() as u64 * lacking.len() as u64;
+        let plain = lacking.iter().filter(|(o, _)| first.is_some() && !older.contains(o));
+        w.moving = plain.map(|(o, _)| (*o, 0)).collect();
+        let mut bytes = 0;
         for (o, version) in lacking {
-            let image = ObjectImage { deleted, extents: content.extents.clone() };
+            let piece = first.as_ref().filter(|_| !older.contains(&o));
+            let data = piece.map_or_else(Bytes::new, |p| p.content.data.clone());
+            let piece = piece.map(|p| PieceImage { same: 0, extents: p.content.extents.clone(), end: p.end });
+            bytes += data.len() as u64;
             let over = repairs.get(&o).copied();
-            self.send(cx, o, PeerBody::Push { tid, object, version, image, over }, content.data.clone());
+            self.send(cx, o, PeerBody::Push { tid, object, version, deleted, over, piece }, data);
         }
         self.count_moved(cx, bytes);
     }
@@ -321,6 +478,8 @@ impl Pg {
             return;
         }
         let last = waiting.is_empty();
+        w.moving.remove(&from);
+        w.computed.remove(&from);
         if last {
             r.work.remove(&object);
         }

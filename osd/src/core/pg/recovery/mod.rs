@@ -5,6 +5,9 @@
 //! disagreed about it). Writes go on while others miss it, as long as enough members have it: who misses it notes the version
 //! that it is at now. They wait while it is under way, and it is under way only while no write of it is. Wanted objects go first.
 //!
+//! Objects move in pieces, and of what somebody has an older copy of only what differs (see `intake`). Each piece passes the throttle;
+//! between two of them clients' operations get to the disks and onto the link.
+//!
 //! [`record`] is what is missed, where it is, and what is under way; [`drive`] moves it; [`lost`] is about copies that
 //! cannot be read, and who else may have one.
 
@@ -14,9 +17,10 @@ mod record;
 
 pub use record::{BYTES_AT_ONCE, Coded, Recovery};
 
-use super::member::{replace_ops, sub_result};
+use super::intake::{Intake, Step};
+use super::member::{piece_image, replace_ops, sub_result};
 use super::*;
 use crate::core::Damage;
-use crate::store::ObjectState;
+use crate::store::{ObjectState, Piece};
 use gabion_proto::blocks::Content;
-use record::{AGAIN_MS, AT_ONCE, Stage, UNREADABLE_AGAIN_MS, Work};
+use record::{AGAIN_MS, AT_ONCE, Stage, UNREADABLE_AGAIN_MS, Wish, Work};

@@ -1,6 +1,7 @@
 //! What members miss, who has it, and what is under way.
 
 use super::*;
+use gabion_proto::limits::PIECE_BYTES;
 
 /// Objects under way at once in one group.
 pub(super) const AT_ONCE: usize = 4;
@@ -26,6 +27,7 @@ pub(super) enum Stage {
     /// Erasure coding: enough shards are being read.
     Gathering,
     Replacing,
+    /// The first piece of what is to be pushed.
     Reading,
     Pushing {
         waiting: BTreeSet<OsdId>,
@@ -37,6 +39,39 @@ pub(super) struct Work {
     pub(super) stage: Stage,
     pub(super) since: Millis,
     pub(super) tid: u64,
+    /// To whom a piece is under way, and which.
+    pub(super) moving: BTreeMap<OsdId, u32>,
+    /// Erasure coding: the shards that were computed.
+    pub(super) computed: BTreeMap<OsdId, Content>,
+}
+
+impl Work {
+    pub(super) fn new(stage: Stage, tid: u64, now: Millis) -> Work {
+        Work { stage, since: now, tid, moving: BTreeMap::new(), computed: BTreeMap::new() }
+    }
+
+    /// What may be moving of it.
+    fn bytes(&self, object_bytes: u64) -> u64 {
+        let piece = u64::from(PIECE_BYTES);
+        match &self.stage {
+            Stage::Gathering => object_bytes,
+            Stage::Reading => piece,
+            Stage::Replacing | Stage::Pulling { .. } | Stage::Pushing { .. } => {
+                piece * self.moving.len() as u64
+            }
+        }
+    }
+}
+
+/// A piece whose turn has not come.
+#[derive(Debug)]
+pub(super) struct Wish {
+    pub object: ObjectId,
+    pub to: OsdId,
+    pub tid: u64,
+    pub version: Version,
+    pub first_block: u32,
+    pub have: Vec<LeafDigest>,
 }
 
 #[derive(Debug)]
@@ -59,6 +94,10 @@ pub struct Recovery {
     pub(super) work: BTreeMap<ObjectId, Work>,
     /// Not tried again before then: it has just failed.
     pub(super) not_before: BTreeMap<ObjectId, Millis>,
+    /// Pieces that wait until clients leave room, in order.
+    pub(super) wishes: VecDeque<Wish>,
+    /// Who has an older copy of what it lacks.
+    older: BTreeSet<(ObjectId, OsdId)>,
     /// Who was asked for something and has answered nothing since: first and last time of asking.
     pub(super) owing: BTreeMap<OsdId, (Millis, Millis)>,
     pub(super) asked_strays: Millis,
@@ -90,6 +129,7 @@ impl Recovery {
         sources: BTreeMap<ObjectId, BTreeSet<OsdId>>,
         uncertain: BTreeSet<ObjectId>,
         unsettled: BTreeSet<ObjectId>,
+        older: BTreeSet<(ObjectId, OsdId)>,
         coded: Option<Coded>,
     ) -> Recovery {
         Recovery {
@@ -103,6 +143,8 @@ impl Recovery {
             draining: BTreeSet::new(),
             work: BTreeMap::new(),
             not_before: BTreeMap::new(),
+            wishes: VecDeque::new(),
+            older,
             owing: BTreeMap::new(),
             asked_strays: 0,
             forgotten: (0, 0),
@@ -160,7 +202,7 @@ impl Recovery {
     /// Erasure coding: shards of an object are read to compute those that are lacking. Writes in flight have ended:
     /// what could not be read before may be at a later version by now.
     pub fn begin_gathering(&mut self, object: ObjectId, tid: u64, held: Option<Version>, now: Millis) {
-        self.work.insert(object, Work { stage: Stage::Gathering, since: now, tid });
+        self.work.insert(object, Work::new(Stage::Gathering, tid, now));
         if let Some(version) = held {
             let lacking = self.missing.values_mut().filter_map(|m| m.get_mut(&object));
             lacking.filter(|n| !n.deleted).for_each(|n| n.version = version);
@@ -191,6 +233,19 @@ impl Recovery {
         }
         lacking.values().for_each(|o| self.asked(*o, now));
         Some((tid, lacking))
+    }
+
+    /// Erasure coding: what was computed is kept until who lacks it has it.
+    pub fn keep_computed(&mut self, object: &ObjectId, shards: BTreeMap<OsdId, Content>) {
+        if let Some(w) = self.work.get_mut(object) {
+            w.computed = shards;
+        }
+    }
+
+    pub fn first_piece_goes(&mut self, object: &ObjectId, member: OsdId) {
+        if let Some(w) = self.work.get_mut(object) {
+            w.moving.insert(member, 0);
+        }
     }
 
     /// Erasure coding: a member cannot read its shard; it is computed from the others.
@@ -281,7 +336,24 @@ impl Recovery {
 
     /// What is under way may move that many bytes.
     pub fn bytes(&self) -> u64 {
-        self.work.len() as u64 * self.object_bytes
+        self.work.values().map(|w| w.bytes(self.object_bytes)).sum()
+    }
+
+    /// Whether a member has something of an object that it lacks, and that a scrub did not find wrong.
+    pub fn has_older(&self, member: OsdId, object: &ObjectId) -> bool {
+        self.older.contains(&(*object, member)) && !self.repairs.contains_key(&(*object, member))
+    }
+
+    /// The next piece whose turn it is: those of objects in demand first.
+    pub(super) fn next_wish(&mut self, allowed: bool) -> Option<Wish> {
+        let (work, demanded) = (&self.work, &self.demanded);
+        self.wishes.retain(|w| work.get(&w.object).is_some_and(|work| work.tid == w.tid));
+        let first = self.wishes.iter().position(|w| demanded.contains(&w.object));
+        self.wishes.remove(first.or(allowed.then_some(0))?)
+    }
+
+    pub(super) fn wishes_for(&self, object: &ObjectId) -> bool {
+        self.wishes.iter().any(|w| w.object == *object)
     }
 
     pub fn is_done(&self) -> bool {

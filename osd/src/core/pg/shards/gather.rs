@@ -1,5 +1,6 @@
 //! Rows of some shards, read or decoded.
 
+use super::super::intake::Intake;
 use super::super::member::sub_result;
 use super::*;
 use crate::core::Damage;
@@ -492,27 +493,32 @@ impl Pg {
     ) {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some((tid, lacking)) = a.recovery.begin_pushing(&object, version, cx.now) else { return };
+        let shard = |(n, member): (&u8, &OsdId)| {
+            let rows = parts.get(n)?;
+            Some((*member, crate::erasure::sparse_content((0..).zip(rows.iter().cloned()))))
+        };
+        a.recovery.keep_computed(&object, lacking.iter().filter_map(shard).collect());
         let over = a.recovery.repairs_of(&object);
         for (n, member) in lacking {
-            let Some(rows) = parts.get(&n) else { continue };
-            let content = crate::erasure::sparse_content((0..).zip(rows.iter().cloned()));
-            let bytes = content.data.len() as u64;
-            self.count_moved(cx, bytes);
+            let Phase::Active(a) = &mut self.phase else { return };
+            if !parts.contains_key(&n) {
+                continue;
+            }
             let over = over.get(&member).copied();
             if member == cx.id {
-                let beside = self.kept_beside(&object);
-                if beside.is_some() {
-                    cx.takes(Branch::RecoverBeside);
-                }
-                let ops = match beside {
-                    Some(base) => self.beside_ops(cx, object, base, version, content),
-                    None => vec![TxnOp::Replace { object, version, deleted: false, content }],
-                };
-                self.submit(cx, What::Recovered { object, beside }, ops);
-            } else {
-                let image = ObjectImage { deleted: false, extents: content.extents };
-                self.send(cx, member, PeerBody::Push { tid, object, version, image, over }, content.data);
+                self.begin_intake(cx, object, Intake::new(cx.id, tid, version, over, cx.now), None);
+                continue;
             }
+            // Who has an older shard compares it first.
+            let (mut piece, mut data) = (None, Bytes::new());
+            if !a.recovery.has_older(member, &object) {
+                a.recovery.first_piece_goes(&object, member);
+                (piece, data) = match self.computed_piece(cx, member, object, 0, &[]) {
+                    Some((image, data)) => (Some(image), data),
+                    None => continue,
+                };
+            }
+            self.send(cx, member, PeerBody::Push { tid, object, version, deleted: false, over, piece }, data);
         }
     }
 

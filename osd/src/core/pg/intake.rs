@@ -1,0 +1,385 @@
+//! An object on its way here: at a primary that misses it, or at a member that its primary brings it to.
+//!
+//! ```text
+//!   own piece read ──▶ asked for (Pull, with the digests of its leaves) ──▶ came (PullReply): what differs
+//!        ▲                                                                       │
+//!        │ next piece                                                            ▼
+//!        └────────────────────────────────────────────────── chunks that change are placed in the store
+//!                                                                                │ last piece
+//!                                                                                ▼
+//!                                       one transaction makes it the object, and takes it out of the missing map
+//! ```
+//!
+//! - *What stays is proven.* A piece of the own copy is read, so that its checksums hold; a leaf of it stays only if whoever has the wanted version
+//!   finds the same digest. All pieces must be of one version of the own copy, and the transaction names it. No history is believed.
+//! - *Nothing is seen before the end.* Chunks are placed in slots that nothing names; a crash, another interval or a newer attempt frees them.
+//! - *Piece by piece*, so that clients' operations get in between at every disk and on the link. The primary says when the next one goes.
+//! - If the own copy cannot be read, or is not what it was, the object comes whole.
+
+use super::member::sub_result;
+use super::pieces;
+use super::*;
+use crate::store::{Piece, Placed};
+use gabion_proto::blocks::Content;
+use gabion_proto::limits::*;
+
+/// A piece that did not come is asked for again by a member.
+const ASK_AGAIN_MS: Millis = 1_500;
+/// A primary that says nothing for this long does not bring the object any more, or under another number.
+const FORGET_MS: Millis = 20_000;
+
+/// What the own store has of the object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Own {
+    Unknown,
+    Nothing,
+    At(Version),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Reading,
+    /// At the primary: until it is its turn.
+    Waiting,
+    Asked,
+    Placing,
+    Storing,
+}
+
+/// See the module docs.
+#[derive(Debug)]
+pub struct Intake {
+    pub tid: u64,
+    pub from: OsdId,
+    pub version: Version,
+    over: Option<Version>,
+    /// First block of the piece that is under way.
+    first: u32,
+    end: u32,
+    own: Own,
+    /// That piece of the own copy.
+    here: Content,
+    kept: Vec<u32>,
+    placed: Vec<Placed>,
+    /// Erasure coding: it is to be stored beside what is here, which takes the whole shard.
+    beside: Option<Vec<Content>>,
+    pub step: Step,
+    since: Millis,
+    heard: Millis,
+}
+
+impl Intake {
+    pub fn new(from: OsdId, tid: u64, version: Version, over: Option<Version>, now: Millis) -> Intake {
+        Intake {
+            tid,
+            from,
+            version,
+            over,
+            first: 0,
+            end: u32::MAX,
+            own: Own::Unknown,
+            here: Content::default(),
+            kept: Vec::new(),
+            placed: Vec::new(),
+            beside: None,
+            step: Step::Reading,
+            since: now,
+            heard: now,
+        }
+    }
+
+    /// The own copy is of no use: everything is brought.
+    fn start_over(&mut self) {
+        (self.first, self.own) = (0, Own::Nothing);
+        (self.here, self.kept, self.placed) = (Content::default(), Vec::new(), Vec::new());
+        self.beside.iter_mut().for_each(Vec::clear);
+    }
+
+    /// A piece of the own copy was read, or not. False: it is of no use.
+    fn own_read(&mut self, result: Result<Piece, StoreError>) -> bool {
+        let piece = match result {
+            Ok(piece) => piece,
+            // Other pieces may be readable.
+            Err(StoreError::Unreadable { .. }) => return true,
+            Err(StoreError::NotFound { .. }) if self.own == Own::Unknown => {
+                self.own = Own::Nothing;
+                return true;
+            }
+            Err(_) => return false,
+        };
+        let state = piece.state;
+        // What could not be read before is replaced whole.
+        let older = state.version != Version::ZERO && state.version != self.version;
+        let usable = older && !state.deleted && state.pending.is_none();
+        let expected = matches!(self.own, Own::Unknown) || self.own == Own::At(state.version);
+        if !usable || !expected {
+            return false;
+        }
+        self.own = Own::At(state.version);
+        self.here = piece.content;
+        true
+    }
+}
+
+impl Pg {
+    /// An object begins to come here; `piece`: its first piece has come already.
+    pub(super) fn begin_intake(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        mut intake: Intake,
+        piece: Option<(PieceImage, Bytes)>,
+    ) {
+        if self.kept_beside(&object).is_some() {
+            intake.beside = Some(Vec::new());
+        }
+        let own = cx.id;
+        let older = match &self.phase {
+            Phase::Active(a) => a.recovery.has_older(own, &object),
+            _ => {
+                let held = self.index.objects.get(&object);
+                held.is_some_and(|h| !h.deleted && h.base.is_none() && h.version != intake.version)
+            }
+        };
+        // A repair replaces all of a copy.
+        let whole =
+            !older || intake.over.is_some() || intake.beside.is_some() || self.comes_whole.contains(&object);
+        if whole || piece.is_some() {
+            intake.own = Own::Nothing;
+        }
+        let (from, tid, version) = (intake.from, intake.tid, intake.version);
+        if piece.is_some() {
+            intake.step = Step::Asked;
+        }
+        self.intakes.insert(object, intake);
+        match piece {
+            Some((image, data)) => self.piece_came(cx, from, (tid, object, version, 0), Ok(image), data),
+            None => self.next_piece(cx, object),
+        }
+    }
+
+    /// From the piece's beginning: what the own copy has of it comes first.
+    fn next_piece(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let (pg, now) = (self.id, cx.now);
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        intake.here = Content::default();
+        intake.since = now;
+        if intake.first >= intake.end {
+            return self.finish_intake(cx, object);
+        }
+        let (tid, first_block) = (intake.tid, intake.first);
+        match intake.own {
+            Own::Nothing => self.ask_for_piece(cx, object),
+            Own::Unknown | Own::At(_) => {
+                intake.step = Step::Reading;
+                let token = self.token(cx, What::OwnPiece { object, tid });
+                cx.out.push(Effect::ReadPiece { token, pg, object, first_block, block_count: PIECE_BLOCKS });
+            }
+        }
+    }
+
+    pub(super) fn own_piece_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        (object, tid): (ObjectId, u64),
+        result: Result<Piece, StoreError>,
+    ) {
+        let Some(intake) = self.intakes.get_mut(&object).filter(|i| i.tid == tid) else { return };
+        if intake.step != Step::Reading {
+            return;
+        }
+        if !intake.own_read(result) {
+            intake.start_over();
+        }
+        self.ask_for_piece(cx, object);
+    }
+
+    fn ask_for_piece(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        match self.phase {
+            Phase::Active(_) => {
+                intake.step = Step::Waiting;
+                self.want_own_piece(cx, object);
+            }
+            _ => self.pull_piece(cx, object),
+        }
+    }
+
+    /// Its turn has come.
+    pub(super) fn pull_piece(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let now = cx.now;
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        (intake.step, intake.since) = (Step::Asked, now);
+        let (from, tid, version, first_block) = (intake.from, intake.tid, intake.version, intake.first);
+        let have = pieces::digests(&intake.here, first_block);
+        if from != cx.id {
+            let body = PeerBody::Pull { tid, object, version, first_block, have };
+            return self.send(cx, from, body, Bytes::new());
+        }
+        // Erasure coding: the own shard was computed here.
+        let Some((image, data)) = self.computed_piece(cx, cx.id, object, first_block, &have) else { return };
+        self.piece_came(cx, from, (tid, object, version, first_block), Ok(image), data);
+    }
+
+    pub(super) fn piece_came(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: OsdId,
+        (tid, object, version, first): (u64, ObjectId, Version, u32),
+        piece: Result<PieceImage, SubResult>,
+        data: Bytes,
+    ) {
+        let (pg, now) = (self.id, cx.now);
+        let blocks = cx.map.pools.get(&pg.pool).map_or(0, |p| p.object_bytes / BLOCK_BYTES);
+        self.source_speaks(from);
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        let expected = (intake.from, intake.tid, intake.version, intake.first) == (from, tid, version, first);
+        if !expected || intake.step != Step::Asked {
+            return;
+        }
+        intake.heard = now;
+        let image = match piece {
+            Ok(image) => image,
+            Err(why) => return self.source_refused(cx, object, why),
+        };
+        let came = Content { extents: image.extents, data };
+        let declared = if intake.here.extents.is_empty() { 0 } else { u32::MAX };
+        let valid = came.validate(true).is_ok() && pieces::fits(&came, first, image.same);
+        if !valid || image.same & !declared != 0 {
+            return self.source_refused(cx, object, SubResult::BadChecksum);
+        }
+        if image.same != 0 {
+            cx.takes(Branch::KeepLeaves);
+        }
+        intake.end = image.end.min(blocks);
+        if from != cx.id && matches!(self.phase, Phase::Active(_)) {
+            self.count_moved(cx, came.data.len() as u64);
+        }
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        if let Some(whole) = &mut intake.beside {
+            whole.push(came);
+            return self.piece_is_here(cx, object);
+        }
+        let here = std::mem::take(&mut intake.here);
+        let (kept, content) = pieces::merge(&here, came, first, image.same);
+        intake.kept.extend(kept);
+        if content.extents.is_empty() {
+            return self.piece_is_here(cx, object);
+        }
+        intake.step = Step::Placing;
+        let token = self.token(cx, What::PlacePiece { object, tid });
+        cx.out.push(Effect::Place { token, pg, object, content });
+    }
+
+    pub fn piece_placed(
+        &mut self,
+        cx: &mut Cx<'_>,
+        (object, tid): (ObjectId, u64),
+        result: Result<Placed, StoreError>,
+    ) {
+        let Some(intake) = self.intakes.get_mut(&object).filter(|i| i.tid == tid) else { return };
+        if intake.step != Step::Placing {
+            return;
+        }
+        match result {
+            Ok(placed) => {
+                intake.placed.push(placed);
+                self.piece_is_here(cx, object);
+            }
+            Err(e) => self.intake_failed(cx, object, e),
+        }
+    }
+
+    fn piece_is_here(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        intake.first = intake.first.saturating_add(PIECE_BLOCKS);
+        self.next_piece(cx, object);
+    }
+
+    /// Everything is here: one transaction, if it is still what is wanted.
+    fn finish_intake(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let beside = self.kept_beside(&object);
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        let (tid, version) = (intake.tid, intake.version);
+        if beside.is_some() != intake.beside.is_some() {
+            self.intakes.remove(&object);
+            return;
+        }
+        intake.step = Step::Storing;
+        let base = match intake.own {
+            Own::At(version) if !intake.kept.is_empty() => version,
+            _ => Version::ZERO,
+        };
+        let (kept, placed) = (std::mem::take(&mut intake.kept), std::mem::take(&mut intake.placed));
+        let whole = intake.beside.take().unwrap_or_default();
+        let over = intake.over;
+        let own = matches!(self.phase, Phase::Active(_));
+        let wanted = match own {
+            true => self.may_store_own(cx.id, object, (tid, version)),
+            false => self.may_store_pushed(cx, tid, (object, version, over)),
+        };
+        if !wanted {
+            self.intakes.remove(&object);
+            return;
+        }
+        let what = match own {
+            true => What::Recovered { object, beside },
+            false => What::PushApplied { tid, object, version, deleted: false, beside },
+        };
+        let ops = match (cx.rules.keep(Rule::MissingUntilStored), beside) {
+            (false, _) => vec![TxnOp::DropMissing { object }],
+            (true, Some(base)) => {
+                cx.takes(Branch::RecoverBeside);
+                let extents = whole.iter().flat_map(|c| c.extents.iter().cloned()).collect();
+                let data = whole.iter().flat_map(|c| c.data.iter().copied()).collect();
+                self.beside_ops(cx, object, base, version, Content { extents, data })
+            }
+            (true, None) => vec![TxnOp::Assemble { object, version, base, kept, placed }],
+        };
+        self.submit(cx, what, ops);
+    }
+
+    /// It was stored, or not: then it comes whole the next time, in case the own copy was not what it seemed to be.
+    pub(super) fn intake_stored(&mut self, object: ObjectId, stored: bool) {
+        self.intakes.remove(&object);
+        match stored {
+            true => _ = self.comes_whole.remove(&object),
+            false => _ = self.comes_whole.insert(object),
+        }
+    }
+
+    fn intake_failed(&mut self, cx: &mut Cx<'_>, object: ObjectId, e: StoreError) {
+        let Some(intake) = self.intakes.remove(&object) else { return };
+        match self.phase {
+            Phase::Active(_) => self.own_recovered(cx, object, None, Err(e)),
+            _ => {
+                let body = PeerBody::PushAck { tid: intake.tid, result: sub_result(&e) };
+                self.send(cx, intake.from, body, Bytes::new());
+            }
+        }
+    }
+
+    fn source_refused(&mut self, cx: &mut Cx<'_>, object: ObjectId, why: SubResult) {
+        let Some(intake) = self.intakes.remove(&object) else { return };
+        match self.phase {
+            Phase::Active(_) => self.pull_refused(cx, object, intake.from, why),
+            // Changed on the way: the primary offers it again.
+            _ if why == SubResult::BadChecksum => {
+                let body = PeerBody::PushAck { tid: intake.tid, result: why };
+                self.send(cx, intake.from, body, Bytes::new());
+            }
+            _ => {}
+        }
+    }
+
+    /// At a member: what does not come is asked for again.
+    pub(super) fn pull_on(&mut self, cx: &mut Cx<'_>) {
+        let now = cx.now;
+        self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
+        let late = |i: &Intake| i.step == Step::Asked && now >= i.since + ASK_AGAIN_MS;
+        let late: Vec<ObjectId> = self.intakes.iter().filter(|(_, i)| late(i)).map(|(o, _)| *o).collect();
+        for object in late {
+            self.pull_piece(cx, object);
+        }
+    }
+}
