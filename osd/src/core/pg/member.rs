@@ -8,7 +8,7 @@ use gabion_proto::blocks::Content;
 use gabion_proto::limits::PIECE_BLOCKS;
 
 /// Sub-writes that may be early at one member of one group; more are dropped and come again.
-const EARLY_MAX: usize = 512;
+pub(super) const EARLY_MAX: usize = 512;
 /// A full member says so this often.
 const TELL_FULL_MS: Millis = 1_000;
 /// After this long without a word a member counts as full no more: some of them may be lost.
@@ -214,8 +214,9 @@ impl Pg {
         let have = self.version_of(&w.object);
         let noted = self.index.missing.get(&w.object).map(|n| n.version);
         let Some(m) = self.member() else { return };
-        // Writes come only after activation.
-        if !m.active {
+        // Writes come only after activation, and after what is being stored in the object's place: a late copy of a push
+        // may be. They come again.
+        if !m.active || m.applying.contains(&w.object) {
             return;
         }
         match (noted, &w.write) {
@@ -258,7 +259,11 @@ impl Pg {
     /// The object is at this version now: what has waited for that is applied.
     pub(super) fn early_on(&mut self, cx: &mut Cx<'_>, object: ObjectId, mut version: Version) {
         let Some(primary) = self.record.primary else { return };
-        while let Some(w) = self.member().and_then(|m| m.early.remove(&(object, version))) {
+        let next = |m: &mut Member, version| match m.applying.contains(&object) {
+            true => None,
+            false => m.early.remove(&(object, version)),
+        };
+        while let Some(w) = self.member().and_then(|m| next(m, version)) {
             version = w.version;
             if !self.apply_sub_write(cx, primary, w) {
                 return;
@@ -272,8 +277,7 @@ impl Pg {
         let (tid, object, version) = (w.tid, w.object, w.version);
         let coded = self.code.is_some();
         let Some(m) = self.member() else { return };
-        // What is being stored would count as what is noted. The note comes again.
-        if coded || m.applying.contains(&object) {
+        if coded {
             return;
         }
         if noted.is_some_and(|n| version <= n) {

@@ -182,6 +182,10 @@ impl Pg {
                 }
                 let new = |e: &ObjectEntry| Some(e.object) > reached && parts.contains(&e.object);
                 let new: Vec<ObjectEntry> = entries.into_iter().filter(new).collect();
+                if new.is_empty() && !last {
+                    // Nothing that was asked for. It is asked again, in a while.
+                    return;
+                }
                 told.reached = new.iter().map(|e| e.object).max().or(reached);
                 told.entries.extend(new.into_iter().map(|e| (e.object, e)));
                 told.complete = last;

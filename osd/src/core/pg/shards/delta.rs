@@ -156,7 +156,8 @@ impl Pg {
         let (object, version) = (w.object, w.version);
         let reading = runs.iter().map(|(first, _)| *first).collect();
         let (tid, prev, old) = (w.tid, w.prev, BTreeMap::new());
-        let Some(m) = self.member() else { return Ok(()) };
+        // More than that comes again.
+        let Some(m) = self.member().filter(|m| m.adding.len() < member::EARLY_MAX) else { return Ok(()) };
         m.adding.insert(object, Adding { tid, version, prev, base, whole, added, old, reading });
         for (first, count) in &runs {
             let what = What::OldParity { object, version, first_row: *first };
@@ -234,8 +235,11 @@ impl Pg {
     fn add(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
         let Some(x) = self.member().and_then(|m| m.adding.remove(&object)) else { return };
         let applying = self.member().is_some_and(|m| m.applying.contains(&object));
+        let mut rows = x.added.extents.iter().flat_map(|e| e.first_block..e.first_block + e.block_count);
+        let whole = x.base == Version::ZERO || rows.all(|row| x.old.contains_key(&row));
         // Purged, missed, or replaced meanwhile: the primary asks again, if it still wants to.
-        if self.version_of(&object) != x.base || self.index.missing.contains_key(&object) || applying {
+        let same = self.version_of(&object) == x.base && !self.index.missing.contains_key(&object);
+        if !same || applying || !whole {
             return;
         }
         let content = sums(&x.whole, &x.added, &x.old);

@@ -157,8 +157,10 @@ impl Pg {
         let changes: BTreeMap<u8, Rows> =
             (0..geometry.k).map(|n| (n, sums.iter().map(|r| change(n, r).flatten()).collect())).collect();
         let own_shard = self.record.acting.iter().position(|o| *o == cx.id).map(|n| n as u8);
+        let known = self.index.objects.contains_key(&object);
+        let keeps = |n: u8| known && whole.iter().any(|r| !new.contains_key(&geometry.block(n, *r)));
         let depends = |n: &u8| match *n < geometry.k {
-            true => sums.iter().any(|r| change(*n, r).is_some()),
+            true => sums.iter().any(|r| change(*n, r).is_some()) || keeps(*n),
             false => Some(*n) == own_shard && !sums.is_empty(),
         };
         // Never zeros in place of what was not read.
