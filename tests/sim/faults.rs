@@ -505,8 +505,9 @@ impl World {
             if self.nodes[node].lost {
                 continue;
             }
-            self.nodes[node].disk.unfill();
+            // First: making room is a write, too, and nobody would notice that it failed.
             self.nodes[node].disk.fail_no_more();
+            self.nodes[node].disk.unfill();
             let osd = self.nodes[node].id;
             self.command(Command::InOsd { osd });
             self.start(node);

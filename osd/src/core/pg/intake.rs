@@ -24,7 +24,7 @@ use gabion_proto::blocks::Content;
 use gabion_proto::limits::*;
 
 /// A piece that did not come is asked for again by a member.
-const ASK_AGAIN_MS: Millis = 1_500;
+const ASK_AGAIN_MS: Millis = 700;
 /// A primary that says nothing for this long does not bring the object any more, or under another number.
 const FORGET_MS: Millis = 20_000;
 
@@ -376,7 +376,9 @@ impl Pg {
     pub(super) fn pull_on(&mut self, cx: &mut Cx<'_>) {
         let now = cx.now;
         self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
-        let late = |i: &Intake| i.step == Step::Asked && now >= i.since + ASK_AGAIN_MS;
+        // Less and less often, of somebody who is slow.
+        let patience = |i: &Intake| ASK_AGAIN_MS.max(i.since.saturating_sub(i.heard));
+        let late = |i: &Intake| i.step == Step::Asked && now >= i.since + patience(i);
         let late: Vec<ObjectId> = self.intakes.iter().filter(|(_, i)| late(i)).map(|(o, _)| *o).collect();
         for object in late {
             self.pull_piece(cx, object);
