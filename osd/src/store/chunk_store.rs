@@ -26,13 +26,14 @@ use super::slots::Slots;
 use super::view::Index;
 use super::wake::Waker;
 use super::{
-    ConcurrentStore, Done, Identity, ListEntry, Needed, ObjectState, PgMeta, Piece, Placed, Store,
+    ConcurrentStore, Done, Identity, ListEntry, Needed, ObjectState, PgMeta, Piece, Placed, Pulse, Store,
     StoreError, Txn, Usage, Work,
 };
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 
 /// What a device request was for. The number of the group, read or step is part of its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +47,9 @@ pub(super) enum Purpose {
 }
 
 const PURPOSE_SHIFT: u32 = 60;
-/// Records that a listing looks at in one go.
-const LISTED_AT_ONCE: usize = 1024;
+/// Records of a home that a listing looks at in one go.
+const LISTED_AT_ONCE_MIN: usize = 64;
+const LISTED_AT_ONCE_MAX: usize = 4096;
 
 /// See the module docs.
 pub struct ChunkStore<D: Device, K: Kv> {
@@ -133,6 +135,38 @@ pub(super) struct Opened<D, K: Kv> {
     pub slots: Slots,
     pub objects: u64,
     pub homes: Homes,
+}
+
+/// How far the objects of a group are listed that are in one of its homes.
+struct Listed<T> {
+    region: Region,
+    prefix: Key,
+    from: Vec<u8>,
+    /// There may be some behind the page.
+    more: bool,
+    page: VecDeque<(ObjectId, T)>,
+}
+
+impl<T: serde::de::DeserializeOwned> Listed<T> {
+    /// The first object that was not taken yet.
+    fn first<K: Kv>(&mut self, index: &Index<K>, page: usize) -> Result<Option<ObjectId>, StoreError> {
+        while self.page.is_empty() && self.more {
+            let found = index.scan(&self.prefix, &self.from, page)?;
+            (index.pulse)();
+            self.more = found.len() == page;
+            if let Some((last, _)) = found.last() {
+                self.from = [&last[..], &[0]].concat();
+            }
+            // Others' may be between.
+            for (key, value) in found.into_iter().filter(|(key, _)| self.region.class.has_key(key)) {
+                let object = layout::parse_key(&key)?.object;
+                let object =
+                    object.ok_or_else(|| StoreError::Fatal("a key of the index names no object".into()))?;
+                self.page.push_back((object, layout::decode(value.record()?)?));
+            }
+        }
+        Ok(self.page.front().map(|(object, _)| *object))
+    }
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
@@ -331,7 +365,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         self.alive()
     }
 
-    /// Records of one kind after `after`, decoded.
+    /// Records of one kind after `after`, decoded, in order. Each of the group's homes is read once.
     fn list_kind<T: serde::de::DeserializeOwned>(
         &mut self,
         kind: u8,
@@ -341,48 +375,29 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     ) -> Result<Vec<(ObjectId, T)>, StoreError> {
         self.drain_commits()?;
         let regions = self.homes.regions(pg);
-        let mut out = Vec::new();
-        for region in &regions {
-            self.list_region(kind, pg, region, after, limit, &mut out)?;
+        let page = (limit / regions.len().max(1)).clamp(LISTED_AT_ONCE_MIN, LISTED_AT_ONCE_MAX);
+        let start = |region: Region| Listed {
+            from: after
+                .map(|o| layout::object_key(kind, PgId { index: region.home, ..pg }, o))
+                .map_or_else(Vec::new, |key| [&key[..], &[0]].concat()),
+            prefix: region.key(kind, pg),
+            region,
+            more: true,
+            page: VecDeque::new(),
+        };
+        let mut lists: Vec<Listed<T>> = regions.into_iter().map(start).collect();
+        let mut next = BinaryHeap::new();
+        for (n, list) in lists.iter_mut().enumerate() {
+            next.extend(list.first(&self.index, page)?.map(|object| Reverse((object, n))));
         }
-        if regions.len() > 1 {
-            out.sort_unstable_by_key(|(object, _)| *object);
-            out.truncate(limit);
+        let mut out = Vec::new();
+        while out.len() < limit
+            && let Some(Reverse((_, n))) = next.pop()
+        {
+            out.extend(lists[n].page.pop_front());
+            next.extend(lists[n].first(&self.index, page)?.map(|object| Reverse((object, n))));
         }
         Ok(out)
-    }
-
-    /// Up to `limit` of them.
-    fn list_region<T: serde::de::DeserializeOwned>(
-        &self,
-        kind: u8,
-        pg: PgId,
-        region: &Region,
-        after: Option<ObjectId>,
-        limit: usize,
-        out: &mut Vec<(ObjectId, T)>,
-    ) -> Result<(), StoreError> {
-        let (prefix, home) = (region.key(kind, pg), PgId { index: region.home, ..pg });
-        let mut after = after.map(|o| layout::object_key(kind, home, o));
-        let end = out.len().saturating_add(limit);
-        loop {
-            let from = after.map_or_else(Vec::new, |key| [&key[..], &[0]].concat());
-            // Others' may be between.
-            let wanted = (end - out.len()).max(LISTED_AT_ONCE);
-            let page = self.index.scan(&prefix, &from, wanted)?;
-            let full = page.len() == wanted;
-            after = page.last().map(|(key, _)| *key);
-            let own = page.into_iter().filter(|(key, _)| region.class.has_key(key));
-            for (key, value) in own.take(end - out.len()) {
-                let object = layout::parse_key(&key)?.object;
-                let object =
-                    object.ok_or_else(|| StoreError::Fatal("a key of the index names no object".into()))?;
-                out.push((object, layout::decode(value.record()?)?));
-            }
-            if !full || out.len() == end {
-                return Ok(());
-            }
-        }
     }
 
     fn find_object(&mut self, key: &Key) -> Result<Option<ObjectRecord>, StoreError> {
@@ -597,5 +612,9 @@ impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
 
     fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    fn set_pulse(&mut self, pulse: Pulse) {
+        self.index.pulse = pulse;
     }
 }

@@ -127,7 +127,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             TxnOp::DropMissing { object } => stage.delete(layout::object_key(kind::MISSING, pg, object)),
             TxnOp::ClearMissing => {
                 for region in self.staged_homes(stage).regions(pg) {
-                    self.sweep(stage, region.key(kind::MISSING, pg), region.class)?;
+                    self.sweep(stage, region.key(kind::MISSING, pg), region.class, |_| Ok(()))?;
                 }
             }
             TxnOp::RemovePg => self.remove_group(stage, pg)?,
@@ -163,15 +163,15 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let homes = self.staged_homes(stage).into_owned();
         for region in homes.regions(pg) {
             let (key, class) = (|k| region.key(k, pg), region.class);
-            self.drop_chunks(stage, &key(kind::CHUNK), class)?;
-            let objects = self.staged_scan(stage, &key(kind::OBJECT))?;
-            let objects = objects.iter().filter(|(key, _)| class.has_key(key)).count();
-            stage.txn.objects -= objects as i64;
-            self.free_pending_slots(stage, &key(kind::PENDING_CHUNK), class)?;
-            for k in
-                [kind::CHUNK, kind::OVERLAY, kind::OBJECT, kind::PENDING, kind::PENDING_CHUNK, kind::MISSING]
-            {
-                self.sweep(stage, key(k), class)?;
+            for k in [kind::CHUNK, kind::PENDING_CHUNK] {
+                let slot = |value: &[u8]| Ok(ChunkRecord::decode(value)?.slot);
+                let slots = self.sweep(stage, key(k), class, slot)?;
+                stage.txn.freed.extend(slots.into_iter().flatten());
+            }
+            let objects = self.sweep(stage, key(kind::OBJECT), class, |_| Ok(()))?;
+            stage.txn.objects -= objects.len() as i64;
+            for k in [kind::OVERLAY, kind::PENDING, kind::MISSING] {
+                self.sweep(stage, key(k), class, |_| Ok(()))?;
             }
         }
         stage.delete(layout::pg_key(kind::META, pg));
@@ -256,17 +256,9 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             .collect()
     }
 
-    /// Everything with `prefix`, as the current transaction sees it.
+    /// Everything of one object with `prefix`, as the current transaction sees it.
     pub(super) fn staged_scan(&self, stage: &Stage, prefix: &[u8]) -> Result<Vec<(Key, Value)>, StoreError> {
-        let layers = self.layers(stage);
-        if prefix[0] == kind::OVERLAY {
-            let mut merged = View::new();
-            for layer in layers {
-                merged.extend(view::range(layer, prefix, prefix).map(|(k, v)| (*k, v.clone())));
-            }
-            return Ok(merged.into_iter().filter_map(|(k, v)| Some((k, v?))).collect());
-        }
-        view::scan(&self.index.kv, &layers, prefix, prefix, usize::MAX)
+        view::scan(&self.index.kv, &self.layers(stage), prefix, prefix, usize::MAX)
     }
 
     fn staged_overlay<'a>(&'a self, stage: &'a Stage, chunk: &Key) -> Result<ChunkOverlay<'a>, StoreError> {
@@ -605,7 +597,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     }
 
     fn drop_content(&mut self, stage: &mut Stage, pg: PgId, object: ObjectId) -> Result<(), StoreError> {
-        self.drop_chunks(stage, &layout::object_key(kind::CHUNK, pg, object), Class::ALL)
+        for (key, value) in self.staged_scan(stage, &layout::object_key(kind::CHUNK, pg, object))? {
+            stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
+            self.drop_overlay(stage, &key)?;
+            stage.delete(key);
+        }
+        Ok(())
     }
 
     pub(super) fn drop_pending(
@@ -615,46 +612,34 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         object: ObjectId,
     ) -> Result<(), StoreError> {
         if self.staged_object(stage, pg, object)?.is_some_and(|r| r.pending.is_some()) {
-            self.free_pending_slots(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object), Class::ALL)?;
-            for k in [kind::PENDING, kind::PENDING_CHUNK] {
-                for (key, _) in self.staged_scan(stage, &layout::object_key(k, pg, object))? {
-                    stage.delete(key);
-                }
+            let chunks = self.staged_scan(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))?;
+            for (key, value) in chunks {
+                stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
+                stage.delete(key);
+            }
+            for (key, _) in self.staged_scan(stage, &layout::object_key(kind::PENDING, pg, object))? {
+                stage.delete(key);
             }
         }
         Ok(())
     }
 
-    fn free_pending_slots(
+    /// Deletes what a group has of a kind in one of its homes; returns what `read` took from each value.
+    fn sweep<T>(
         &mut self,
         stage: &mut Stage,
-        prefix: &[u8],
+        prefix: Key,
         class: Class,
-    ) -> Result<(), StoreError> {
-        for (_, value) in self.staged_scan(stage, prefix)?.into_iter().filter(|(key, _)| class.has_key(key)) {
-            stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
-        }
-        Ok(())
-    }
-
-    /// Deletes chunk records and their overlay blocks; their slots are free once that is durable.
-    fn drop_chunks(&mut self, stage: &mut Stage, prefix: &[u8], class: Class) -> Result<(), StoreError> {
-        for (key, value) in self.staged_scan(stage, prefix)?.into_iter().filter(|(key, _)| class.has_key(key))
-        {
-            stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
-            self.drop_overlay(stage, &key)?;
-            stage.delete(key);
-        }
-        Ok(())
-    }
-
-    /// Deletes what a group has of a kind in one of its homes.
-    fn sweep(&mut self, stage: &mut Stage, prefix: Key, class: Class) -> Result<(), StoreError> {
-        for (key, _) in self.staged_scan(stage, &prefix)?.into_iter().filter(|(key, _)| class.has_key(key)) {
-            stage.delete(key);
-        }
+        read: impl Fn(&[u8]) -> Result<T, StoreError>,
+    ) -> Result<Vec<T>, StoreError> {
+        let (wanted, pulse) = (|key: &[u8]| class.has_key(key), &self.index.pulse);
+        let gone = view::pick(&self.index.kv, &self.layers(stage), &prefix, wanted, read, pulse)?;
         stage.txn.sweeps.push(Sweep { prefix, class });
-        Ok(())
+        let take = |(key, taken)| {
+            stage.delete(key);
+            taken
+        };
+        Ok(gone.into_iter().map(take).collect())
     }
 }
 

@@ -6,10 +6,10 @@
 
 use super::buffer::{Blocks, BlocksMut};
 use super::homes::Class;
-use super::layout::{BLOCK, Fields, Key, Position};
+use super::layout::{BLOCK, Fields, Key, PG_KEY_BYTES, Position};
 use super::stage::Sweep;
 use super::view::{BlockBytes, DataBlock, Value, View};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 const MAGIC: &[u8; 8] = b"GABIONJR";
 const HEADER_BYTES: usize = 48;
@@ -57,18 +57,36 @@ pub struct Record {
 
 /// Upper bound of what `changes` take as the head of a record, in bytes.
 pub fn head_bytes(sweeps: &[Sweep], images: usize, changes: &View) -> usize {
+    let swept = Swept::new(sweeps);
     let change = |(key, value): (&Key, &Option<Value>)| match value {
         // Not named one by one: a group of any size can be removed.
-        None if covered(sweeps, key) => 0,
+        None if swept.has(key) => 0,
         Some(Value::Record(bytes)) => 2 + key.len() + 4 + bytes.len(),
         _ => 2 + key.len() + 4,
     };
     HEADER_BYTES + sweeps.len() * 40 + images * 11 + changes.iter().map(change).sum::<usize>()
 }
 
-/// What is deleted with everything else of its group.
-fn covered(sweeps: &[Sweep], key: &Key) -> bool {
-    sweeps.iter().any(|s| s.covers(key))
+/// What is deleted with everything else of its group: a record may delete many groups, and each of them has very many keys.
+struct Swept<'a>(HashMap<&'a [u8], Vec<Class>>);
+
+impl<'a> Swept<'a> {
+    fn new(sweeps: &'a [Sweep]) -> Swept<'a> {
+        let mut by_prefix: HashMap<&[u8], Vec<Class>> = HashMap::new();
+        for sweep in sweeps {
+            by_prefix.entry(&sweep.prefix).or_default().push(sweep.class);
+        }
+        Swept(by_prefix)
+    }
+
+    fn has(&self, key: &Key) -> bool {
+        if self.0.is_empty() {
+            return false;
+        }
+        // Sweeps are of a kind in a home. Others would only be named one by one.
+        let classes = key.get(..PG_KEY_BYTES).and_then(|prefix| self.0.get(prefix));
+        classes.is_some_and(|classes| classes.iter().any(|c| c.has_key(key)))
+    }
 }
 
 fn put_key(out: &mut Vec<u8>, tag: u8, key: &Key) {
@@ -96,10 +114,10 @@ pub fn encode(header: Header, sweeps: &[Sweep], images: &[Image], changes: &mut 
         head.extend_from_slice(&[image.first, image.count]);
         head.extend_from_slice(&image.crc.to_le_bytes());
     }
-    let mut data_blocks = 0;
+    let (mut data_blocks, swept) = (0, Swept::new(sweeps));
     for (key, value) in changes.iter() {
         match value {
-            None if covered(sweeps, key) => {}
+            None if swept.has(key) => {}
             None => put_key(&mut head, tag::DELETE, key),
             Some(Value::Record(bytes)) => {
                 put_key(&mut head, tag::RECORD, key);

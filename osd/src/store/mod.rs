@@ -31,6 +31,8 @@ mod fsck_tests;
 mod golden_tests;
 mod group;
 mod homes;
+#[cfg(test)]
+mod homes_tests;
 mod journal;
 mod kv;
 mod layout;
@@ -320,7 +322,12 @@ pub trait ConcurrentStore: Store {
     fn stats(&self) -> Stats;
     /// Ends [`ConcurrentStore::wait`] from other threads; the caller arms it.
     fn waker(&self) -> Waker;
+    /// Called again and again while one call looks at very much of the index: the disk does answer.
+    fn set_pulse(&mut self, pulse: Pulse);
 }
+
+/// See [`ConcurrentStore::set_pulse`].
+pub type Pulse = Box<dyn Fn() + Send>;
 
 /// What a store can do without waiting.
 #[derive(Clone, Debug)]

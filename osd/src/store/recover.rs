@@ -244,8 +244,8 @@ fn replay_into<D: Device, K: Kv>(
 /// What one record changes.
 fn apply<K: Kv>(index: &mut Index<K>, record: Record) -> Result<(), StoreError> {
     for Sweep { prefix, class } in &record.sweeps {
-        let gone = index.scan(prefix, prefix, usize::MAX)?.into_iter().map(|(key, _)| key);
-        index.dirty.extend(gone.filter(|key| class.has_key(key)).map(|key| (key, None)));
+        let gone = index.pick(prefix, |key| class.has_key(key))?;
+        index.dirty.extend(gone.into_iter().map(|(key, ())| (key, None)));
     }
     index.dirty.extend(record.changes);
     Ok(())

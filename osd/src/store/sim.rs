@@ -177,6 +177,8 @@ struct State {
     record: Option<Vec<Event>>,
     start: Image,
     rng: StdRng,
+    /// Pairs of the index that were looked at, one after the other.
+    scanned: usize,
 }
 
 enum Pending {
@@ -226,6 +228,7 @@ impl SimDisk {
             record: None,
             start: Image::default(),
             rng: StdRng::seed_from_u64(seed),
+            scanned: 0,
         })))
     }
 
@@ -489,10 +492,12 @@ impl Kv for SimKv {
     }
 
     fn scan(&self, prefix: &[u8], from: &[u8], limit: usize) -> Result<Vec<Pair>, String> {
-        let state = self.disk.0.lock();
+        let mut state = self.disk.0.lock();
         let start = prefix.max(from).to_vec();
         let pairs = state.image.index.range(start..).take_while(|(k, _)| k.starts_with(prefix)).take(limit);
-        Ok(pairs.map(|(k, v)| (k.clone(), v.clone())).collect())
+        let pairs: Vec<Pair> = pairs.map(|(k, v)| (k.clone(), v.clone())).collect();
+        state.scanned += pairs.len();
+        Ok(pairs)
     }
 
     fn sweep(&self, prefix: &[u8], each: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), String> {
@@ -533,6 +538,10 @@ impl SimDisk {
     pub(super) fn fsck(&self, deep: bool) -> super::FsckReport {
         let (device, kv) = self.parts().expect("an eventfd");
         super::fsck::check_parts(device, kv, deep)
+    }
+
+    pub(super) fn scanned(&self) -> usize {
+        self.0.lock().scanned
     }
 
     pub(super) fn block(&self, block: u64) -> Vec<u8> {

@@ -21,12 +21,6 @@ pub struct Sweep {
     pub class: Class,
 }
 
-impl Sweep {
-    pub fn covers(&self, key: &Key) -> bool {
-        key.starts_with(&self.prefix) && self.class.has_key(key)
-    }
-}
-
 impl FreshBlocks {
     /// As a record names them.
     pub fn image(&self) -> Image {

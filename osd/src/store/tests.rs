@@ -32,7 +32,7 @@ fn write(o: u32, prev: u64, first: u32, blocks: u32, byte: u8) -> TxnOp {
 fn sim(disk: &SimDisk) -> SimStore {
     disk.open().expect("opens")
 }
-fn new_sim(chunks: usize, seed: u64) -> SimDisk {
+pub fn new_sim(chunks: usize, seed: u64) -> SimDisk {
     let disk = SimDisk::new((chunks + 1) * CHUNK_BYTES as usize + (4 << 20), seed);
     disk.format(IDENTITY).expect("formats");
     disk

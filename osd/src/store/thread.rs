@@ -22,7 +22,6 @@ use std::time::Duration;
 const TAKE_MAX: usize = 256;
 /// Idle for this long means that write-back disturbs nobody.
 const IDLE: Duration = Duration::from_secs(1);
-const LIST_PAGE: usize = 4096;
 
 type Answer<T> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
 
@@ -213,11 +212,13 @@ impl StoreThread {
         let usage = Arc::new(Mutex::new((store.usage(), store.stats())));
         let handle = StoreHandle { requests: tx, waker: store.waker(), usage: usage.clone() };
         let on_fatal: OnFatal = Box::new(on_fatal);
+        let (mut store, watchdog) = (store, Watchdog::new(on_fatal));
+        store.set_pulse(watchdog.pulse());
         let thread = Worker {
             store,
             requests,
             usage,
-            watchdog: Watchdog::new(on_fatal),
+            watchdog,
             pending: HashMap::new(),
             next_tag: 0,
             settled: false,
@@ -375,23 +376,12 @@ impl<S: ConcurrentStore> Worker<S> {
         result
     }
 
+    /// In one go: pages would each begin anew in every home of the group.
     fn list(&mut self, pg: PgId) -> Result<Listing, StoreError> {
-        let mut out = Listing { meta: self.store.meta(pg)?, ..Listing::default() };
-        loop {
-            let page = self.store.list(pg, out.objects.last().map(|(o, _)| *o), LIST_PAGE)?;
-            let full = page.len() == LIST_PAGE;
-            out.objects.extend(page);
-            if !full {
-                break;
-            }
-        }
-        loop {
-            let page = self.store.list_missing(pg, out.missing.last().map(|(o, _)| *o), LIST_PAGE)?;
-            let full = page.len() == LIST_PAGE;
-            out.missing.extend(page);
-            if !full {
-                return Ok(out);
-            }
-        }
+        Ok(Listing {
+            meta: self.store.meta(pg)?,
+            objects: self.store.list(pg, None, usize::MAX)?,
+            missing: self.store.list_missing(pg, None, usize::MAX)?,
+        })
     }
 }

@@ -1,9 +1,9 @@
 //! Layers of changes over the index: what is newer lies in memory, what is older in the [`Kv`] below.
 
-use super::StoreError;
 use super::buffer::Blocks;
 use super::kv::Kv;
 use super::layout::{self, Key, kind};
+use super::{Pulse, StoreError};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashMap};
 
@@ -109,6 +109,43 @@ pub fn scan(
     }
 }
 
+/// What `read` takes from each value with `prefix` whose key is `wanted`, in no order; later layers win. Nothing is kept of other values: they
+/// may be many times as many.
+pub fn pick<T>(
+    kv: &impl Kv,
+    layers: &[&View],
+    prefix: &[u8],
+    wanted: impl Fn(&[u8]) -> bool,
+    read: impl Fn(&[u8]) -> Result<T, StoreError>,
+    pulse: &dyn Fn(),
+) -> Result<Vec<(Key, T)>, StoreError> {
+    let mut newer: BTreeMap<Key, Option<&Value>> = BTreeMap::new();
+    for layer in layers {
+        newer.extend(range(layer, prefix, prefix).filter(|(k, _)| wanted(k)).map(|(k, v)| (*k, v.as_ref())));
+    }
+    let (mut out, mut looked_at, mut result) = (Vec::new(), 0, Ok(()));
+    let swept = kv.sweep(prefix, &mut |key, value| {
+        looked_at += 1;
+        if looked_at % PAGE == 0 {
+            pulse();
+        }
+        if wanted(key) && !newer.contains_key(key) {
+            result = known_key(key).and_then(|k| Ok(out.push((k, read(value)?))));
+        }
+        result.is_ok()
+    });
+    swept.map_err(StoreError::Fatal)?;
+    result?;
+    for (key, value) in newer.into_iter().filter_map(|(k, v)| Some((k, v?))) {
+        let bytes = match value {
+            Value::Record(bytes) => bytes,
+            Value::Block(block) => block.bytes.get(),
+        };
+        out.push((key, read(bytes)?));
+    }
+    Ok(out)
+}
+
 fn known_key(key: &[u8]) -> Result<Key, StoreError> {
     Key::new(key).ok_or_else(|| StoreError::Fatal("a key of the index is too long".into()))
 }
@@ -123,6 +160,8 @@ pub struct Index<K: Kv> {
     cache: HashMap<Key, Option<Value>>,
     /// The generation before; an entry found here moves to `cache`.
     cache_old: HashMap<Key, Option<Value>>,
+    /// Called after every page of what takes many.
+    pub pulse: Pulse,
 }
 
 impl<K: Kv> Index<K> {
@@ -133,6 +172,7 @@ impl<K: Kv> Index<K> {
             frozen: View::new(),
             cache: HashMap::new(),
             cache_old: HashMap::new(),
+            pulse: Box::new(|| ()),
         }
     }
 
@@ -183,6 +223,11 @@ impl<K: Kv> Index<K> {
         scan(&self.kv, &[&self.frozen, &self.dirty], prefix, from, limit)
     }
 
+    /// The keys with `prefix` that are `wanted`, in no order.
+    pub fn pick(&self, prefix: &[u8], wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<(Key, ())>, StoreError> {
+        pick(&self.kv, &[&self.frozen, &self.dirty], prefix, wanted, |_| Ok(()), &self.pulse)
+    }
+
     /// Calls `each` with everything with `prefix`, in order, holding one page at a time.
     pub fn each(
         &self,
@@ -192,6 +237,7 @@ impl<K: Kv> Index<K> {
         let mut from = prefix.to_vec();
         loop {
             let page = self.scan(prefix, &from, PAGE)?;
+            (self.pulse)();
             let full = page.len() == PAGE;
             if let Some((last, _)) = page.last() {
                 from = last.to_vec();

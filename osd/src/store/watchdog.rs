@@ -1,6 +1,7 @@
 //! The self-fence (rule S9): a disk that does not answer for too long stops its OSD, before its peers and the
 //! monitors must guess. A thread of its own, because the store's thread may be the one that hangs.
 
+use super::Pulse;
 use gabion_proto::limits::DISK_SILENT_MAX;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -52,12 +53,13 @@ impl Watchdog {
 
     /// Something has moved; from now on the next thing has to within the limit.
     pub fn working(&self) {
-        let mut state = self.0.state.lock();
-        state.working = true;
-        state.moves += 1;
-        if std::mem::take(&mut state.parked) {
-            self.0.changed.notify_one();
-        }
+        self.0.working();
+    }
+
+    /// The same for what the store does in one go, on its thread.
+    pub fn pulse(&self) -> Pulse {
+        let shared = self.0.clone();
+        Box::new(move || shared.working())
     }
 
     /// Nothing is expected of the disk.
@@ -82,6 +84,15 @@ impl Drop for Watchdog {
 }
 
 impl Shared {
+    fn working(&self) {
+        let mut state = self.state.lock();
+        state.working = true;
+        state.moves += 1;
+        if std::mem::take(&mut state.parked) {
+            self.changed.notify_one();
+        }
+    }
+
     fn watch(&self, limit: Duration) {
         let mut state = self.state.lock();
         let (mut seen, mut silent_parts) = (state.moves, 0);
