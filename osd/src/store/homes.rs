@@ -106,6 +106,13 @@ impl Homes {
         PgId { index: home, ..pg }
     }
 
+    /// Another group that has records under the number of one that would have its own there.
+    pub fn user_of(&self, pg: PgId) -> Option<PgId> {
+        let others = self.0.iter().filter(|(other, _)| other.pool == pg.pool && **other != pg);
+        let mut users = others.filter(|(_, regions)| regions.iter().any(|r| r.home == pg.index));
+        users.next().map(|(other, _)| *other).filter(|_| !self.0.contains_key(&pg))
+    }
+
     pub fn owners(&self) -> Owners {
         let mut owners = Owners::default();
         for (pg, regions) in &self.0 {

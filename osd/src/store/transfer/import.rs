@@ -63,6 +63,7 @@ pub fn import(wanted: Import<'_>) -> Result<Imported, TransferError> {
         return Err(refused(foreign(&store.identity(), &header)));
     }
     let pg = header.pg;
+    store.fits(&header)?;
     match (unfinished(wanted.data_dir)?, store.knows(pg)?) {
         (None, Knows::Nothing) => {}
         (None, Knows::Metadata) => {
@@ -215,6 +216,28 @@ fn object_ops(o: Exported) -> Vec<TxnOp> {
 }
 
 impl<D: Device, K: Kv> ChunkStore<D, K> {
+    /// Refuses a group that is not one of as many as those of its pool here, or whose records would lie among another one's (rule P9).
+    pub(super) fn fits(&mut self, header: &Header) -> Result<(), TransferError> {
+        let Header { pg, meta, .. } = *header;
+        let counts =
+            self.pgs()?.into_iter().filter(|(id, m)| id.pool == pg.pool && *id != pg && m.pg_count != 0);
+        for (other, has) in counts.filter(|_| meta.pg_count != 0) {
+            if has.pg_count != meta.pg_count {
+                return Err(refused(format!(
+                    "group {pg} was exported when its pool had {} groups; the store has group {other}, which is one of {}: start the \
+                     OSD that it comes from under the present map first, and export again",
+                    meta.pg_count, has.pg_count
+                )));
+            }
+        }
+        match self.homes.user_of(pg) {
+            Some(other) => {
+                Err(refused(format!("the store keeps records of group {other} under the number of {pg}")))
+            }
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn knows(&mut self, pg: PgId) -> Result<Knows, StoreError> {
         if self.pgs()?.iter().any(|(id, _)| *id == pg) {
             return Ok(Knows::Metadata);

@@ -473,3 +473,32 @@ fn what_does_not_fit_is_taken_back() {
     drop(store);
     assert!(fsck(&bench.at("new"), true).expect("checks").is_clean());
 }
+
+/// One of another number of groups would have objects that others have here, and miss some that it is asked for (rule P9).
+#[test]
+fn a_group_of_another_division_is_refused() {
+    let disk = small_disk(256, 5);
+    let mut store = disk.open().expect("opens");
+    let pg = |index| PgId { index, ..FAMILY[0] };
+    let meta = |pg_count| PgMeta { promised: Epoch(2), activated: Epoch(1), shard: None, pg_count };
+    let header =
+        |index, pg_count| Header { identity: IDENTITY, pg: pg(index), meta: meta(pg_count), retired: true };
+    let commit = |store: &mut SimStore, index, op| {
+        let txn = Txn { pg: pg(index), ops: vec![op], reserve: true };
+        assert_eq!(store.commit(vec![txn]), [Ok(())]);
+    };
+    assert!(store.fits(&header(1, 2)).is_ok(), "an empty store");
+    for index in [0, 1] {
+        commit(&mut store, index, TxnOp::SetMeta(meta(2)));
+    }
+    assert!(store.fits(&header(3, 2)).is_ok());
+    let refused = |store: &mut SimStore, header| match store.fits(&header) {
+        Err(TransferError::Refused(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(&mut store, header(3, 4)).contains("one of 2"));
+    commit(&mut store, 0, TxnOp::Combine { from: 2, to: 1 });
+    // Of before groups were counted.
+    assert!(refused(&mut store, header(1, 0)).contains("under the number of"));
+    assert!(store.fits(&header(3, 0)).is_ok());
+}
