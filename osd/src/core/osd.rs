@@ -27,10 +27,11 @@ pub struct Boot {
 
 impl Boot {
     /// The newest interval that the store takes part in, if the monitors have not come to it yet: they have forgotten it, and
-    /// would give its versions out again (rule P3a). Never with monitors that remember: the promise came after its map.
+    /// would give its versions out again (rule P3a). Never with monitors that remember: whatever was promised is of a map before the boot,
+    /// which makes a map of its own, and nothing is promised before its answer. A disk that never promised anything says 0.
     pub fn forgotten(&self, start: &StartState) -> Option<Epoch> {
         let promised = start.iter().map(|(_, meta)| meta.promised.max(meta.activated)).max()?;
-        Some(promised).filter(|p| *p > self.epoch)
+        Some(promised).filter(|p| *p > Epoch(0) && *p >= self.epoch)
     }
 }
 
@@ -377,10 +378,19 @@ impl OsdCore {
                     self.pgs.insert(part.id(), part.instead_of(known));
                 }
             }
-            if finest.is_multiple_of(pool.pg_count) {
+            if finest.is_multiple_of(pool.pg_count) && self.knows_of_the_merge(*id, finest, pool.pg_count) {
                 self.merge_groups(*id, finest, pool.pg_count, out);
             }
         }
+    }
+
+    /// A merge begins an interval of the whole, after all that its parts were in. Otherwise the map is one of before they were divided, from
+    /// monitors that have forgotten it: parts stay what they are.
+    fn knows_of_the_merge(&self, pool: PoolId, from: u32, to: u32) -> bool {
+        let groups = PgId { pool, index: 0 }..=PgId { pool, index: u32::MAX };
+        let mut parts = self.pgs.range(groups).filter(|(_, pg)| pg.is_one_of() == Some(from));
+        let begun = |id: &PgId| self.map.pgs.get(&PgId { index: id.index % to, ..*id }).map(|r| r.interval);
+        from == to || parts.all(|(id, pg)| begun(id).is_some_and(|interval| pg.promised() < interval))
     }
 
     fn merge_groups(&mut self, pool: PoolId, mut from: u32, pg_count: u32, out: &mut Vec<Effect>) {

@@ -42,6 +42,11 @@ impl Pg {
         Some(self.meta.pg_count).filter(|count| self.stored && *count > 0)
     }
 
+    /// The last interval that what is here has taken part in, or would have.
+    pub fn promised(&self) -> Epoch {
+        self.meta.promised.max(self.meta.activated)
+    }
+
     pub fn is_shard(&self) -> bool {
         self.meta.shard.is_some()
     }

@@ -88,12 +88,24 @@ fn a_large_step_is_several_of_bounded_size() {
 /// Monitors from an old backup: of the group that they mean only a part is here.
 #[test]
 fn a_part_is_not_taken_for_the_whole() {
-    let mut rig = Rig::new(&[(0, version(5, 1))]);
-    rig.listing.meta = Some(PgMeta { pg_count: 2, ..rig.listing.meta.unwrap() });
-    rig.interval(10, &[1, 2], vec![past(5, &[1, 2])]);
-    rig.tells(2, 5, &[]);
-    assert_eq!(rig.sent, [], "it says nothing");
-    assert!(rig.core.pg_statuses()[0].waiting_for.contains("one of 2 groups, the map has 1"));
+    let combined = |interval| {
+        let mut rig = Rig::new(&[(0, version(5, 1))]);
+        let meta = PgMeta { promised: Epoch(9), activated: Epoch(9), shard: None, pg_count: 2 };
+        let boot = Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch: Epoch(1) };
+        // As a store reports it.
+        let start = (0..2).map(|index| (PgId { index, ..PG }, meta)).collect();
+        (rig.core, rig.listing.meta) = (OsdCore::new(boot, start, 0), Some(meta));
+        rig.interval(interval, &[1, 2], vec![past(5, &[1, 2])]);
+        rig.tells(2, 5, &[]);
+        (rig.ops().any(|op| matches!(op, TxnOp::Combine { .. })), rig)
+    };
+    for interval in [8, 9] {
+        let (combined, rig) = combined(interval);
+        assert!(!combined, "a merge would have begun an interval");
+        assert_eq!(rig.sent, [], "it says nothing");
+        assert!(rig.core.pg_statuses()[0].waiting_for.contains("one of 2 groups, the map has 1"));
+    }
+    assert!(combined(10).0);
 }
 
 /// An operation was sent when there was one group; its object is in another one now.

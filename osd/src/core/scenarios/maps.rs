@@ -96,6 +96,10 @@ fn monitors_that_forgot_an_interval_are_noticed() {
     let boot =
         |epoch| Boot { cluster: CLUSTER, id: OsdId(1), incarnation: Incarnation(1), epoch: Epoch(epoch) };
     assert_eq!(boot(8).forgotten(&start), Some(Epoch(9)));
+    assert_eq!(boot(9).forgotten(&start), Some(Epoch(9)), "a boot makes a map of its own");
     assert_eq!(boot(10).forgotten(&start), None);
-    assert_eq!(boot(1).forgotten(&Vec::new()), None, "a new disk");
+    for epoch in [0, 1] {
+        assert_eq!(boot(epoch).forgotten(&Vec::new()), None, "a new disk");
+        assert_eq!(boot(epoch).forgotten(&vec![(PG, meta(0, 0))]), None, "one that never promised anything");
+    }
 }
