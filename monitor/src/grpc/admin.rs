@@ -129,7 +129,12 @@ impl pb::admin_service_server::AdminService for Monitor {
         let (id, r) = open(request)?;
         let (name, min_size) = (r.name.clone(), r.min_size);
         let command = match (r.pg_count, r.replicas) {
-            (Some(pg_count), None) if min_size.is_none() => Command::SetPgs { name, pg_count },
+            (Some(pg_count), None) if min_size.is_none() => {
+                let state = self.state();
+                let allowed = self.0.volatile.lock().may_merge(&state, &name, pg_count);
+                allowed.map_err(Status::failed_precondition)?;
+                Command::SetPgs { name, pg_count }
+            }
             (Some(_), _) => {
                 return Err(Status::invalid_argument(
                     "the number of groups is changed alone, not with other settings",

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 
 /// A host that is silent for this long is forgotten.
 pub(super) const HOST_SILENCE_MS: u64 = 10_000;
+/// Objects that a group may have after a merge: half of what one activation can name.
+const MERGED_OBJECTS_MAX: u64 = 100_000;
 /// Hosts that are listened to.
 pub(super) const HOSTS_MAX: usize = 10_000;
 
@@ -72,6 +74,28 @@ impl Volatile {
         }
     }
 
+    /// Whether a pool may have fewer groups, by what its groups last reported; else why not. A group's activation names in one transaction what a
+    /// member lacks, which may be all of it, and a disk must be able to store that.
+    pub fn may_merge(&self, state: &MonitorState, name: &str, target: u32) -> Result<(), String> {
+        let Some((id, pool)) = state.map.pools.iter().find(|(_, p)| p.name == name) else { return Ok(()) };
+        if target == 0 || target >= pool.pg_count {
+            return Ok(());
+        }
+        let mut merged: BTreeMap<u32, u64> = BTreeMap::new();
+        for (pg, status) in self.pgs.range(PgId { pool: *id, index: 0 }..=PgId { pool: *id, index: u32::MAX })
+        {
+            let objects = merged.entry(pg.index % target).or_default();
+            *objects = objects.saturating_add(status.objects);
+        }
+        match merged.into_iter().max_by_key(|(_, objects)| *objects) {
+            Some((index, objects)) if objects > MERGED_OBJECTS_MAX => Err(format!(
+                "with {target} groups, group {index} of pool {name} would have about {objects} objects, and groups are merged up to \
+                 {MERGED_OBJECTS_MAX}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes in what the report of a clean group says of the OSD's run.
     pub fn recovered(&mut self, state: &MonitorState, osd: OsdId, incarnation: Incarnation, now: Recovered) {
         if state.map.up_osd(osd).is_some_and(|o| o.incarnation == incarnation) {
@@ -92,5 +116,41 @@ impl Volatile {
             info.up && !acked
         });
         behind.map(|(osd, _)| *osd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gabion_proto::map::{FailureDomain, Pool, Redundancy};
+
+    #[test]
+    fn groups_are_merged_only_up_to_a_size() {
+        let pool = Pool {
+            name: "p".into(),
+            redundancy: Redundancy::Replicated { size: 3 },
+            min_size: 2,
+            failure_domain: FailureDomain::Host,
+            pg_count: 8,
+            object_bytes: 1 << 20,
+        };
+        let mut state = MonitorState::default();
+        state.map.pools.insert(PoolId(1), pool);
+        let mut volatile = Volatile::default();
+        let mut report = |pool, index, objects| {
+            let status = pb::PgStatus { pool, index, objects, ..Default::default() };
+            volatile.pgs.insert(PgId { pool: PoolId(pool), index }, status);
+        };
+        for index in 0..8 {
+            report(1, index, 40_000);
+            report(2, index, 1 << 40);
+        }
+        assert_eq!(volatile.may_merge(&state, "p", 4), Ok(()), "80,000 each");
+        let why = volatile.may_merge(&state, "p", 2).expect_err("160,000 each");
+        assert!(why.contains("160000 objects"), "{why}");
+        for any in [0, 8, 16] {
+            assert_eq!(volatile.may_merge(&state, "p", any), Ok(()), "{any} is no merge");
+        }
+        assert_eq!(volatile.may_merge(&state, "another", 1), Ok(()), "refused elsewhere");
     }
 }

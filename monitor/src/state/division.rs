@@ -161,12 +161,15 @@ impl MonitorState {
     /// (rule P9): all groups are clean, and those that become one have the same members and the same interval.
     pub(super) fn merge_on(&mut self, id: PoolId) {
         let (Some(target), Some(pool)) = (self.merges_to(id), self.map.pools.get(&id)) else { return };
-        if self.merge_waits_for(id) > 0 {
+        // Asked whenever a group becomes clean, so that most of the time one that is not answers it.
+        let mut groups = self.map.pgs.range(groups_of(id));
+        if groups.clone().any(|(_, r)| !r.clean) || groups.any(|(pg, r)| !self.is_like_parent(*pg, r, target))
+        {
             return;
         }
         let had = pool.pg_count;
         let interval = |index| self.map.pgs.get(&PgId { pool: id, index }).map(|r| r.interval);
-        let unlike: Vec<u32> = (0..had)
+        let unlike: BTreeSet<u32> = (0..had)
             .filter(|index| interval(*index) != interval(index % target))
             .map(|index| index % target)
             .collect();
