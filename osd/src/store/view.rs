@@ -130,7 +130,10 @@ pub fn pick<T>(
             pulse();
         }
         if wanted(key) && !newer.contains_key(key) {
-            result = known_key(key).and_then(|k| Ok(out.push((k, read(value)?))));
+            result = known_key(key).and_then(|k| {
+                out.push((k, read(value)?));
+                Ok(())
+            });
         }
         result.is_ok()
     });
