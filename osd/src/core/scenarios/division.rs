@@ -97,7 +97,8 @@ fn a_part_is_not_taken_for_the_whole() {
         (rig.core, rig.listing.meta) = (OsdCore::new(boot, start, 0), Some(meta));
         rig.interval(interval, &[1, 2], vec![past(5, &[1, 2])]);
         rig.tells(2, 5, &[]);
-        (rig.ops().any(|op| matches!(op, TxnOp::Combine { .. })), rig)
+        let combined = rig.ops().any(|op| matches!(op, TxnOp::Combine { .. }));
+        (combined, rig)
     };
     for interval in [8, 9] {
         let (combined, rig) = combined(interval);
