@@ -224,14 +224,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let Some(promised) = metas.iter().map(|m| m.promised).max() else { return Ok(()) };
         // One that is not there was never active.
         let activated = metas.iter().map(|m| m.activated).min().filter(|_| metas.len() == parts.len());
-        let regions = self.staged_homes(stage).united(&parts, from);
+        let changes = self.staged_homes(stage).combined(&parts, from);
         for part in &parts[1..] {
             stage.delete(layout::pg_key(kind::META, *part));
-            self.set_homes(stage, (*part, None))?;
         }
         let meta = PgMeta { promised, activated: activated.unwrap_or_default(), shard: None, pg_count: to };
         stage.put(layout::pg_key(kind::META, pg), layout::encode(&meta)?);
-        self.set_homes(stage, (pg, Some(regions)))
+        changes.into_iter().try_for_each(|change| self.set_homes(stage, change))
     }
 
     /// A key as the current transaction sees it.

@@ -154,15 +154,18 @@ fn a_crash_at_every_point_keeps_what_was_acknowledged() {
     assert!(crashes > 4000, "only {crashes} crashes");
 }
 
+fn seeds(variable: &str) -> std::ops::Range<u64> {
+    let range = std::env::var(variable).unwrap_or_else(|_| "100..200".into());
+    let (first, end) = range.split_once("..").expect("first..end");
+    first.parse().expect("a number")..end.parse().expect("a number")
+}
+
 /// `GABION_CRASH_SEEDS=first..end` chooses the seeds.
 #[test]
 #[ignore = "minutes; run it with --ignored"]
 fn a_crash_at_every_point_of_many_workloads() {
-    let range = std::env::var("GABION_CRASH_SEEDS").unwrap_or_else(|_| "100..200".into());
-    let (first, end) = range.split_once("..").expect("first..end");
-    let (first, end): (u64, u64) = (first.parse().expect("a number"), end.parse().expect("a number"));
     let mut crashes = 0;
-    for seed in first..end {
+    for seed in seeds("GABION_CRASH_SEEDS") {
         crashes += crash_everywhere(seed, 30, 5, true);
         println!("seed {seed}: {crashes} crashes so far");
     }
@@ -170,8 +173,26 @@ fn a_crash_at_every_point_of_many_workloads() {
 
 #[test]
 fn random_operations_match_the_model() {
-    for seed in 0..12 {
-        let mut generator = Generator::new(StdRng::seed_from_u64(seed));
+    compare((0..12).map(|seed| (seed, Generator::new(StdRng::seed_from_u64(seed)))));
+}
+
+#[test]
+fn groups_that_become_more_and_fewer_match_the_model() {
+    compare((0..24).map(|seed| (seed, Generator::restless(StdRng::seed_from_u64(seed)))));
+}
+
+/// `GABION_MODEL_SEEDS=first..end` chooses the seeds.
+#[test]
+#[ignore = "minutes; run it with --ignored"]
+fn many_random_operations_match_the_model() {
+    for seed in seeds("GABION_MODEL_SEEDS") {
+        let rng = || StdRng::seed_from_u64(seed);
+        compare([Generator::new(rng()), Generator::restless(rng())].map(|g| (seed, g)));
+    }
+}
+
+fn compare(generators: impl IntoIterator<Item = (u64, Generator)>) {
+    for (seed, mut generator) in generators {
         let disk = small_disk([64, 256][seed as usize % 2], seed);
         let (mut store, mut model) = (disk.open().expect("opens"), Model::default());
         for step in 0..120 {

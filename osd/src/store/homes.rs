@@ -135,8 +135,23 @@ impl Homes {
         parts.map(part).collect()
     }
 
+    /// What changes when these groups of `count` become one, the first of them.
+    pub fn combined(&self, parts: &[PgId], count: u32) -> Vec<Change> {
+        let mut homes = self.clone();
+        parts.iter().for_each(|part| homes.set((*part, None)));
+        let mut changes = vec![(parts[0], Some(self.united(parts, count)))];
+        homes.set(changes[0].clone());
+        // The others have nothing any more, but their homes may be the first one's now.
+        for part in &parts[1..] {
+            let change = (*part, homes.after_removal(*part));
+            homes.set(change.clone());
+            changes.push(change);
+        }
+        changes
+    }
+
     /// Of what becomes of these groups of `count`.
-    pub fn united(&self, parts: &[PgId], count: u32) -> Vec<Region> {
+    fn united(&self, parts: &[PgId], count: u32) -> Vec<Region> {
         let of = |pg: &PgId| {
             let class = Class { index: pg.index, count };
             self.regions(*pg)
@@ -153,7 +168,7 @@ impl Homes {
         regions
     }
 
-    /// The homes of a group once all that it has is deleted: should it begin anew, it must not do so among what others keep under its
+    /// The homes of a group that has nothing any more: should it begin anew, it must not do so among what others keep under its
     /// number.
     pub fn after_removal(&self, pg: PgId) -> Option<Vec<Region>> {
         let others = self.0.iter().filter(|(other, _)| other.pool == pg.pool && **other != pg);

@@ -20,6 +20,8 @@ mod crash_tests;
 mod decoder_tests;
 mod device;
 mod digest;
+#[cfg(test)]
+mod division_tests;
 mod dump;
 #[cfg(test)]
 mod fault_tests;

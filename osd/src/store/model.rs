@@ -4,8 +4,8 @@
 use super::*;
 use gabion_proto::limits::*;
 use gabion_proto::placement::pg_index;
+use rand::Rng;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
 pub const PGS: [PgId; 2] = [PgId { pool: PoolId(1), index: 3 }, PgId { pool: PoolId(1), index: 4 }];
@@ -300,11 +300,18 @@ pub struct Generator {
     /// Groups of the family, and what is to be done first because they became more.
     count: u32,
     divisions: Vec<Txn>,
+    /// Little but such changes.
+    restless: bool,
 }
 
 impl Generator {
     pub fn new(rng: StdRng) -> Generator {
-        Generator { rng, next_stamp: 1, count: 1, divisions: Vec::new() }
+        Generator { rng, next_stamp: 1, count: 1, divisions: Vec::new(), restless: false }
+    }
+
+    /// Of the family only, whose groups become more and fewer, and are deleted, all the time.
+    pub fn restless(rng: StdRng) -> Generator {
+        Generator { restless: true, ..Generator::new(rng) }
     }
 
     /// On top of what a crash has left, maybe between two groups that were to be divided.
@@ -390,24 +397,22 @@ impl Generator {
             36 => TxnOp::AddMissing { object, needed: Needed::certain(version, wrong) },
             37 => TxnOp::DropMissing { object },
             38 => TxnOp::ClearMissing,
-            _ if self.rng.random_range(0..4) == 0 => TxnOp::RemovePg,
+            _ if self.restless || self.rng.random_range(0..4) == 0 => TxnOp::RemovePg,
             _ => TxnOp::Write { object, prev, version, content: content(&self.blocks()) },
         }
     }
 
     /// A transaction that replaces an object, as the model is told, and what brings a store there: chunks that are placed
     /// ahead, and some that are kept. `None`: the store has no room.
-    pub fn assembled(&self, model: &Model, txn: &Txn, store: &mut impl Store) -> Option<(Txn, Txn)> {
+    pub fn assembled(&mut self, model: &Model, txn: &Txn, store: &mut impl Store) -> Option<(Txn, Txn)> {
         let [TxnOp::Replace { object, version, deleted: false, content: new }] = &txn.ops[..] else {
             return None;
         };
         let now = model.0.get(&txn.pg).and_then(|pg| pg.objects.get(object)).cloned().unwrap_or_default();
         let may_keep = !now.deleted && now.pending.is_none() && now.version > 0;
-        // Its own chance: the transactions are the same with and without it.
-        let mut rng = StdRng::seed_from_u64(version.raw() << 8 ^ u64::from(object.index));
         let chunks: std::collections::BTreeSet<u32> =
             now.blocks.keys().map(|b| b / BLOCKS_PER_CHUNK).collect();
-        let kept: Vec<u32> = chunks.into_iter().filter(|_| may_keep && rng.random()).collect();
+        let kept: Vec<u32> = chunks.into_iter().filter(|_| may_keep && self.rng.random()).collect();
         let stays = |block: &u32| kept.contains(&(block / BLOCKS_PER_CHUNK));
         let mut blocks = stamps(new);
         blocks.retain(|b, _| !stays(b));
@@ -421,7 +426,7 @@ impl Generator {
                 .filter(|(b, _)| **b / (2 * BLOCKS_PER_CHUNK) == piece)
                 .map(|(b, s)| (*b, *s))
                 .collect();
-            for _ in 0..rng.random_range(0..2) {
+            for _ in 0..self.rng.random_range(0..2) {
                 store.place(txn.pg, *object, content(&piece)).ok()?;
             }
             placed.push(store.place(txn.pg, *object, content(&piece)).ok()?);
@@ -437,7 +442,9 @@ impl Generator {
 
     /// A transaction on top of `model`.
     pub fn txn(&mut self, model: &Model) -> Txn {
-        if self.rng.random_range(0..60) == 0 {
+        // One change is not begun before the last one is done everywhere.
+        let chance = if self.restless { 8 } else { 60 };
+        if self.divisions.is_empty() && self.rng.random_range(0..chance) == 0 {
             let from = self.count;
             let to = [1, 2, 4][self.rng.random_range(0..3)];
             let op = if to > from { TxnOp::Divide { from, to } } else { TxnOp::Combine { from, to } };
@@ -449,7 +456,7 @@ impl Generator {
             return txn;
         }
         let pg = match self.rng.random_range(0..6) {
-            n @ 0..4 => PGS[n % PGS.len()],
+            n @ 0..4 if !self.restless => PGS[n % PGS.len()],
             _ => FAMILY[self.rng.random_range(0..self.count) as usize],
         };
         let mut scratch = model.0.get(&pg).cloned().unwrap_or_default();
