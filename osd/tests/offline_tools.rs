@@ -51,7 +51,7 @@ fn what_is_shown() {
     let dir = data.to_str().unwrap();
 
     let info = json(&["info", dir]);
-    assert_eq!((info["osd"].as_u64(), info["format_version"].as_u64()), (Some(3), Some(3)));
+    assert_eq!((info["osd"].as_u64(), info["format_version"].as_u64()), (Some(3), Some(4)));
     assert!(ok(&["info", dir]).contains("osd.3"));
 
     let shown = json(&["dump", "a.10.0", "--data-dir", dir, "--blocks"]);
