@@ -291,8 +291,15 @@ impl Entry for pb::PgEntry {
         let mut past = Vec::with_capacity(count);
         for p in self.past {
             let acting = members("past.acting", p.acting)?;
-            let ordered = past.last().is_none_or(|last: &PastInterval| last.interval.0 < p.interval)
-                && p.interval < self.interval;
+            let set = |o: &[OsdId]| o.iter().copied().collect::<BTreeSet<OsdId>>();
+            // Groups that became one had an interval in common, each with a primary of its own (rule P9).
+            let common = |last: &PastInterval| {
+                last.interval.0 == p.interval
+                    && set(&last.acting) == set(&acting)
+                    && last.primary.map(|o| o.0) != p.primary
+            };
+            let after = |last: &PastInterval| last.interval.0 < p.interval || common(last);
+            let ordered = past.last().is_none_or(after) && p.interval < self.interval;
             check(ordered, "past.interval", || format!("{} is out of order", p.interval))?;
             past.push(PastInterval {
                 interval: Epoch(p.interval),

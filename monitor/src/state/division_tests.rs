@@ -195,6 +195,9 @@ fn groups_are_merged_when_all_are_clean_in_one_interval_on_the_same_members() {
         let known: BTreeSet<_> = now.past.iter().filter_map(|p| p.primary).collect();
         assert_eq!(known, primaries(&family), "each may still serve reads");
     }
+    // Everybody can be told.
+    let told = gabion_proto::pb::ClusterMap::from(&state.map);
+    assert_eq!(gabion_proto::map::ClusterMap::try_from(told), Ok(state.map.clone()));
 }
 
 #[test]
