@@ -198,7 +198,7 @@ mod tests {
     fn groups_that_are_not_filled_or_too_early_are_noticed() {
         let unfound = "unfound objects";
         for (rule, what) in
-            [(Rule::Fill, "UndersizedInactive"), (Rule::FillWhole, unfound), (Rule::Refusals, unfound)]
+            [(Rule::Fill, "UndersizedInactive"), (Rule::FillWhole, unfound), (Rule::Refusals, "min-size is")]
         {
             let (seed, how) = mutants::noticed(rule, 30).unwrap();
             assert!(how.contains(what), "{rule:?}: seed {seed}: {how}");
