@@ -9,8 +9,11 @@
 //!
 //! An OSD is an *outlier* of a window when its mean is `FACTOR` times that of the median of the others and above
 //! `FLOOR_US`, by its own word or by that of most of its peers, two at least. It is not when it only has more to do: it
-//! serves more than the others, and with what waits taken into account as fast as they do. When half of those that can be judged or more are
+//! serves more than the others, and with what waits taken into account as fast as they do. When half of those that are known or more are
 //! outliers, nobody is one: something else is wrong.
+//!
+//! The others may have had next to nothing to do in a window, above all when whom they are compared with leads the groups in use. What is
+//! known of them from the minutes before counts then, and fades (`Known`); an OSD is judged by its last window alone.
 //!
 //! A window as an outlier adds to an OSD's score, one without takes away from it. It is *slow* from a score of
 //! `SLOW_AT` until the score is back at zero, so that it takes a while both ways.
@@ -29,6 +32,8 @@ const FLOOR_US: u64 = 25_000;
 const SAMPLES_MIN: u64 = 16;
 /// Fewer than these say nothing of how fast the others are.
 const COMPARED_MIN: u64 = 4;
+/// Windows that are added up until there are enough.
+const KNOWN_WINDOWS: u64 = 12;
 const FEW_SAMPLES_MIN: u64 = 2;
 const FEW_SAMPLES_US: u64 = 1_000_000;
 /// Accusers that are needed, if the OSD's own word is not against it.
@@ -49,8 +54,11 @@ pub struct Figures {
 
 impl Figures {
     fn of(f: Option<pb::LatencyFigures>) -> Option<Figures> {
-        let figures = f.map(|f| Figures { count: f.count, mean_us: f.mean_us })?;
-        (figures.count >= COMPARED_MIN || figures.says_enough()).then_some(figures)
+        f.map(|f| Figures { count: f.count, mean_us: f.mean_us }).filter(|f| f.count > 0)
+    }
+
+    fn comparable(&self) -> bool {
+        self.count >= COMPARED_MIN || self.says_enough()
     }
 
     fn spent_us(&self) -> u64 {
@@ -62,14 +70,50 @@ impl Figures {
     }
 
     /// What one operation takes of the time, given how many were there at once.
-    fn served_us(&self, window_us: u64) -> u64 {
-        let at_a_time_percent = (self.spent_us() / (window_us / 100).max(1)).max(100);
+    fn served_us(&self, time_us: u64) -> u64 {
+        let at_a_time_percent = (self.spent_us() / (time_us / 100).max(1)).max(100);
         self.mean_us.saturating_mul(100) / at_a_time_percent
     }
 }
 
+/// Operations of one kind: those of the last window, if they are enough to compare with, or else what several windows add up to.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    figures: Figures,
+    windows: u64,
+    /// Of the last window alone.
+    last: Option<Figures>,
+}
+
+impl Known {
+    /// `None`: nothing is known any more.
+    fn next(before: Option<Known>, last: Option<Figures>) -> Option<Known> {
+        let before = match (before, last) {
+            (Some(b), last) if !last.is_some_and(|l| l.comparable()) => b,
+            (_, last) => return last.map(|figures| Known { figures, windows: 1, last: Some(figures) }),
+        };
+        let more = last.unwrap_or_default();
+        let count = before.figures.count.saturating_add(more.count);
+        let mean_us = before.figures.spent_us().saturating_add(more.spent_us()) / count.max(1);
+        let windows = before.windows + 1;
+        // What is older fades.
+        let by = if windows > KNOWN_WINDOWS { 2 } else { 1 };
+        let figures = Figures { count: count / by, mean_us };
+        (figures.count > 0 || last.is_some()).then_some(Known { figures, windows: windows / by, last })
+    }
+
+    fn comparable(&self) -> Option<&Known> {
+        self.figures.comparable().then_some(self)
+    }
+
+    /// How many there are in a window.
+    fn per_window(&self) -> u64 {
+        self.figures.count / self.windows
+    }
+}
+
 /// Writes and reads.
-type Both = [Option<Figures>; 2];
+type Both = [Option<Known>; 2];
 
 /// What one OSD told of one window.
 #[derive(Clone, Debug)]
@@ -136,14 +180,24 @@ impl SlowDetector {
         if window.number == 0 || known.is_some_and(|r| r.number >= window.number) {
             return;
         }
-        let peers = window.peers.iter().take(LATENCY_PEERS_MAX).map(|p| (OsdId(p.osd), p));
-        let peers = peers.filter(|(o, _)| state.map.up_osd(*o).is_some());
+        let told = window.peers.iter().take(LATENCY_PEERS_MAX).map(|p| (OsdId(p.osd), p));
+        let told: BTreeMap<OsdId, [Option<Figures>; 2]> =
+            told.map(|(o, p)| (o, [Figures::of(p.writes), Figures::of(p.reads)])).collect();
+        let known = known.map(|r| &r.peers);
+        let names: BTreeSet<OsdId> =
+            told.keys().chain(known.iter().flat_map(|k| k.keys())).copied().collect();
+        let peers = names.into_iter().filter(|o| state.map.up_osd(*o).is_some()).filter_map(|o| {
+            let before = known.and_then(|k| k.get(&o)).copied().unwrap_or_default();
+            let last = told.get(&o).copied().unwrap_or_default();
+            let both = [Known::next(before[0], last[0]), Known::next(before[1], last[1])];
+            both.iter().any(Option::is_some).then_some((o, both))
+        });
         let report = Report {
             incarnation,
             number: window.number,
             came_ms: now_ms,
             window_us: window.length_ms.saturating_mul(1_000),
-            peers: peers.map(|(o, p)| (o, [Figures::of(p.writes), Figures::of(p.reads)])).collect(),
+            peers: peers.collect(),
         };
         self.reports.insert(osd, report);
     }
@@ -238,52 +292,67 @@ fn median(mut others: Vec<u64>) -> Option<u64> {
     (others.len() >= 2).then(|| others[others.len() / 2])
 }
 
-/// The median of the others if `osd` is an outlier among them.
-fn outlier(osd: OsdId, all: &BTreeMap<OsdId, Figures>) -> Option<u64> {
-    let mean_us = all.get(&osd)?.mean_us;
-    let others_us = median(all.iter().filter(|(o, _)| **o != osd).map(|(_, f)| f.mean_us).collect())?;
-    (mean_us >= FLOOR_US && mean_us >= others_us.saturating_mul(FACTOR)).then_some(others_us)
+/// What was told of everybody.
+type View = BTreeMap<OsdId, Known>;
+
+fn last(osd: OsdId, view: &View) -> Option<Figures> {
+    view.get(&osd)?.last.filter(Figures::comparable)
+}
+
+/// The median of what the others have.
+fn of_others(osd: OsdId, view: &View, what: impl Fn(&Known) -> u64) -> Option<u64> {
+    median(view.iter().filter(|(o, _)| **o != osd).filter_map(|(_, k)| k.comparable()).map(what).collect())
+}
+
+/// What it took, and the median of the others, if `osd` is an outlier among them.
+fn outlier(osd: OsdId, view: &View) -> Option<(u64, u64)> {
+    let mean_us = last(osd, view)?.mean_us;
+    let others_us = of_others(osd, view, |k| k.figures.mean_us)?;
+    (mean_us >= FLOOR_US && mean_us >= others_us.saturating_mul(FACTOR)).then_some((mean_us, others_us))
 }
 
 /// Whether an OSD only has more to do than the others.
-fn has_more_to_do(osd: OsdId, own: &BTreeMap<OsdId, Figures>, window_us: u64) -> bool {
-    let of = |what: &dyn Fn(&Figures) -> u64| {
-        let others = own.iter().filter(|(o, _)| **o != osd).map(|(_, f)| what(f)).collect();
-        Some((own.get(&osd).map(what)?, median(others)?))
-    };
-    let busier = of(&|f| f.count).is_some_and(|(mine, others)| mine > others.saturating_add(others / 2));
-    busier && of(&|f| f.served_us(window_us)).is_some_and(|(mine, others)| mine < others.saturating_mul(2))
+fn has_more_to_do(osd: OsdId, own: &View, window_us: u64) -> bool {
+    let Some(mine) = last(osd, own) else { return false };
+    let busier = of_others(osd, own, Known::per_window).is_some_and(|n| mine.count > n.saturating_add(n / 2));
+    let served = of_others(osd, own, |k| k.figures.served_us(k.windows.saturating_mul(window_us)));
+    busier && served.is_some_and(|others| mine.served_us(window_us) < others.saturating_mul(2))
 }
 
-/// Everybody of whom something is known.
+/// Everybody of whom the last window says something.
 fn compare(reports: &BTreeMap<OsdId, &Report>) -> BTreeMap<OsdId, Word> {
     let mut words: BTreeMap<OsdId, Word> = BTreeMap::new();
+    let mut known: BTreeSet<OsdId> = BTreeSet::new();
     for (kind, reads) in [(0, false), (1, true)] {
         let of = |r: &Report, osd: &OsdId| r.peers.get(osd).and_then(|both| both[kind]);
-        let own: BTreeMap<OsdId, Figures> =
-            reports.iter().filter_map(|(osd, r)| Some((*osd, of(r, osd)?))).collect();
+        let own: View = reports.iter().filter_map(|(osd, r)| Some((*osd, of(r, osd)?))).collect();
         let views = reports.values().map(|r| {
-            let known = r.peers.iter().filter_map(|(osd, both)| Some((*osd, both[kind]?)));
-            known.collect::<BTreeMap<OsdId, Figures>>()
+            let told = r.peers.iter().filter_map(|(osd, both)| Some((*osd, both[kind]?)));
+            told.collect::<View>()
         });
-        let views: Vec<(OsdId, BTreeMap<OsdId, Figures>)> = reports.keys().copied().zip(views).collect();
-        let seen: BTreeSet<OsdId> = views.iter().flat_map(|(_, v)| v.keys().copied()).collect();
+        let views: Vec<(OsdId, View)> = reports.keys().copied().zip(views).collect();
+        let all = || views.iter().flat_map(|(_, v)| v.iter());
+        known.extend(all().filter(|(_, k)| k.comparable().is_some()).map(|(o, _)| *o));
+        let seen: BTreeSet<OsdId> =
+            views.iter().flat_map(|(_, v)| v.keys().filter(|o| last(**o, v).is_some())).copied().collect();
         for osd in seen {
             let window_us = reports.get(&osd).map_or(WINDOW_MS * 1_000, |r| r.window_us);
             let excused = has_more_to_do(osd, &own, window_us);
-            let looks_slow = outlier(osd, &own).map(|others_us| (own[&osd].mean_us, others_us));
-            let told_enough = own.get(&osd).is_some_and(Figures::says_enough);
+            let looks_slow = outlier(osd, &own);
+            let told_enough = last(osd, &own).is_some_and(|f| f.says_enough());
             let by_itself = looks_slow.filter(|_| told_enough);
-            let witnesses: Vec<&BTreeMap<OsdId, Figures>> = views
+            let compared = |v: &View| v.values().filter(|k| k.comparable().is_some()).count();
+            let witnesses: Vec<&View> = views
                 .iter()
-                .filter(|(by, v)| *by != osd && v.get(&osd).is_some_and(Figures::says_enough) && v.len() > 2)
+                .filter(|(by, v)| {
+                    *by != osd && last(osd, v).is_some_and(|f| f.says_enough()) && compared(v) > 2
+                })
                 .map(|(_, v)| v)
                 .collect();
-            let accusers: Vec<(u64, u64)> =
-                witnesses.iter().filter_map(|v| Some((v.get(&osd)?.mean_us, outlier(osd, v)?))).collect();
+            let accusers: Vec<(u64, u64)> = witnesses.iter().filter_map(|v| outlier(osd, v)).collect();
             let accused = accusers.len() >= ACCUSERS_MIN && 2 * accusers.len() > witnesses.len();
             let evidence = match (by_itself, accused, excused) {
-                (Some((mean_us, others_us)), _, false) => Some((mean_us, others_us)),
+                (Some(evidence), _, false) => Some(evidence),
                 (None, true, false) => accusers.iter().max().copied(),
                 _ => None,
             };
@@ -306,8 +375,9 @@ fn compare(reports: &BTreeMap<OsdId, &Report>) -> BTreeMap<OsdId, Word> {
             }
         }
     }
+    known.extend(words.keys());
     let outliers = words.values().filter(|w| matches!(w, Word::Outlier(_))).count();
-    if 2 * outliers >= words.len() {
+    if 2 * outliers >= known.len() {
         words.values_mut().filter(|w| matches!(w, Word::Outlier(_))).for_each(|w| *w = Word::Unclear);
     }
     words

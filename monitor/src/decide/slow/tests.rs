@@ -378,3 +378,39 @@ fn in_a_cluster_with_little_to_do() {
     }
     assert_eq!(rig.slow(), [] as [u32; 0]);
 }
+
+/// One leads all groups in use, and the others do something now and then: what they took in the last minute is compared with, and is forgotten.
+#[test]
+fn one_that_does_nearly_all_the_work() {
+    let all = |lead: Disk, others: u64| {
+        (0..4).map(|n| if n == 2 { lead } else { Disk { ops: others, ..WELL } }).collect::<Vec<_>>()
+    };
+    let slow = Disk { write_us: 400_000, read_us: 400_000, ops: 20 };
+    let works_alone = |others: u64, windows: u64| {
+        let mut rig = Rig::new(4);
+        (0..windows).for_each(|_| rig.pass(&all(slow, others)));
+        rig
+    };
+    assert_eq!(works_alone(0, 30).slow(), [] as [u32; 0], "nobody to compare with");
+    assert_eq!(works_alone(1, 30).slow(), [2]);
+    assert_eq!(works_alone(3, u64::from(SLOW_AT) + 2).slow(), [2]);
+    assert_eq!(works_alone(3, 100).slow(), [2]);
+    // Others that were fast a while ago and have nothing to do now are no measure.
+    let mut rig = Rig::new(4);
+    (0..5).for_each(|_| rig.pass(&[WELL; 4]));
+    let fades = KNOWN_WINDOWS * 10;
+    (0..fades).for_each(|_| rig.pass(&all(Disk { ops: 0, ..WELL }, 0)));
+    (0..20).for_each(|_| rig.pass(&all(slow, 0)));
+    assert_eq!(rig.slow(), [] as [u32; 0]);
+}
+
+/// Who was slow and has nothing to do is not judged by what is remembered of it.
+#[test]
+fn what_is_remembered_accuses_nobody() {
+    let mut rig = Rig::new(4);
+    let bad = one_of(4, 1, Disk { write_us: 400_000, read_us: 400_000, ops: 20 });
+    (1..SLOW_AT).for_each(|_| rig.pass(&bad));
+    let silent = one_of(4, 1, Disk { ops: 0, ..WELL });
+    (0..20).for_each(|_| rig.pass(&silent));
+    assert_eq!(rig.slow(), [] as [u32; 0]);
+}
