@@ -128,6 +128,8 @@ branches! {
     EarlyWrite,
     /// Writes: a member lacks the object, and notes the write.
     NotedWrite,
+    /// Recovery: what is under way is given up, because a client writes the object.
+    GiveWay,
     /// Writes: one waits, so that recovery of its object can begin.
     WriteWaitsForRecovery,
     /// Writes: a sub-write is sent again.

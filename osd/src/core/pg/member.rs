@@ -44,12 +44,23 @@ pub struct Member {
     pub(super) adding: BTreeMap<ObjectId, shards::Adding>,
     /// Pushes being applied.
     pub(super) applying: BTreeSet<ObjectId>,
+    /// Notes of what is being applied.
+    notes: BTreeMap<(ObjectId, Version), Early>,
     /// Erasure coding: rows that are being read, for whom and under which number.
     pub serving: BTreeSet<(OsdId, u64)>,
     /// When the primary was last told that the store is full.
     told_full: Option<Millis>,
     /// Objects that a scrub of the primary asks for.
     pub scrub: Option<scrub::Reading>,
+}
+
+impl Member {
+    fn note_of(&mut self, object: &ObjectId) -> Option<Early> {
+        let (key, _) =
+            self.notes.range((*object, Version::ZERO)..).next().filter(|((o, _), _)| o == object)?;
+        let key = *key;
+        self.notes.remove(&key)
+    }
 }
 
 impl Pg {
@@ -214,9 +225,15 @@ impl Pg {
         let have = self.version_of(&w.object);
         let noted = self.index.missing.get(&w.object).map(|n| n.version);
         let Some(m) = self.member() else { return };
-        // Writes come only after activation, and after what is being stored in the object's place: a late copy of a push
-        // may be. They come again.
-        if !m.active || m.applying.contains(&w.object) {
+        // Writes come only after activation, and after what is being stored in the object's place: a push that was given up
+        // may be. Others than notes come again.
+        if !m.active {
+            return;
+        }
+        if m.applying.contains(&w.object) {
+            if w.write == SubWriteKind::Note && m.notes.len() < EARLY_MAX {
+                m.notes.insert((w.object, w.version), w);
+            }
             return;
         }
         match (noted, &w.write) {
@@ -491,6 +508,9 @@ impl Pg {
             Err(e) => sub_result(&e),
         };
         self.send(cx, primary, PeerBody::PushAck { tid, result }, Bytes::new());
+        while let Some(note) = self.member().and_then(|m| m.note_of(&object)) {
+            self.sub_write(cx, primary, note);
+        }
     }
 
     pub(super) fn serve_pull(

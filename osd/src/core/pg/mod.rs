@@ -136,6 +136,7 @@ pub enum What {
     /// The first piece of the own copy, before an object is pushed.
     PushRead {
         object: ObjectId,
+        tid: u64,
     },
     /// Erasure coding: rows of the own shard for a gathering of this primary.
     OwnRows {

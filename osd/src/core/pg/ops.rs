@@ -309,6 +309,7 @@ impl Pg {
             OpKind::Read { below, .. } => below.as_slice(),
             _ => &[],
         };
+        let mut gives_way = false;
         for layer in std::iter::once(op.object.layer).chain(layers.iter().copied()) {
             let object = ObjectId { layer, ..op.object };
             let doubts = cx.rules.keep(Rule::ReadsWaitForDoubt);
@@ -317,7 +318,8 @@ impl Pg {
                 true => a.recovery.blocks_reads(cx.id, &object, doubts),
                 false => a.recovery.blocks_writes(cx.id, &object, members, enough),
             };
-            if blocked {
+            gives_way = blocked && !is_read && a.recovery.may_give_way(cx.id, &object, members, enough);
+            if blocked && !gives_way {
                 a.recovery.demand(object);
                 cx.takes(match is_read {
                     true => Branch::ReadWaitsForRecovery,
@@ -357,6 +359,10 @@ impl Pg {
             cx.takes(Branch::NoRoom);
             self.reply(cx, work.token, OpReply::Failed(OpError::NoSpace));
             return true;
+        }
+        if gives_way {
+            cx.takes(Branch::GiveWay);
+            a.recovery.give_way(op.object);
         }
         self.start_write(cx, work, first_block, block_count);
         true

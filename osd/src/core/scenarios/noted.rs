@@ -73,12 +73,13 @@ fn a_write_does_not_wait_for_who_lacks_the_object() {
     assert_eq!(pushes(&mut rig, version(10, 1)).1, version(10, 1), "what it is now");
 }
 
+/// All of it has been sent.
 #[test]
-fn what_is_under_way_is_written_when_it_is_there() {
+fn what_is_about_to_end_is_written_when_it_is_there() {
     let mut rig = one_is_empty();
+    let (tid, _) = pushes(&mut rig, version(OLD, 1));
     let write = rig.write(0, 0);
     assert!(sub_writes(&mut rig).is_empty());
-    let (tid, _) = pushes(&mut rig, version(OLD, 1));
     rig.hear(3, PeerBody::PushAck { tid, result: SubResult::Ok });
     let sent = sub_writes(&mut rig);
     let [(2, SubWriteKind::Write { .. }, tid), (3, SubWriteKind::Write { .. }, _)] = sent[..] else {
@@ -87,6 +88,45 @@ fn what_is_under_way_is_written_when_it_is_there() {
     acks(&mut rig, 2, tid);
     acks(&mut rig, 3, tid);
     assert!(done(&rig, write));
+}
+
+/// What is on its way is given up for a write, so that it need not wait, and comes anew; but not for ever.
+#[test]
+fn what_is_under_way_gives_way_to_a_write_three_times() {
+    let mut rig = one_is_empty();
+    for n in 1..=3 {
+        let write = rig.write(0, 0);
+        let sent = sub_writes(&mut rig);
+        let [(2, SubWriteKind::Write { .. }, tid), (3, SubWriteKind::Note, _)] = sent[..] else {
+            panic!("{sent:?}")
+        };
+        acks(&mut rig, 2, tid);
+        acks(&mut rig, 3, tid);
+        assert!(done(&rig, write));
+        // What was being read for the push that was given up is what the object was.
+        let at = reads(&rig).iter().position(|o| *o == 0).expect("it was being read");
+        let was = if n == 1 { version(OLD, 1) } else { version(10, n - 1) };
+        let read = rig.object_reads.remove(at).unwrap();
+        rig.object_reads.push_front(read);
+        rig.answer_object(Ok((
+            ObjectState { version: was, deleted: false, pending: None },
+            Content::default(),
+        )));
+        assert!(rig.take_sent().is_empty(), "{n}: nothing of it is pushed");
+        while !reads(&rig).contains(&0) {
+            let (tid, _) = pushes(&mut rig, version(OLD, 1));
+            rig.hear(3, PeerBody::PushAck { tid, result: SubResult::Ok });
+        }
+    }
+    let write = rig.write(0, 0);
+    assert!(sub_writes(&mut rig).is_empty(), "its turn comes");
+    while reads(&rig)[0] != 0 {
+        pushes(&mut rig, version(OLD, 1));
+    }
+    let (tid, now) = pushes(&mut rig, version(10, 3));
+    assert_eq!(now, version(10, 3));
+    rig.hear(3, PeerBody::PushAck { tid, result: SubResult::Ok });
+    assert!(!sub_writes(&mut rig).is_empty() && !done(&rig, write));
 }
 
 /// Objects that are written all the time come last; then new writes wait for a moment, so that their turn comes.
@@ -204,12 +244,12 @@ fn a_late_push_does_not_hide_a_newer_note() {
     let mut rig = lacking();
     rig.hold_pushes = true;
     assert!(push(&mut rig, version(OLD, 1)).is_empty());
-    assert!(note(&mut rig, 1).is_empty(), "comes again");
+    assert!(note(&mut rig, 1).is_empty(), "its turn comes when that is over");
     rig.hold_pushes = false;
     let token = rig.held.pop_front().expect("the push is being stored");
     rig.step(Event::Committed { token, result: Ok(()) });
-    rig.take_sent();
-    assert_eq!(note(&mut rig, 1), ok(1));
+    let taken = (OsdId(2), PeerBody::PushAck { tid: 99, result: SubResult::Ok });
+    assert_eq!(rig.take_sent(), [vec![taken], ok(1)].concat());
     let needed = Needed::certain(version(10, 1), false);
     assert_eq!(rig.commits.last().unwrap(), &[TxnOp::AddMissing { object: object(0), needed }]);
 }

@@ -146,7 +146,7 @@ impl Pg {
             let ops = replace_ops(object, n.version, true, Content::default());
             self.submit(cx, What::Recovered { object, beside: None }, ops);
         } else if reading {
-            let token = self.token(cx, What::PushRead { object });
+            let token = self.token(cx, What::PushRead { object, tid });
             let (pg, first_block, block_count) = (self.id, 0, PIECE_BLOCKS);
             cx.out.push(Effect::ReadPiece { token, pg, object, first_block, block_count });
         } else {
@@ -374,18 +374,22 @@ impl Pg {
                 self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
             }
             What::ServePushed { to, tid, object, version, first_block, have } => {
-                let result = self.own_piece(cx, object, result);
+                let result = self.own_piece(cx, (object, tid), result);
+                if let (Ok(piece), Some(r)) = (&result, self.recovery())
+                    && let Some(w) = r.work.get_mut(&object).filter(|w| w.tid == tid)
+                {
+                    w.goes(first_block, piece.end);
+                }
                 let bytes = self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
                 if let Some(r) = self.recovery() {
                     r.asked(to, cx.now);
                 }
                 self.count_moved(cx, bytes);
             }
-            What::PushRead { object } => {
-                let Ok(piece) = self.own_piece(cx, object, result) else { return };
-                if let Some(r) = self.recovery() {
-                    r.own_bad.remove(&object);
-                }
+            What::PushRead { object, tid } => {
+                let Ok(piece) = self.own_piece(cx, (object, tid), result) else { return };
+                let Some(r) = self.recovery().filter(|r| r.is_under_way(&object, tid)) else { return };
+                r.own_bad.remove(&object);
                 self.push_to_all(cx, object, piece.state.deleted, Some(piece));
             }
             _ => {}
@@ -396,7 +400,7 @@ impl Pg {
     fn own_piece(
         &mut self,
         cx: &mut Cx<'_>,
-        object: ObjectId,
+        (object, tid): (ObjectId, u64),
         result: Result<Piece, StoreError>,
     ) -> Result<Piece, SubResult> {
         match result {
@@ -405,7 +409,8 @@ impl Pg {
                 if held == Some(Held::committed(piece.state.version, piece.state.deleted)) {
                     return Ok(piece);
                 }
-                if let Some(r) = self.recovery() {
+                // Unless it was given up for a write, and has begun anew.
+                if let Some(r) = self.recovery().filter(|r| r.is_under_way(&object, tid)) {
                     r.work.remove(&object);
                 }
                 Err(SubResult::VersionMismatch)
@@ -448,6 +453,9 @@ impl Pg {
         w.stage = Stage::Pushing { waiting: lacking.iter().map(|(o, _)| *o).collect() };
         w.since = cx.now;
         let tid = w.tid;
+        if let Some(piece) = &first {
+            w.goes(0, piece.end);
+        }
         let plain = lacking.iter().filter(|(o, _)| first.is_some() && !older.contains(o));
         w.moving = plain.map(|(o, _)| (*o, 0)).collect();
         let mut bytes = 0;

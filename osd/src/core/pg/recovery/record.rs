@@ -1,7 +1,7 @@
 //! What members miss, who has it, and what is under way.
 
 use super::*;
-use gabion_proto::limits::PIECE_BYTES;
+use gabion_proto::limits::{PIECE_BLOCKS, PIECE_BYTES};
 
 /// Objects under way at once in one group.
 pub(super) const AT_ONCE: usize = 4;
@@ -16,6 +16,8 @@ pub(super) const UNREADABLE_AGAIN_MS: Millis = 10_000;
 pub(super) const PULL_PATIENCE_MS: Millis = 4_000;
 /// A push that is not answered is sent again after this long: longer than a busy disk takes for it.
 pub(super) const PUSH_PATIENCE_MS: Millis = 6_000;
+/// So often recovery of an object begins anew because a client writes it. Then the write waits.
+const GIVES_WAY_MAX: u32 = 3;
 /// What a member did not answer this long ago is not held against it.
 const FORGIVEN_MS: Millis = 15_000;
 
@@ -43,11 +45,18 @@ pub(super) struct Work {
     pub(super) moving: BTreeMap<OsdId, u32>,
     /// Erasure coding: the shards that were computed.
     pub(super) computed: BTreeMap<OsdId, Content>,
+    /// Somebody was given the last piece.
+    pub(super) ends: bool,
 }
 
 impl Work {
     pub(super) fn new(stage: Stage, tid: u64, now: Millis) -> Work {
-        Work { stage, since: now, tid, moving: BTreeMap::new(), computed: BTreeMap::new() }
+        Work { stage, since: now, tid, moving: BTreeMap::new(), computed: BTreeMap::new(), ends: false }
+    }
+
+    /// A piece of an object that ends at block `end` goes to somebody.
+    pub(super) fn goes(&mut self, first_block: u32, end: u32) {
+        self.ends |= first_block.saturating_add(PIECE_BLOCKS) >= end;
     }
 
     /// What may be moving of it.
@@ -92,6 +101,8 @@ pub struct Recovery {
     /// Objects whose turn it is, and of which writes in flight must end first. New ones wait.
     pub(super) draining: BTreeSet<ObjectId>,
     pub(super) work: BTreeMap<ObjectId, Work>,
+    /// How often that of an object was given up because a client wrote it.
+    gave_way: BTreeMap<ObjectId, u32>,
     /// Not tried again before then: it has just failed.
     pub(super) not_before: BTreeMap<ObjectId, Millis>,
     /// Pieces that wait until clients leave room, in order.
@@ -142,6 +153,7 @@ impl Recovery {
             demanded: BTreeSet::new(),
             draining: BTreeSet::new(),
             work: BTreeMap::new(),
+            gave_way: BTreeMap::new(),
             not_before: BTreeMap::new(),
             wishes: VecDeque::new(),
             older,
@@ -286,25 +298,46 @@ impl Recovery {
         }
     }
 
-    /// Whether a write of the object must wait (rule P4), in a group of so many members of which `enough` must have it. Who
-    /// misses it must know that, and at which version it is; so must the primary, and nobody may have a doubt about it.
+    /// Whether a write of the object must wait (rule P4), in a group of so many members of which `enough` must have it.
     pub fn blocks_writes(&self, own: OsdId, object: &ObjectId, members: usize, enough: usize) -> bool {
-        let mut lacking = self.missing.iter().filter_map(|(o, m)| Some((*o, m.get(object)?))).peekable();
-        if lacking.peek().is_none() {
-            return false;
-        }
         let taken = self.work.contains_key(object) || self.draining.contains(object);
-        if taken || self.coded.is_some() || !self.repairs_of(object).is_empty() {
+        self.is_missing(object) && (taken || self.may_not_be_written(own, object, members, enough))
+    }
+
+    /// Who misses the object must know that, and at which version it is; so must the primary, and nobody may have a doubt about it.
+    fn may_not_be_written(&self, own: OsdId, object: &ObjectId, members: usize, enough: usize) -> bool {
+        if self.coded.is_some() || !self.repairs_of(object).is_empty() {
             return true;
         }
         let mut hold = members;
-        for (o, needed) in lacking {
-            if o == own || needed.deleted || needed.uncertain.is_some() {
+        for (o, m) in &self.missing {
+            let Some(needed) = m.get(object) else { continue };
+            if *o == own || needed.deleted || needed.uncertain.is_some() {
                 return true;
             }
             hold = hold.saturating_sub(1);
         }
         hold < enough || self.uncertain.contains(object)
+    }
+
+    /// A write of an object that is on its way to others need not wait for that (rule P4b): it can be given up and begin anew later,
+    /// unless it is about to end, or that has happened too often.
+    pub fn may_give_way(&self, own: OsdId, object: &ObjectId, members: usize, enough: usize) -> bool {
+        let early = |w: &Work| matches!(w.stage, Stage::Reading | Stage::Pushing { .. }) && !w.ends;
+        let seldom = self.gave_way.get(object).is_none_or(|n| *n < GIVES_WAY_MAX);
+        self.work.get(object).is_some_and(early)
+            && seldom
+            && !self.draining.contains(object)
+            && !self.may_not_be_written(own, object, members, enough)
+    }
+
+    pub(super) fn is_under_way(&self, object: &ObjectId, tid: u64) -> bool {
+        self.work.get(object).is_some_and(|w| w.tid == tid)
+    }
+
+    pub fn give_way(&mut self, object: ObjectId) {
+        self.work.remove(&object);
+        *self.gave_way.entry(object).or_default() += 1;
     }
 
     /// A write of an object begins that these may lack. Who does, will: what it must get is that version from now on, and members of
@@ -421,6 +454,7 @@ impl Recovery {
             self.sources.remove(object);
             self.own_bad.remove(object);
             self.not_before.remove(object);
+            self.gave_way.remove(object);
             self.bad.retain(|(o, _)| o != object);
             self.unreadable.retain(|(o, _)| o != object);
         }
