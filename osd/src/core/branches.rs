@@ -66,6 +66,12 @@ branches! {
     RecoveryWaitsForWrites,
     /// Recovery: a source is late, another one is asked.
     SourceLate,
+    /// Recovery: somebody is late, others do not wait for that.
+    PassLate,
+    /// Recovery: what was offered to a member is offered again.
+    OfferAgain,
+    /// Recovery: a piece that did not come is asked for again.
+    PieceAgain,
     /// Recovery: a source has no good copy.
     SourceBad,
     /// Recovery: a member did not take what was pushed.

@@ -44,6 +44,43 @@ impl<T> Tokens<T> {
     }
 }
 
+/// What recovery may be moving, in bytes, and scrubs reading.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// All of it: what may have to be kept here.
+    pub reserved: u64,
+    /// What of that waits for others who are late: in no queue of this OSD. Of so many transfers.
+    pub late: u64,
+    pub late_count: usize,
+}
+
+impl Load {
+    pub fn of(bytes: u64) -> Load {
+        Load { reserved: bytes, ..Load::default() }
+    }
+
+    /// What a client's operation may have before it.
+    pub fn moving(&self) -> u64 {
+        self.reserved - self.late
+    }
+}
+
+impl std::ops::AddAssign for Load {
+    fn add_assign(&mut self, other: Load) {
+        self.reserved += other.reserved;
+        self.late += other.late;
+        self.late_count += other.late_count;
+    }
+}
+
+impl std::ops::SubAssign for Load {
+    fn sub_assign(&mut self, other: Load) {
+        self.reserved -= other.reserved;
+        self.late -= other.late;
+        self.late_count -= other.late_count;
+    }
+}
+
 /// One step's surroundings.
 pub struct Context<'a, T> {
     pub now: Millis,
@@ -55,7 +92,7 @@ pub struct Context<'a, T> {
     /// The own store refuses clients' writes.
     pub full: bool,
     /// What recovery of all other groups may be moving.
-    pub recovery_bytes_elsewhere: u64,
+    pub recovery_elsewhere: Load,
     /// How fast recovery may go.
     pub throttle: &'a mut Throttle,
     /// How long sub-operations take here and at peers.

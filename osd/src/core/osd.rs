@@ -1,6 +1,6 @@
 //! One OSD's decisions: the map, the lease, the fences, and its placement groups.
 
-use super::context::{Context, Tokens};
+use super::context::{Context, Load, Tokens};
 use super::latency::Latencies;
 use super::pg::{Pg, What};
 use super::scrub_budget::ScrubBudget;
@@ -54,7 +54,7 @@ pub struct OsdCore {
     client_ops: usize,
     client_waiting: usize,
     /// What recovery of all groups may be moving, and scrubs reading.
-    recovery_bytes: u64,
+    recovery: Load,
     throttle: Throttle,
     scrub_budget: ScrubBudget,
     latency: Latencies,
@@ -82,7 +82,7 @@ impl OsdCore {
             stats: pb::OsdStats::default(),
             client_ops: 0,
             client_waiting: 0,
-            recovery_bytes: 0,
+            recovery: Load::default(),
             throttle: Throttle::new(now),
             scrub_budget: ScrubBudget::new(now),
             latency: Latencies::new(boot.id, now),
@@ -101,7 +101,7 @@ impl OsdCore {
         self.now = now;
         self.scrub_budget.refill(now);
         let (waiting, under_way) = (self.client_waiting, self.client_ops - self.client_waiting);
-        self.throttle.elapse(now, under_way, waiting, self.recovery_bytes);
+        self.throttle.elapse(now, under_way, waiting, self.recovery.reserved);
         self.latency.elapse(now);
         let before = out.len();
         self.take(event, out);
@@ -263,7 +263,7 @@ impl OsdCore {
             map: &self.map,
             lease_until: self.lease_until,
             full: self.full,
-            recovery_bytes_elsewhere: self.recovery_bytes,
+            recovery_elsewhere: self.recovery,
             throttle: &mut self.throttle,
             latency: &mut self.latency,
             scrub: &mut self.scrub_budget,
@@ -275,13 +275,13 @@ impl OsdCore {
         (self.client_ops, self.client_waiting) = (0, 0);
         for (id, pg) in &mut self.pgs {
             let _span = tracing::debug_span!("pg", pg = %id).entered();
-            cx.recovery_bytes_elsewhere -= pg.recovery_bytes();
+            cx.recovery_elsewhere -= pg.recovery_load();
             f(pg, &mut cx);
-            cx.recovery_bytes_elsewhere += pg.recovery_bytes();
+            cx.recovery_elsewhere += pg.recovery_load();
             self.client_ops += pg.client_ops();
             self.client_waiting += pg.client_waiting();
         }
-        self.recovery_bytes = cx.recovery_bytes_elsewhere;
+        self.recovery = cx.recovery_elsewhere;
     }
 
     fn with_pg(&mut self, id: PgId, out: &mut Vec<Effect>, f: impl FnOnce(&mut Pg, &mut Context<'_, What>)) {
@@ -289,7 +289,7 @@ impl OsdCore {
         let _span = tracing::debug_span!("pg", pg = %id).entered();
         self.client_ops -= pg.client_ops();
         self.client_waiting -= pg.client_waiting();
-        self.recovery_bytes -= pg.recovery_bytes();
+        self.recovery -= pg.recovery_load();
         let mut cx = Context {
             now: self.now,
             id: self.id,
@@ -297,7 +297,7 @@ impl OsdCore {
             map: &self.map,
             lease_until: self.lease_until,
             full: self.full,
-            recovery_bytes_elsewhere: self.recovery_bytes,
+            recovery_elsewhere: self.recovery,
             throttle: &mut self.throttle,
             latency: &mut self.latency,
             scrub: &mut self.scrub_budget,
@@ -309,7 +309,7 @@ impl OsdCore {
         f(pg, &mut cx);
         self.client_ops += pg.client_ops();
         self.client_waiting += pg.client_waiting();
-        self.recovery_bytes += pg.recovery_bytes();
+        self.recovery += pg.recovery_load();
     }
 
     fn answer(

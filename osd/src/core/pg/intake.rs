@@ -23,7 +23,7 @@ use crate::store::{Piece, Placed};
 use gabion_proto::blocks::Content;
 use gabion_proto::limits::*;
 
-/// A piece that did not come is asked for again by a member.
+/// A piece that did not come is asked for again.
 const ASK_AGAIN_MS: Millis = 700;
 /// A primary that says nothing for this long does not bring the object any more, or under another number.
 const FORGET_MS: Millis = 20_000;
@@ -65,6 +65,8 @@ pub struct Intake {
     beside: Option<Vec<Content>>,
     pub step: Step,
     since: Millis,
+    /// When the piece was first asked for.
+    asked: Millis,
     heard: Millis,
 }
 
@@ -84,6 +86,7 @@ impl Intake {
             beside: None,
             step: Step::Reading,
             since: now,
+            asked: now,
             heard: now,
         }
     }
@@ -209,11 +212,15 @@ impl Pg {
     pub(super) fn pull_piece(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
         let now = cx.now;
         let Some(intake) = self.intakes.get_mut(&object) else { return };
+        if intake.step != Step::Asked {
+            intake.asked = now;
+        }
         (intake.step, intake.since) = (Step::Asked, now);
         let (from, tid, version, first_block) = (intake.from, intake.tid, intake.version, intake.first);
         let have = pieces::digests(&intake.here, first_block);
         if from != cx.id {
             let body = PeerBody::Pull { tid, object, version, first_block, have };
+            self.piece_asked(cx, object);
             return self.send(cx, from, body, Bytes::new());
         }
         // Erasure coding: the own shard was computed here.
@@ -253,6 +260,7 @@ impl Pg {
         }
         intake.end = image.end.min(blocks);
         if from != cx.id && matches!(self.phase, Phase::Active(_)) {
+            self.piece_arrived(cx, object);
             self.count_moved(cx, came.data.len() as u64);
         }
         let Some(intake) = self.intakes.get_mut(&object) else { return };
@@ -372,15 +380,24 @@ impl Pg {
         }
     }
 
-    /// At a member: what does not come is asked for again.
+    /// What does not come is asked for again.
     pub(super) fn pull_on(&mut self, cx: &mut Cx<'_>) {
-        let now = cx.now;
-        self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
+        let (own, now) = (cx.id, cx.now);
+        // A primary changes the source.
+        if self.member().is_some() {
+            self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
+        }
         // Less and less often, of somebody who is slow.
-        let patience = |i: &Intake| ASK_AGAIN_MS.max(i.since.saturating_sub(i.heard));
+        let patience = |i: &Intake| ASK_AGAIN_MS.max(i.since.saturating_sub(i.asked));
+        let wanted = |o: &ObjectId, i: &Intake| match &self.phase {
+            Phase::Active(a) => i.from != own && a.recovery.is_under_way(o, i.tid),
+            _ => true,
+        };
         let late = |i: &Intake| i.step == Step::Asked && now >= i.since + patience(i);
-        let late: Vec<ObjectId> = self.intakes.iter().filter(|(_, i)| late(i)).map(|(o, _)| *o).collect();
+        let late = self.intakes.iter().filter(|(o, i)| late(i) && wanted(o, i));
+        let late: Vec<ObjectId> = late.map(|(o, _)| *o).collect();
         for object in late {
+            cx.takes(Branch::PieceAgain);
             self.pull_piece(cx, object);
         }
     }

@@ -52,7 +52,7 @@ mod shards;
 mod status;
 mod writes;
 
-use super::context::{Context, Purpose};
+use super::context::{Context, Load, Purpose};
 use super::latency::Kind;
 use super::{Branch, ClientToken, Effect, Listing, Millis, MonitorRefused, MonitorRequest, Rule, Token};
 use crate::erasure::Code;
@@ -314,11 +314,15 @@ impl Pg {
     }
 
     /// Bytes that recovery may be moving for this group, and scrubs reading.
-    pub fn recovery_bytes(&self) -> u64 {
+    pub fn recovery_load(&self) -> Load {
         match &self.phase {
-            Phase::Active(a) => a.recovery.bytes() + a.scrub.bytes(),
-            Phase::Member(m) => m.scrub.as_ref().map_or(0, scrub::Reading::bytes),
-            _ => 0,
+            Phase::Active(a) => {
+                let mut load = a.recovery.load();
+                load += Load::of(a.scrub.bytes());
+                load
+            }
+            Phase::Member(m) => Load::of(m.scrub.as_ref().map_or(0, scrub::Reading::bytes)),
+            _ => Load::default(),
         }
     }
 
@@ -548,6 +552,7 @@ impl Pg {
             Phase::Active(_) => {
                 self.resend_writes(cx);
                 self.gather_again(cx);
+                self.pull_on(cx);
                 self.hedge(cx);
                 self.commit_lazily(cx);
                 self.recover(cx);

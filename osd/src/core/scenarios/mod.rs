@@ -21,6 +21,7 @@ mod places;
 mod removed;
 mod rescued;
 mod scrub;
+mod stalls;
 mod stops;
 mod strays;
 mod stuck;

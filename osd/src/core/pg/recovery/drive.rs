@@ -61,21 +61,25 @@ impl Pg {
         let written = a.writes.values().map(|w| w.object).collect::<BTreeSet<ObjectId>>();
         // Whose writes have ended are waited for now.
         a.recovery.draining.retain(|o| written.contains(o));
+        self.pass_late(cx);
         self.grant_wishes(cx);
         loop {
+            let own = cx.id;
             let Some(r) = self.recovery() else { return };
-            // Wanted objects may overtake even when all places are taken.
-            let places = r.work.len() + r.draining.len();
+            // Wanted objects may overtake even when all places are taken. Who waits for somebody who is late takes none.
+            let places = r.work.len() - r.stalled(own) + r.draining.len();
             if places >= 2 * AT_ONCE {
                 break;
             }
-            let under_way = cx.recovery_bytes_elsewhere + r.bytes();
-            let waits = under_way >= BYTES_AT_ONCE || !cx.throttle.allows(under_way) || !r.wishes.is_empty();
+            let mut under_way = cx.recovery_elsewhere;
+            under_way += r.load();
+            let allowed = cx.throttle.allows(under_way.moving());
+            let waits = under_way.reserved >= BYTES_AT_ONCE || !allowed || !r.wishes.is_empty();
             // Writes wait for an object that is under way: beside clients it is under way for longer.
             let at_once = if cx.throttle.limits() { 1 } else { AT_ONCE };
             let taken = places >= at_once || waits;
             let next = r.next(cx.id, cx.now, taken, &written);
-            if next.is_none() && taken && !cx.throttle.allows(under_way) {
+            if next.is_none() && taken && !allowed {
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
             }
             let Some(object) = next else { break };
@@ -154,19 +158,36 @@ impl Pg {
         }
     }
 
+    /// What others owe for too long holds nobody up, and what was offered and perhaps not heard is offered again.
+    fn pass_late(&mut self, cx: &mut Cx<'_>) {
+        let (own, now) = (cx.id, cx.now);
+        let Phase::Active(a) = &mut self.phase else { return };
+        let gathers = a.shards.stalled_recovery(own, now);
+        if a.recovery.mark_late(now, cx.recovery_elsewhere.late_count, &gathers) {
+            cx.takes(Branch::PassLate);
+        }
+        for (to, tid, object, needed) in a.recovery.offers(now) {
+            cx.takes(Branch::OfferAgain);
+            let (version, deleted) = (needed.version, needed.deleted);
+            let body = PeerBody::Push { tid, object, version, deleted, over: None, piece: None };
+            self.send(cx, to, body, Bytes::new());
+        }
+    }
+
     /// Pieces whose turn it is go; those of objects in demand whatever clients leave.
     fn grant_wishes(&mut self, cx: &mut Cx<'_>) {
         let own = cx.id;
         loop {
             let Some(r) = self.recovery() else { return };
-            let under_way = cx.recovery_bytes_elsewhere + r.bytes();
-            let allowed = under_way < BYTES_AT_ONCE && cx.throttle.allows(under_way);
+            let mut under_way = cx.recovery_elsewhere;
+            under_way += r.load();
+            let allowed = under_way.reserved < BYTES_AT_ONCE && cx.throttle.allows(under_way.moving());
             if !allowed && !r.wishes.is_empty() {
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
             }
             let Some(wish) = r.next_wish(allowed) else { return };
             let Some(w) = r.work.get_mut(&wish.object) else { continue };
-            w.moving.insert(wish.to, wish.first_block);
+            w.legs.insert(wish.to, Leg::here(cx.now));
             w.since = cx.now;
             if let (true, Stage::Pulling { from }) = (wish.to == own, &w.stage) {
                 let from = *from;
@@ -185,6 +206,7 @@ impl Pg {
         if let Some((image, data)) = self.computed_piece(cx, to, object, first_block, &have) {
             if let Some(r) = self.recovery() {
                 r.asked(to, cx.now);
+                r.piece_goes(&object, to, cx.now);
             }
             let piece = Ok(image);
             return self.send(cx, to, PeerBody::PullReply { tid, object, version, first_block, piece }, data);
@@ -218,10 +240,24 @@ impl Pg {
             self.intakes.remove(&object);
             return;
         };
-        w.moving.remove(&own);
+        w.legs.remove(&own);
         let (tid, version) = (w.tid, Version::ZERO);
         r.wishes.push_back(Wish { object, to: own, tid, version, first_block: 0, have: Vec::new() });
         self.grant_wishes(cx);
+    }
+
+    /// A piece of what misses here was asked for.
+    pub(in super::super) fn piece_asked(&mut self, cx: &Cx<'_>, object: ObjectId) {
+        if let Some(r) = self.recovery() {
+            r.piece_goes(&object, cx.id, cx.now);
+        }
+    }
+
+    /// It has come, and is to be stored.
+    pub(in super::super) fn piece_arrived(&mut self, cx: &Cx<'_>, object: ObjectId) {
+        if let Some(r) = self.recovery() {
+            r.piece_is_here(&object, cx.id, cx.now);
+        }
     }
 
     /// A member asks for a piece of what it was offered.
@@ -245,7 +281,7 @@ impl Pg {
             return self.send(cx, from, body, Bytes::new());
         };
         w.since = cx.now;
-        w.moving.remove(&from);
+        w.legs.remove(&from);
         r.wishes.retain(|w| (w.object, w.to) != (object, from));
         r.wishes.push_back(Wish { object, to: from, tid, version, first_block, have });
         self.grant_wishes(cx);
@@ -293,7 +329,7 @@ impl Pg {
         if w.tid != tid || !wanted {
             return false;
         }
-        w.moving.remove(&own);
+        w.legs.remove(&own);
         if let Stage::Pulling { .. } = w.stage {
             w.stage = Stage::Replacing;
         }
@@ -311,7 +347,7 @@ impl Pg {
         let own = cx.id;
         let Some(r) = self.recovery() else { return };
         if let Some(w) = r.work.get_mut(&object) {
-            w.moving.remove(&own);
+            w.legs.remove(&own);
             w.computed.remove(&own);
         }
         let pushing = match r.work.get_mut(&object).map(|w| &mut w.stage) {
@@ -383,6 +419,9 @@ impl Pg {
                 let bytes = self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
                 if let Some(r) = self.recovery() {
                     r.asked(to, cx.now);
+                    if r.is_under_way(&object, tid) {
+                        r.piece_goes(&object, to, cx.now);
+                    }
                 }
                 self.count_moved(cx, bytes);
             }
@@ -456,8 +495,8 @@ impl Pg {
         if let Some(piece) = &first {
             w.goes(0, piece.end);
         }
-        let plain = lacking.iter().filter(|(o, _)| first.is_some() && !older.contains(o));
-        w.moving = plain.map(|(o, _)| (*o, 0)).collect();
+        let leg = |o: &OsdId| Leg::there(first.is_some() && !older.contains(o), cx.now);
+        w.legs = lacking.iter().map(|(o, _)| (*o, leg(o))).collect();
         let mut bytes = 0;
         for (o, version) in lacking {
             let piece = first.as_ref().filter(|_| !older.contains(&o));
@@ -486,7 +525,7 @@ impl Pg {
             return;
         }
         let last = waiting.is_empty();
-        w.moving.remove(&from);
+        w.legs.remove(&from);
         w.computed.remove(&from);
         if last {
             r.work.remove(&object);

@@ -6,7 +6,9 @@
 //! that it is at now. They wait while it is under way, and it is under way only while no write of it is. Wanted objects go first.
 //!
 //! Objects move in pieces, and of what somebody has an older copy of only what differs (see `intake`). Each piece passes the throttle;
-//! between two of them clients' operations get to the disks and onto the link.
+//! between two of them clients' operations get to the disks and onto the link. What waits for somebody who is late (a message was
+//! lost, or a disk is slow) neither takes a place nor counts as moving, so that others go on; so much may be let pass at once as does
+//! not fill the queue of who is slow. It stays reserved, and its writes wait, until it has come or is given up.
 //!
 //! [`record`] is what is missed, where it is, and what is under way; [`drive`] moves it; [`lost`] is about copies that
 //! cannot be read, and who else may have one.
@@ -15,7 +17,7 @@ mod drive;
 mod lost;
 mod record;
 
-pub use record::{BYTES_AT_ONCE, Coded, Recovery};
+pub use record::{BYTES_AT_ONCE, Coded, PASSED_MS, Recovery};
 
 use super::intake::{Intake, Step};
 use super::member::{piece_image, replace_ops, sub_result};
@@ -23,4 +25,4 @@ use super::*;
 use crate::core::Damage;
 use crate::store::{ObjectState, Piece};
 use gabion_proto::blocks::Content;
-use record::{AGAIN_MS, AT_ONCE, Stage, UNREADABLE_AGAIN_MS, Wish, Work};
+use record::{AGAIN_MS, AT_ONCE, Leg, Stage, UNREADABLE_AGAIN_MS, Wish, Work};

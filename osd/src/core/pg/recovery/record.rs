@@ -20,6 +20,12 @@ pub(super) const PUSH_PATIENCE_MS: Millis = 6_000;
 const GIVES_WAY_MAX: u32 = 3;
 /// What a member did not answer this long ago is not held against it.
 const FORGIVEN_MS: Millis = 15_000;
+/// The other side is late after this long: a message was lost, or its disk is slow. Other objects do not wait for it any more.
+pub const PASSED_MS: Millis = 300;
+/// So many may be late at once, at this OSD, without the others waiting: whoever is slow has no more of it in its queue.
+const LATE_AT_ONCE: usize = 4;
+/// An offer that nobody answers is made again after this long, then ever later: it, or the answer, was lost.
+const OFFER_AGAIN_MS: Millis = 1_000;
 
 #[derive(Debug)]
 pub(super) enum Stage {
@@ -36,13 +42,40 @@ pub(super) enum Stage {
     },
 }
 
+/// What is under way to one receiver.
+#[derive(Debug)]
+pub(super) struct Leg {
+    /// A piece of the object; else the object was offered only.
+    piece: bool,
+    /// The other side has had its turn since then. Not while the own disk reads or stores the piece: who waits for that is not late.
+    there: Option<Millis>,
+    /// The last time that it was offered.
+    offered: Millis,
+    /// Others do not wait for it.
+    late: bool,
+}
+
+impl Leg {
+    /// A piece that this OSD has in hand.
+    pub(super) fn here(now: Millis) -> Leg {
+        Leg { piece: true, there: None, offered: now, late: false }
+    }
+
+    /// Sent, or asked for.
+    pub(super) fn there(piece: bool, now: Millis) -> Leg {
+        Leg { piece, there: Some(now), offered: now, late: false }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Work {
     pub(super) stage: Stage,
     pub(super) since: Millis,
     pub(super) tid: u64,
-    /// To whom a piece is under way, and which.
-    pub(super) moving: BTreeMap<OsdId, u32>,
+    /// By receiver; none of those whose turn has not come.
+    pub(super) legs: BTreeMap<OsdId, Leg>,
+    /// Erasure coding: all shards that have not come are late.
+    gathers_late: bool,
     /// Erasure coding: the shards that were computed.
     pub(super) computed: BTreeMap<OsdId, Content>,
     /// Somebody was given the last piece.
@@ -51,7 +84,8 @@ pub(super) struct Work {
 
 impl Work {
     pub(super) fn new(stage: Stage, tid: u64, now: Millis) -> Work {
-        Work { stage, since: now, tid, moving: BTreeMap::new(), computed: BTreeMap::new(), ends: false }
+        let (legs, computed) = (BTreeMap::new(), BTreeMap::new());
+        Work { stage, since: now, tid, legs, gathers_late: false, computed, ends: false }
     }
 
     /// A piece of an object that ends at block `end` goes to somebody.
@@ -59,15 +93,37 @@ impl Work {
         self.ends |= first_block.saturating_add(PIECE_BLOCKS) >= end;
     }
 
-    /// What may be moving of it.
-    fn bytes(&self, object_bytes: u64) -> u64 {
+    /// What may be moving of it, and what of that waits for others who are late.
+    fn load(&self, object_bytes: u64) -> Load {
         let piece = u64::from(PIECE_BYTES);
         match &self.stage {
-            Stage::Gathering => object_bytes,
-            Stage::Reading => piece,
-            Stage::Replacing | Stage::Pulling { .. } | Stage::Pushing { .. } => {
-                piece * self.moving.len() as u64
+            Stage::Gathering if self.gathers_late => {
+                Load { reserved: object_bytes, late: object_bytes, late_count: 1 }
             }
+            Stage::Gathering => Load::of(object_bytes),
+            Stage::Reading => Load::of(piece),
+            Stage::Replacing | Stage::Pulling { .. } | Stage::Pushing { .. } => {
+                let (mut load, legs) = (Load::default(), self.legs.values());
+                for leg in legs {
+                    let bytes = if leg.piece { piece } else { 0 };
+                    load += match leg.late {
+                        true => Load { reserved: bytes, late: bytes, late_count: 1 },
+                        false => Load::of(bytes),
+                    };
+                }
+                load
+            }
+        }
+    }
+
+    /// It goes on when somebody answers who is late, and not before.
+    fn is_stalled(&self, own: OsdId) -> bool {
+        let late = |o: &OsdId| self.legs.get(o).is_some_and(|l| l.late);
+        match &self.stage {
+            Stage::Pulling { .. } => late(&own),
+            Stage::Pushing { waiting } => waiting.iter().all(late),
+            Stage::Gathering => self.gathers_late,
+            Stage::Replacing | Stage::Reading => false,
         }
     }
 }
@@ -254,9 +310,24 @@ impl Recovery {
         }
     }
 
-    pub fn first_piece_goes(&mut self, object: &ObjectId, member: OsdId) {
+    /// A member was offered an object, perhaps with a piece of it.
+    pub fn offered(&mut self, object: &ObjectId, member: OsdId, piece: bool, now: Millis) {
         if let Some(w) = self.work.get_mut(object) {
-            w.moving.insert(member, 0);
+            w.legs.insert(member, Leg::there(piece, now));
+        }
+    }
+
+    /// The piece for this receiver is with the other side now: it was sent, or asked for.
+    pub(super) fn piece_goes(&mut self, object: &ObjectId, receiver: OsdId, now: Millis) {
+        if let Some(leg) = self.work.get_mut(object).and_then(|w| w.legs.get_mut(&receiver)) {
+            *leg = Leg::there(true, now);
+        }
+    }
+
+    /// The piece for this OSD has come.
+    pub(super) fn piece_is_here(&mut self, object: &ObjectId, own: OsdId, now: Millis) {
+        if let Some(leg) = self.work.get_mut(object).and_then(|w| w.legs.get_mut(&own)) {
+            *leg = Leg::here(now);
         }
     }
 
@@ -331,7 +402,7 @@ impl Recovery {
             && !self.may_not_be_written(own, object, members, enough)
     }
 
-    pub(super) fn is_under_way(&self, object: &ObjectId, tid: u64) -> bool {
+    pub fn is_under_way(&self, object: &ObjectId, tid: u64) -> bool {
         self.work.get(object).is_some_and(|w| w.tid == tid)
     }
 
@@ -368,8 +439,62 @@ impl Recovery {
     }
 
     /// What is under way may move that many bytes.
-    pub fn bytes(&self) -> u64 {
-        self.work.values().map(|w| w.bytes(self.object_bytes)).sum()
+    pub fn load(&self) -> Load {
+        self.work.values().fold(Load::default(), |mut sum, w| {
+            sum += w.load(self.object_bytes);
+            sum
+        })
+    }
+
+    /// Objects that take no place: nothing can be done about them before somebody answers who is late.
+    pub(super) fn stalled(&self, own: OsdId) -> usize {
+        self.work.values().filter(|w| w.is_stalled(own)).count()
+    }
+
+    /// Others need not wait for what has waited for too long, as long as that is not too much; `elsewhere`: what of it is in other groups.
+    /// `gathers`: objects all of whose shards that have not come are late. True: some is late only now.
+    pub(super) fn mark_late(&mut self, now: Millis, elsewhere: usize, gathers: &BTreeSet<ObjectId>) -> bool {
+        for (o, w) in &mut self.work {
+            // Asked again: what comes then takes its place.
+            w.gathers_late &= matches!(w.stage, Stage::Gathering) && gathers.contains(o);
+        }
+        let mut room = LATE_AT_ONCE.saturating_sub(elsewhere + self.load().late_count);
+        let before = room;
+        for (o, w) in &mut self.work {
+            if matches!(w.stage, Stage::Gathering) && gathers.contains(o) && !w.gathers_late && room > 0 {
+                w.gathers_late = true;
+                room -= 1;
+            }
+            let legs =
+                w.legs.values_mut().filter(|l| !l.late && l.there.is_some_and(|t| now >= t + PASSED_MS));
+            for leg in legs.take(room) {
+                leg.late = true;
+                room -= 1;
+            }
+        }
+        room < before
+    }
+
+    /// What is to be offered again to members that have not answered: under which number, and as what. Not what a member would take
+    /// again though it has it.
+    pub(super) fn offers(&mut self, now: Millis) -> Vec<(OsdId, u64, ObjectId, Needed)> {
+        let (mut again, coded) = (Vec::new(), self.coded.is_some());
+        for (object, w) in &mut self.work {
+            let Stage::Pushing { waiting } = &w.stage else { continue };
+            for (member, leg) in &mut w.legs {
+                let Some(needed) = self.missing.get(member).and_then(|m| m.get(object)) else { continue };
+                let repaired = self.repairs.contains_key(&(*object, *member));
+                let Some(there) = leg.there.filter(|_| !coded && !repaired && waiting.contains(member))
+                else {
+                    continue;
+                };
+                if now >= leg.offered + OFFER_AGAIN_MS.max(leg.offered.saturating_sub(there)) {
+                    leg.offered = now;
+                    again.push((*member, w.tid, *object, *needed));
+                }
+            }
+        }
+        again
     }
 
     /// Whether a member has something of an object that it lacks, and that a scrub did not find wrong.

@@ -79,7 +79,7 @@ fn bytes(block: &Option<Block>) -> Option<&[u8]> {
 impl Pg {
     /// Reads all shards of an object. False: not now.
     pub(super) fn begin_parity(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
-        let busy = cx.recovery_bytes_elsewhere + self.recovery_bytes() >= BYTES_AT_ONCE;
+        let busy = cx.recovery_elsewhere.reserved + self.recovery_load().reserved >= BYTES_AT_ONCE;
         if !cx.scrub.allows() || busy {
             return false;
         }

@@ -79,7 +79,7 @@ impl Pg {
 
     /// Looks at the next object, as the budget allows; what is complete goes to the primary.
     pub(in super::super) fn look_on(&mut self, cx: &mut Cx<'_>) {
-        let bytes = cx.recovery_bytes_elsewhere + self.recovery_bytes();
+        let bytes = cx.recovery_elsewhere.reserved + self.recovery_load().reserved;
         let Some(r) = self.reading() else { return };
         if r.current.is_some() {
             return;

@@ -86,6 +86,14 @@ impl Shards {
         asked.map(|(a, write)| (a.member, a.first, write))
     }
 
+    /// Objects to be recovered of which all shards that have not come are late, and none of them is the own one.
+    pub fn stalled_recovery(&self, own: OsdId, now: Millis) -> BTreeSet<ObjectId> {
+        let late = |a: &Asked| a.member != own && now >= a.last + recovery::PASSED_MS;
+        let stalled =
+            |g: &&Gather| g.purpose == For::Recovery && !g.asked.is_empty() && g.asked.values().all(late);
+        self.gathers.values().filter(stalled).map(|g| g.object).collect()
+    }
+
     pub fn is_gathering(&self, purpose: For) -> bool {
         self.gathers.values().any(|g| g.purpose == purpose)
     }
@@ -512,13 +520,16 @@ impl Pg {
             // Who has an older shard compares it first.
             let (mut piece, mut data) = (None, Bytes::new());
             if !a.recovery.has_older(member, &object) {
-                a.recovery.first_piece_goes(&object, member);
                 (piece, data) = match self.computed_piece(cx, member, object, 0, &[]) {
                     Some((image, data)) => (Some(image), data),
                     None => continue,
                 };
             }
+            let begun = piece.is_some();
             self.send(cx, member, PeerBody::Push { tid, object, version, deleted: false, over, piece }, data);
+            if let Phase::Active(a) = &mut self.phase {
+                a.recovery.offered(&object, member, begun, cx.now);
+            }
         }
     }
 
