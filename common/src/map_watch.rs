@@ -15,7 +15,7 @@ use tracing::{debug, error, warn};
 
 /// Why a stream of maps was given up.
 #[derive(Debug, thiserror::Error)]
-enum FollowError {
+pub enum FollowError {
     #[error("{}", .0.message())]
     Rpc(#[from] tonic::Status),
     #[error("the monitor ended the stream")]
@@ -106,9 +106,9 @@ async fn stream(monitors: &MonitorClient, tx: &watch::Sender<Arc<ClusterMap>>, f
     }
 }
 
-fn apply(tx: &watch::Sender<Arc<ClusterMap>>, update: pb::MapUpdate) -> Result<(), FollowError> {
-    let have = tx.borrow().clone();
-    let next = match update.update.ok_or(FollowError::Empty)? {
+/// What an update makes of the map that a follower has (of epoch 0: none).
+pub fn updated(have: &ClusterMap, update: pb::MapUpdate) -> Result<ClusterMap, FollowError> {
+    match update.update.ok_or(FollowError::Empty)? {
         Update::Full(full) => {
             let next = ClusterMap::try_from(full)?;
             if have.epoch > Epoch(0) && next.cluster != have.cluster {
@@ -117,15 +117,20 @@ fn apply(tx: &watch::Sender<Arc<ClusterMap>>, update: pb::MapUpdate) -> Result<(
             if next.epoch < have.epoch {
                 return Err(FollowError::Behind { have: have.epoch, got: next.epoch });
             }
-            next
+            Ok(next)
         }
         Update::Increment(increment) => {
             let increment = MapIncrement::try_from(increment)?;
-            let mut next = ClusterMap::clone(&have);
+            let mut next = have.clone();
             increment.apply(&mut next)?;
-            next
+            Ok(next)
         }
-    };
+    }
+}
+
+fn apply(tx: &watch::Sender<Arc<ClusterMap>>, update: pb::MapUpdate) -> Result<(), FollowError> {
+    let have = tx.borrow().clone();
+    let next = updated(&have, update)?;
     if next.epoch > have.epoch {
         debug!(epoch = %next.epoch, "new map");
         tx.send_replace(Arc::new(next));

@@ -183,7 +183,12 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
             c.ready = false;
             attach(w, i, false);
         }
-        ClientEvent::Map(map) if map.epoch > w.clients[i].map.epoch => w.clients[i].map = map,
+        ClientEvent::Map(sent) if sent.epoch > w.clients[i].map.epoch => {
+            let have = w.clients[i].map.clone();
+            if let Some(map) = w.told(Place::Client(i), &have, &sent) {
+                w.clients[i].map = map;
+            }
+        }
         ClientEvent::AwaitFence { epoch, life } if life == w.clients[i].life => {
             let c = &w.clients[i];
             let volume = c.volume;
@@ -292,7 +297,7 @@ fn attach(w: &mut World, i: usize, take_over: bool) {
 fn observe(w: &mut World, i: usize) {
     let (life, volume) = (w.clients[i].life, w.clients[i].volume);
     let Ok(id) = w.monitor.state.volume_named(&format!("v{volume}")) else { return w.clients[i].end() };
-    let (layers, map) = (w.layers(id), w.published());
+    let (layers, map) = (w.layers(id), w.told_anew(Place::Client(i)));
     let c = &mut w.clients[i];
     c.volume_id = id;
     c.layers = layers;
@@ -546,7 +551,8 @@ impl World {
         }
         *self.tally.work.entry("take-over").or_default() += 1;
         let new = self.clients.len();
-        self.clients.push(Client { map: self.published(), ..Client::new(volume) });
+        let map = self.told_anew(Place::Client(new));
+        self.clients.push(Client { map, ..Client::new(volume) });
         self.at(1, Ev::Client { client: new, event: ClientEvent::Attach { life: 0, take_over: true } });
     }
 
@@ -590,10 +596,11 @@ impl World {
             return;
         }
         self.seats.push(Seat { holder: client, removed: false });
-        self.clients.push(Client { map: self.published(), ..Client::new(volume) });
+        let map = self.told_anew(Place::Client(client));
+        self.clients.push(Client { map: map.clone(), ..Client::new(volume) });
         self.at(10, Ev::Client { client, event: ClientEvent::Attach { life: 0, take_over: false } });
         if self.rng.chance(self.plan.observed) {
-            self.clients.push(Client { map: self.published(), ..Client::observer(volume) });
+            self.clients.push(Client { map, ..Client::observer(volume) });
             let event = ClientEvent::Attach { life: 0, take_over: false };
             self.at(20, Ev::Client { client: client + 1, event });
         }

@@ -21,6 +21,7 @@ mod tally;
 mod undercut;
 mod world;
 
+mod wire;
 use args::{Args, What};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;

@@ -4,6 +4,7 @@
 use crate::client::ClientEvent;
 use crate::network::Place;
 use crate::undercut::FILLED;
+use crate::wire::Increments;
 use crate::world::{Ev, World};
 use gabion_monitor::decide::{self, FailureDetector, Timing};
 use gabion_monitor::state::intervals::earlier_primaries;
@@ -24,6 +25,7 @@ pub struct Monitor {
     pub detector: FailureDetector,
     pub acked: BTreeMap<OsdId, Epoch>,
     published: Arc<ClusterMap>,
+    pub increments: Increments,
     down_until: u64,
 }
 
@@ -64,6 +66,7 @@ impl Monitor {
             state,
             detector: detector(),
             acked: BTreeMap::new(),
+            increments: Increments::default(),
             down_until: 0,
         }
     }
@@ -91,6 +94,8 @@ impl World {
         self.monitor.down_until = self.now + down_ms;
         self.monitor.detector = detector();
         self.monitor.acked.clear();
+        self.monitor.increments.clear();
+        self.read_snapshot();
     }
 
     pub fn monitor_tick(&mut self) {
@@ -120,6 +125,7 @@ impl World {
 
     pub fn command(&mut self, c: Command) -> Option<Reply> {
         let text = self.trace.then(|| format!("{c:?}"));
+        let c = self.logged(c)?;
         let reply = self.monitor.state.apply(self.now, c);
         self.log(|| {
             let outcome = match &reply {
@@ -137,7 +143,10 @@ impl World {
         if self.monitor.state.map.epoch == self.monitor.published.epoch {
             return;
         }
-        self.monitor.published = Arc::new(self.monitor.state.map.clone());
+        let m = &mut self.monitor;
+        let map = Arc::new(m.state.map.clone());
+        m.increments.push(&m.published, &map);
+        m.published = map;
         self.tally.map_epochs = self.monitor.published.epoch.0;
         for node in 0..self.nodes.len() {
             self.send_map(node);
@@ -169,6 +178,16 @@ impl World {
         }
     }
 
+    pub fn map_came(&mut self, node: usize, sent: &ClusterMap) {
+        let have = self.nodes[node].map.clone();
+        if sent.epoch <= have.epoch {
+            return;
+        }
+        let Some(map) = self.told(Place::Node(node), &have, sent) else { return };
+        self.nodes[node].map = map.clone();
+        self.step(node, Event::Map(map));
+    }
+
     pub fn heartbeat(&mut self, node: usize, run: u64) {
         let n = &self.nodes[node];
         let Some(core) = &n.core else { return };
@@ -176,7 +195,7 @@ impl World {
         let (acked, stuck) = (core.acked_epoch(), core.stuck_peers());
         let latency = core.latency_window().clone();
         let beat = Beat { incarnation: n.incarnation, acked, stuck, led, latency };
-        let (behind, full) = (n.epoch < self.monitor.published.epoch, n.disk.is_full());
+        let (behind, full) = (n.map.epoch < self.monitor.published.epoch, n.disk.is_full());
         let (delay, sent) = (self.delay(), self.clock(node));
         if !self.lost_between(Place::Node(node), Place::Monitor) {
             self.at(delay, Ev::AtMonitor { node, run, sent, beat });

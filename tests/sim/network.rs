@@ -7,7 +7,7 @@ use crate::world::{ANY_RUN, Ev, World};
 use bytes::Bytes;
 use gabion_osd::core::{ClientToken, Event};
 use gabion_proto::ids::*;
-use gabion_proto::msg::{ClientOp, OpKind, OpReply, PeerMsg};
+use gabion_proto::msg::{ClientOp, Message, OpKind, OpReply, PeerMsg};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest that an overdue operation is on its way.
@@ -102,6 +102,7 @@ impl World {
             self.count_message("twice");
         }
         let (from, at) = (Place::Node(node), Place::Node(to));
+        let Some(Message::Peer(msg)) = self.framed(0, Message::Peer(msg), &data) else { return };
         for _ in 0..copies {
             if self.lost_between(from, at) {
                 continue;
@@ -138,6 +139,7 @@ impl World {
         }
         let arrives = (self.now + delay).max(last);
         self.network.arrivals.insert(connection, arrives);
+        let Some(Message::Op(op)) = self.framed(request, Message::Op(op), &data) else { return };
         let delay = arrives - self.now;
         self.at(delay, Ev::Op { node, client, connection, request, op, data });
     }
@@ -205,6 +207,9 @@ impl World {
             return;
         }
         let delay = self.delay_between(Place::Node(node), Place::Client(client));
+        let Some(Message::OpReply(reply)) = self.framed(request, Message::OpReply(reply), &data) else {
+            return;
+        };
         let event = ClientEvent::Reply { connection, request, reply, data };
         self.at(delay, Ev::Client { client, event });
     }

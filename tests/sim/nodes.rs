@@ -8,7 +8,9 @@ use gabion_monitor::state::{Command, Reply};
 use gabion_osd::core::*;
 use gabion_osd::store::*;
 use gabion_proto::ids::*;
+use gabion_proto::map::ClusterMap;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 const TICK_MS: u64 = 100;
 /// A process whose tick did nothing, and that has heard nothing but the monitors since the one before, may be late with
@@ -28,7 +30,8 @@ pub struct Node {
     pub run: u64,
     /// Effects that the store has not executed yet: lost in a crash.
     queue: VecDeque<Effect>,
-    pub epoch: Epoch,
+    /// The newest one that it has heard of.
+    pub map: Arc<ClusterMap>,
     pub origins: BTreeMap<ClientToken, Origin>,
     pub connections: BTreeMap<usize, u64>,
     pub next_token: u64,
@@ -81,7 +84,7 @@ impl World {
             incarnation: Incarnation(0),
             run: 0,
             queue: VecDeque::new(),
-            epoch: Epoch(0),
+            map: Arc::default(),
             origins: BTreeMap::new(),
             connections: BTreeMap::new(),
             next_token: 0,
@@ -160,7 +163,7 @@ impl World {
         let boot = Boot { cluster: CLUSTER, id: n.id, incarnation, epoch };
         n.core = Some(OsdCore::new(boot, pgs, now).with_rules(self.plan.rules));
         n.incarnation = incarnation;
-        n.epoch = Epoch(0);
+        n.map = Arc::default();
         n.tick += 1;
         (n.idle, n.heard, n.woken_at) = (false, false, None);
         let (id, number) = (n.id, n.tick);

@@ -379,10 +379,7 @@ impl World {
             Ev::StoreRun { node, run } if self.live(node, run) => self.store_run(node, run),
             Ev::StoreRead { node, run, effect } if self.live(node, run) => self.late_read(node, run, effect),
             Ev::Boot { node, run } => self.boot(node, run),
-            Ev::Map { node, run, map } if self.live(node, run) && map.epoch > self.nodes[node].epoch => {
-                self.nodes[node].epoch = map.epoch;
-                self.step(node, Event::Map(map));
-            }
+            Ev::Map { node, run, map } if self.live(node, run) => self.map_came(node, &map),
             Ev::MapForClient { client } => self.map_for_client(client),
             Ev::Client { client, event } => client::handle(self, client, event),
             Ev::Op { node, client, connection, request, op, data } => {
@@ -410,7 +407,8 @@ impl World {
         }
         for n in &self.nodes {
             let statuses = n.core.as_ref().map(|c| c.pg_statuses());
-            out += &format!("  {} lost={} run={} epoch={} {:?}\n", n.id, n.lost, n.run, n.epoch, statuses);
+            out +=
+                &format!("  {} lost={} run={} epoch={} {:?}\n", n.id, n.lost, n.run, n.map.epoch, statuses);
         }
         out
     }
