@@ -17,11 +17,12 @@ mod rng;
 mod run;
 mod slow;
 mod snapshots;
+mod stand_ins;
 mod tally;
 mod undercut;
+mod wire;
 mod world;
 
-mod wire;
 use args::{Args, What};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -157,6 +158,13 @@ mod tests {
     #[test]
     fn when_all_disks_are_slow_nobody_is_accused() {
         in_scenario(Scenario::SlowDisks { all: true }, &["3", "4+2"], 1..=2);
+    }
+
+    /// Every acting member has answered, and that is not enough.
+    #[test]
+    fn who_stands_in_knows_too_little() {
+        in_scenario(Scenario::StandIns, &["2+1", "4+2"], 1..=2);
+        println!("{:?}", mutants::noticed(Rule::CoverageDecodes, 30).unwrap());
     }
 
     #[test]

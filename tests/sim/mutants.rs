@@ -19,6 +19,8 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     match rule {
         Rule::StuckReports => return Plan::in_scenario(Scenario::OneBrokenLink, None, rng),
         Rule::HedgedReads => return Plan::in_scenario(Scenario::SlowDisks { all: false }, None, rng),
+        // Too few members of an interval have answered.
+        Rule::CoverageDecodes => return Plan::in_scenario(Scenario::StandIns, None, rng),
         // Of shards the version decides.
         Rule::HedgeHolders => {
             return Plan::in_scenario(Scenario::StaleCopies, Some(Redundancy::Replicated { size: 3 }), rng);
@@ -32,12 +34,7 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     }
     let coded = matches!(
         rule,
-        Rule::CoverageDecodes
-            | Rule::RollBack
-            | Rule::TwoPhases
-            | Rule::AllShards
-            | Rule::OneVersion
-            | Rule::DeltaNamesBase
+        Rule::RollBack | Rule::TwoPhases | Rule::AllShards | Rule::OneVersion | Rule::DeltaNamesBase
     );
     let plan = match (coded, rng.chance(500)) {
         (false, _) => Plan::of(rng, SHORT),

@@ -68,6 +68,8 @@ pub enum Scenario {
     TooFewMembers,
     /// The disk of one OSD is slow, or those of all: clients must hardly notice when they read, and the monitors must.
     SlowDisks { all: bool },
+    /// Spare disks stand in for more members of an erasure-coded group than it can spare, and all come back (rule P3e).
+    StandIns,
     /// One disk is slow, and other OSDs come and go: what they lack must not be read from them (rule P5).
     StaleCopies,
     /// An OSD is away while little is written: what is brought to it then is in proportion.
@@ -76,13 +78,14 @@ pub enum Scenario {
 
 impl Scenario {
     /// As the command line names them.
-    pub const NAMES: [(&str, Scenario); 6] = [
+    pub const NAMES: [(&str, Scenario); 7] = [
         ("faults", Scenario::Faults),
         ("broken-link", Scenario::OneBrokenLink),
         ("slow-disk", Scenario::SlowDisks { all: false }),
         ("slow-disks", Scenario::SlowDisks { all: true }),
         ("stale-copies", Scenario::StaleCopies),
         ("absence", Scenario::Absence),
+        ("stand-ins", Scenario::StandIns),
     ];
 }
 
@@ -100,9 +103,10 @@ impl Plan {
 
     /// One kind of thing goes wrong and nothing else, in a pool that can go on without one member.
     pub fn in_scenario(scenario: Scenario, pool: Option<Redundancy>, rng: &mut Rng) -> Plan {
-        let redundancy = pool.unwrap_or_else(|| match rng.chance(500) {
-            true => Redundancy::Replicated { size: 3 },
-            false => Redundancy::Erasure { k: 4, m: 2 },
+        let redundancy = pool.unwrap_or_else(|| match (scenario, rng.chance(500)) {
+            (Scenario::StandIns, true) => Redundancy::Erasure { k: 2, m: 1 },
+            (_, true) => Redundancy::Replicated { size: 3 },
+            (_, false) => Redundancy::Erasure { k: 4, m: 2 },
         });
         let plan = Plan { scenario, ..Plan::with(redundancy, rng, SHORT) };
         match scenario {
@@ -114,6 +118,15 @@ impl Plan {
             Scenario::Absence => {
                 let (volumes, observed, fault_phase_ms) = (2, 0, 90_000);
                 Plan { volumes, observed, fault_phase_ms, rot: false, loss: 0, duplicate: 0, ..plan }
+            }
+            // As many as are away at once.
+            Scenario::StandIns => {
+                let m = match redundancy {
+                    Redundancy::Erasure { m, .. } => m,
+                    Redundancy::Replicated { .. } => 0,
+                };
+                let (osds, fault_phase_ms) = (redundancy.width() as u32 + m + 1, 5_000);
+                Plan { osds, fault_phase_ms, volumes: 3, rot: false, ..plan }
             }
             Scenario::TooFewMembers => Plan::with_too_few_members(redundancy, rng),
             Scenario::Faults | Scenario::OneBrokenLink => plan,

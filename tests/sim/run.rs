@@ -57,6 +57,10 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
             w.undercut();
             go_on(&mut w, 0)?;
         }
+        Scenario::StandIns => {
+            w.let_others_stand_in();
+            go_on(&mut w, 0)?;
+        }
         Scenario::OneBrokenLink | Scenario::StaleCopies => {}
         Scenario::Absence => {
             let measured = w.judge_absence()?;

@@ -117,11 +117,11 @@ impl World {
         self.clients.iter_mut().for_each(|c| c.draining = draining);
     }
 
-    fn draw(&mut self, from: &mut Vec<usize>, count: usize) -> Vec<usize> {
+    pub fn draw(&mut self, from: &mut Vec<usize>, count: usize) -> Vec<usize> {
         (0..count).map(|_| from.swap_remove(self.rng.below(from.len() as u64) as usize)).collect()
     }
 
-    fn wait_for(&mut self, what: &str, done: impl Fn(&World) -> bool) {
+    pub fn wait_for(&mut self, what: &str, done: impl Fn(&World) -> bool) {
         let deadline = self.now + PATIENCE_MS;
         while self.finding.is_none() && !done(self) {
             if self.now >= deadline {
@@ -133,6 +133,6 @@ impl World {
     }
 }
 
-fn first(w: &World) -> Option<&PgRecord> {
+pub fn first(w: &World) -> Option<&PgRecord> {
     w.monitor.state.map.pgs.values().next().map(|r| &**r)
 }

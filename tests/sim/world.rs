@@ -233,7 +233,7 @@ impl World {
         match world.plan.scenario {
             Scenario::Faults => world.at(first, Ev::Fault { chain: 0 }),
             Scenario::OneBrokenLink => world.at(first, Ev::BreakLink),
-            Scenario::TooFewMembers => {}
+            Scenario::TooFewMembers | Scenario::StandIns => {}
             Scenario::SlowDisks { all } => world.at(first, Ev::SlowDisks { all }),
             Scenario::StaleCopies => world.at(first, Ev::StaleCopies),
             Scenario::Absence => world.at(first, Ev::Absence),
