@@ -52,6 +52,8 @@ pub struct Load {
     /// What of that waits for others who are late: in no queue of this OSD. Of so many transfers.
     pub late: u64,
     pub late_count: usize,
+    /// Objects under way that do not wait for others who are late.
+    pub objects: usize,
 }
 
 impl Load {
@@ -70,6 +72,7 @@ impl std::ops::AddAssign for Load {
         self.reserved += other.reserved;
         self.late += other.late;
         self.late_count += other.late_count;
+        self.objects += other.objects;
     }
 }
 
@@ -78,6 +81,7 @@ impl std::ops::SubAssign for Load {
         self.reserved -= other.reserved;
         self.late -= other.late;
         self.late_count -= other.late_count;
+        self.objects -= other.objects;
     }
 }
 

@@ -108,6 +108,11 @@ impl OsdCore {
         for pg in self.latency.take_due(now) {
             self.with_pg(pg, out, |pg, cx| pg.hedge(cx));
         }
+        // Once each: some wait again.
+        for _ in 0..self.throttle.waiting() {
+            let Some(pg) = self.throttle.next_waiting(self.recovery.moving()) else { break };
+            self.with_pg(pg, out, |pg, cx| pg.recover(cx));
+        }
         let ended = |e: &&Effect| {
             matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })
         };
@@ -222,7 +227,7 @@ impl OsdCore {
 
     /// When [`Event::Wake`] is wanted; other events do as well.
     pub fn wake_at(&self) -> Option<Millis> {
-        self.latency.wake_at()
+        self.latency.wake_at().into_iter().chain(self.throttle.wake_at()).min()
     }
 
     /// Which of its ways this run has gone.

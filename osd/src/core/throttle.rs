@@ -9,7 +9,10 @@
 //! mend; but a client that does nothing but wait for them is no idle one.
 
 use super::Millis;
+use gabion_proto::ids::PgId;
 use gabion_proto::limits::REBUILD_RATE_MIN;
+use std::collections::BTreeSet;
+use std::ops::Bound;
 
 /// Latency is judged once in a window, which lasts at least so long.
 const WINDOW_MS: Millis = 500;
@@ -28,6 +31,8 @@ const PROBE_WINDOWS: u32 = 2;
 const LOADS: usize = 8;
 /// Recovery beside clients begins at this rate, in bytes per second.
 const RATE_AT_FIRST: u64 = 8 * REBUILD_RATE_MIN;
+/// Recovery that waits for its turn looks again after so long in any case.
+const WAKE_MS_MAX: u64 = 1_000;
 /// What may be saved up: what the rate moves in this time.
 const SAVED_MS: u64 = 250;
 /// What may be under way, beside one piece: what the rate moves in this time, which is about what a piece takes from one disk to the
@@ -64,6 +69,9 @@ pub struct Throttle {
     /// Windows until the next pause, and of the one that is going on.
     probe_in: u32,
     probing: u32,
+    /// Groups that have something to move as soon as they may, and the one whose turn it was last.
+    waiting: BTreeSet<PgId>,
+    last: Option<PgId>,
 }
 
 impl Throttle {
@@ -78,6 +86,8 @@ impl Throttle {
             healthy_us: [None; LOADS],
             probe_in: PROBE_EVERY,
             probing: 0,
+            waiting: BTreeSet::new(),
+            last: None,
         }
     }
 
@@ -125,6 +135,34 @@ impl Throttle {
     pub fn allows(&self, recovery_bytes: u64) -> bool {
         let ahead = |rate: u64| recovery_bytes == 0 || recovery_bytes <= rate / 1_000 * AHEAD_MS;
         self.probing == 0 && self.rate().is_none_or(|rate| self.credit_bytes > 0 && ahead(rate))
+    }
+
+    /// A group waits until more may be begun.
+    pub fn wait(&mut self, pg: PgId) {
+        self.waiting.insert(pg);
+    }
+
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// A group that may begin more now, with so much under way; each in turn.
+    pub fn next_waiting(&mut self, recovery_bytes: u64) -> Option<PgId> {
+        if self.waiting.is_empty() || !self.allows(recovery_bytes) {
+            return None;
+        }
+        let after = self.last.map_or(Bound::Unbounded, Bound::Excluded);
+        let next =
+            self.waiting.range((after, Bound::Unbounded)).next().or_else(|| self.waiting.first()).copied();
+        self.last = next;
+        next.inspect(|pg| _ = self.waiting.remove(pg))
+    }
+
+    /// When what was spent is made up for and somebody waits for that. What else is waited for ends with an event.
+    pub fn wake_at(&self) -> Option<Millis> {
+        let rate = self.rate().filter(|_| !self.waiting.is_empty() && self.probing == 0)?;
+        let owed = u64::try_from(1_i64.saturating_sub(self.credit_bytes)).unwrap_or(0);
+        (owed > 0).then(|| self.at + (owed.saturating_mul(1_000) / rate.max(1)).min(WAKE_MS_MAX) + 1)
     }
 
     /// Recovery may not go as fast as it could.

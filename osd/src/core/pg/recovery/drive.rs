@@ -13,7 +13,7 @@ impl Pg {
     }
 
     /// Starts what there is room for; reports clean when nothing is left.
-    pub(in super::super) fn recover(&mut self, cx: &mut Cx<'_>) {
+    pub fn recover(&mut self, cx: &mut Cx<'_>) {
         self.forget_removed(cx);
         let object_bytes = cx.map.pools.get(&self.id.pool).map_or(0, |p| u64::from(p.object_bytes));
         let Phase::Active(a) = &mut self.phase else { return };
@@ -64,23 +64,28 @@ impl Pg {
         self.pass_late(cx);
         self.grant_wishes(cx);
         loop {
-            let own = cx.id;
+            let pg = self.id;
             let Some(r) = self.recovery() else { return };
+            let here = r.load();
             // Wanted objects may overtake even when all places are taken. Who waits for somebody who is late takes none.
-            let places = r.work.len() - r.stalled(own) + r.draining.len();
+            let places = here.objects + r.draining.len();
             if places >= 2 * AT_ONCE {
                 break;
             }
             let mut under_way = cx.recovery_elsewhere;
-            under_way += r.load();
+            under_way += here;
             let allowed = cx.throttle.allows(under_way.moving());
             let waits = under_way.reserved >= BYTES_AT_ONCE || !allowed || !r.wishes.is_empty();
-            // Writes wait for an object that is under way: beside clients it is under way for longer.
-            let at_once = if cx.throttle.limits() { 1 } else { AT_ONCE };
-            let taken = places >= at_once || waits;
-            let next = r.next(cx.id, cx.now, taken, &written);
-            if next.is_none() && taken && !allowed {
-                cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
+            // A write in the way of an object makes it begin anew: beside clients, where an object takes longer, one at a time of all groups.
+            let taken = match cx.throttle.limits() {
+                true => under_way.objects + r.draining.len() > 0,
+                false => places >= AT_ONCE,
+            };
+            let next = r.next(cx.id, cx.now, taken || waits, &written);
+            if next.is_none() && !taken && !allowed {
+                let probes = cx.throttle.probes();
+                cx.throttle.wait(pg);
+                cx.takes(if probes { Branch::ThrottleProbes } else { Branch::Throttled });
             }
             let Some(object) = next else { break };
             if r.demanded.contains(&object) {
@@ -176,16 +181,17 @@ impl Pg {
 
     /// Pieces whose turn it is go; those of objects in demand whatever clients leave.
     fn grant_wishes(&mut self, cx: &mut Cx<'_>) {
-        let own = cx.id;
+        let (own, pg) = (cx.id, self.id);
         loop {
             let Some(r) = self.recovery() else { return };
             let mut under_way = cx.recovery_elsewhere;
             under_way += r.load();
-            let allowed = under_way.reserved < BYTES_AT_ONCE && cx.throttle.allows(under_way.moving());
+            let allowed = cx.throttle.allows(under_way.moving());
             if !allowed && !r.wishes.is_empty() {
+                cx.throttle.wait(pg);
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
             }
-            let Some(wish) = r.next_wish(allowed) else { return };
+            let Some(wish) = r.next_wish(allowed && under_way.reserved < BYTES_AT_ONCE) else { return };
             let Some(w) = r.work.get_mut(&wish.object) else { continue };
             w.legs.insert(wish.to, Leg::here(cx.now));
             w.since = cx.now;

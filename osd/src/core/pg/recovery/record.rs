@@ -98,7 +98,7 @@ impl Work {
         let piece = u64::from(PIECE_BYTES);
         match &self.stage {
             Stage::Gathering if self.gathers_late => {
-                Load { reserved: object_bytes, late: object_bytes, late_count: 1 }
+                Load { late: object_bytes, late_count: 1, ..Load::of(object_bytes) }
             }
             Stage::Gathering => Load::of(object_bytes),
             Stage::Reading => Load::of(piece),
@@ -107,7 +107,7 @@ impl Work {
                 for leg in legs {
                     let bytes = if leg.piece { piece } else { 0 };
                     load += match leg.late {
-                        true => Load { reserved: bytes, late: bytes, late_count: 1 },
+                        true => Load { late: bytes, late_count: 1, ..Load::of(bytes) },
                         false => Load::of(bytes),
                     };
                 }
@@ -117,10 +117,11 @@ impl Work {
     }
 
     /// It goes on when somebody answers who is late, and not before.
-    fn is_stalled(&self, own: OsdId) -> bool {
+    fn is_stalled(&self) -> bool {
         let late = |o: &OsdId| self.legs.get(o).is_some_and(|l| l.late);
         match &self.stage {
-            Stage::Pulling { .. } => late(&own),
+            // To this OSD, and nobody else.
+            Stage::Pulling { .. } => self.legs.values().any(|l| l.late),
             Stage::Pushing { waiting } => waiting.iter().all(late),
             Stage::Gathering => self.gathers_late,
             Stage::Replacing | Stage::Reading => false,
@@ -442,13 +443,9 @@ impl Recovery {
     pub fn load(&self) -> Load {
         self.work.values().fold(Load::default(), |mut sum, w| {
             sum += w.load(self.object_bytes);
+            sum.objects += usize::from(!w.is_stalled());
             sum
         })
-    }
-
-    /// Objects that take no place: nothing can be done about them before somebody answers who is late.
-    pub(super) fn stalled(&self, own: OsdId) -> usize {
-        self.work.values().filter(|w| w.is_stalled(own)).count()
     }
 
     /// Others need not wait for what has waited for too long, as long as that is not too much; `elsewhere`: what of it is in other groups.
