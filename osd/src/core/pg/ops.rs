@@ -634,12 +634,16 @@ impl Pg {
     pub(super) fn late_members(&self, now: Millis, limit_ms: Millis) -> BTreeMap<OsdId, Millis> {
         let mut late: BTreeMap<OsdId, Millis> = BTreeMap::new();
         let Phase::Active(a) = &self.phase else { return late };
-        for w in a.writes.values() {
+        let shard = |o: &OsdId| self.record.acting.iter().position(|a| a == o).map(|n| n as u8);
+        for (tid, w) in &a.writes {
             for o in &w.waiting {
+                // Who gives the rows that its parity is decoded from owes those, not who cannot read it.
+                let waits = shard(o).is_some_and(|n| a.shards.decodes(*tid, n));
                 // A refusal is final: no need to wait any longer.
-                let age = match w.refused.contains_key(o) {
-                    true => limit_ms,
-                    false => now.saturating_sub(w.started),
+                let age = match (w.refused.contains_key(o), w.owes_since(*o)) {
+                    (true, _) => limit_ms,
+                    (false, Some(since)) if !waits => now.saturating_sub(since),
+                    (false, _) => continue,
                 };
                 let entry = late.entry(*o).or_default();
                 *entry = (*entry).max(age);

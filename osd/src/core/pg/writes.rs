@@ -58,8 +58,10 @@ pub struct Write {
     pub waiting: BTreeSet<OsdId>,
     /// Members that said no (rule P7): never acknowledged in this interval.
     pub refused: BTreeMap<OsdId, SubResult>,
-    /// Erasure coding: members that cannot read the parity that they are to add to.
+    /// Erasure coding: members that cannot read the parity that they are to add to. They have answered.
     pub unreadable: BTreeSet<OsdId>,
+    /// Since when nobody else is waited for, or one of them was sent its rows as they will be.
+    pub decoding: Option<Millis>,
     pub started: Millis,
     pub sent: Millis,
 }
@@ -77,6 +79,7 @@ impl Write {
             waiting: BTreeSet::new(),
             refused: BTreeMap::new(),
             unreadable: BTreeSet::new(),
+            decoding: None,
             started: now,
             sent: now,
         }
@@ -179,6 +182,14 @@ impl Write {
     pub fn replace_part(&mut self, member: OsdId, part: (SubWriteKind, Bytes)) {
         if let Parts::Each(parts) = &mut self.parts {
             parts.insert(member, part);
+        }
+    }
+
+    /// Since when a member that is waited for owes its answer.
+    pub fn owes_since(&self, member: OsdId) -> Option<Millis> {
+        match self.unreadable.contains(&member) {
+            true => self.decoding,
+            false => Some(self.started),
         }
     }
 

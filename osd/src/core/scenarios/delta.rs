@@ -6,12 +6,12 @@ use gabion_proto::blocks::Extent;
 
 const BASE: u64 = 5;
 
-fn fill(byte: u8) -> Option<Block> {
+pub(super) fn fill(byte: u8) -> Option<Block> {
     Block::of(vec![byte; 4096].into())
 }
 
 /// osd.1 as primary of a 4+2 group of osd.1 to osd.6, in this order but for its own position; one row of object 0 is filled with 1 to 4.
-fn four_and_two(own: usize) -> (Rig, BTreeMap<u8, Rows>, Vec<u32>) {
+pub(super) fn four_and_two(own: usize) -> (Rig, BTreeMap<u8, Rows>, Vec<u32>) {
     let mut rig = Rig::new(&[(0, version(BASE, 1))]);
     let mut acting: Vec<u32> = (2..=6).collect();
     acting.insert(own, 1);
@@ -39,11 +39,11 @@ fn written(shards: &BTreeMap<u8, Rows>, blocks: &[u8]) -> BTreeMap<u8, Rows> {
     new
 }
 
-fn row(rows: &Rows) -> Content {
+pub(super) fn row(rows: &Rows) -> Content {
     sparse_content((0..).zip(rows.iter().cloned()))
 }
 
-fn write(rig: &mut Rig, first_block: u32, count: usize) -> ClientToken {
+pub(super) fn write(rig: &mut Rig, first_block: u32, count: usize) -> ClientToken {
     let content = Content::data(first_block, vec![9; 4096 * count].into());
     rig.client(0, OpKind::Write { extents: content.extents }, content.data)
 }
@@ -60,13 +60,13 @@ fn sub_writes(rig: &mut Rig) -> Vec<(u32, u64, SubWriteKind)> {
     parts.collect()
 }
 
-fn answer_rows(rig: &mut Rig, from: u32, tid: u64, rows: &Rows) {
+pub(super) fn answer_rows(rig: &mut Rig, from: u32, tid: u64, rows: &Rows) {
     let c = row(rows);
     rig.hear_data(from, PeerBody::ShardData { tid, result: Ok(c.extents) }, c.data);
 }
 
 /// What every member must be sent when some blocks become 9; `added`: the parity is added to.
-fn assert_parts(
+pub(super) fn assert_parts(
     rig: &mut Rig,
     (shards, acting): (&BTreeMap<u8, Rows>, &[u32]),
     blocks: &[u8],

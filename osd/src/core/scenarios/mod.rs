@@ -16,6 +16,7 @@ mod intake;
 mod listed;
 mod maps;
 mod noted;
+mod parity;
 mod pieces;
 mod places;
 mod removed;

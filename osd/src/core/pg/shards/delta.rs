@@ -94,8 +94,9 @@ impl Pg {
     /// and not from others: rows that are read as `prev` while the write is on its way there may be those of the write.
     pub(in super::super) fn decode_parity(&mut self, cx: &mut Cx<'_>, tid: u64) {
         let Phase::Active(a) = &mut self.phase else { return };
-        let Some(w) = a.writes.get(&tid).filter(|w| w.waiting.is_subset(&w.unreadable)) else { return };
+        let Some(w) = a.writes.get_mut(&tid).filter(|w| w.waiting.is_subset(&w.unreadable)) else { return };
         let object = w.object;
+        w.decoding.get_or_insert(cx.now);
         let mut lost = Vec::new();
         for (member, shard) in self.record.acting.iter().zip(0u8..).filter(|(o, _)| w.waiting.contains(o)) {
             // Else it was sent what needs no old rows.
@@ -133,6 +134,7 @@ impl Pg {
         let (object, version, prev) = (w.object, w.version, w.prev);
         let part = (SubWriteKind::Write { extents: content.extents }, content.data);
         w.replace_part(member, part.clone());
+        w.decoding = Some(cx.now);
         let (write, data) = part;
         self.send(cx, member, PeerBody::SubWrite { tid, object, version, prev, write }, data);
     }

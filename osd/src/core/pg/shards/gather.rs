@@ -94,6 +94,11 @@ impl Shards {
         self.gathers.values().filter(stalled).map(|g| g.object).collect()
     }
 
+    /// Old parity of a shard is being decoded for a write.
+    pub fn decodes(&self, tid: u64, shard: u8) -> bool {
+        self.is_gathering(For::Parity { tid, shard })
+    }
+
     pub fn is_gathering(&self, purpose: For) -> bool {
         self.gathers.values().any(|g| g.purpose == purpose)
     }
