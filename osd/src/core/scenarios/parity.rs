@@ -2,6 +2,64 @@
 
 use super::delta::*;
 use super::*;
+use crate::erasure::content_of;
+
+/// Two writes that were made together: of what cannot be read only their rows are decoded, not those between.
+#[test]
+fn rows_between_joined_writes_are_not_read() {
+    let (mut rig, shards, acting) = four_and_two(0);
+    write(&mut rig, 0, 1);
+    rig.answer_read(Ok(row(&shards[&0])));
+    let tid = assert_parts(&mut rig, (&shards, &acting), &[0], true);
+    for block in [0, 20] {
+        let content = Content::data(block, vec![8; 4096].into());
+        rig.client(0, OpKind::Write { extents: content.extents }, content.data);
+    }
+    (2..=6).for_each(|o| rig.hear(o, PeerBody::SubWriteAck { tid, result: SubResult::Ok }));
+    rig.answer_read(Ok(row(&vec![fill(9)])));
+    let tid = rig.take_sent().into_iter().find_map(|(to, b)| match b {
+        PeerBody::SubWrite { tid, write: SubWriteKind::Delta { added, .. }, .. } if to == OsdId(6) => {
+            assert_eq!(
+                added.iter().map(|e| (e.first_block, e.block_count)).collect::<Vec<_>>(),
+                [(0, 1), (5, 1)]
+            );
+            Some(tid)
+        }
+        _ => None,
+    });
+    let tid = tid.expect("one write");
+    rig.hear(6, PeerBody::SubWriteAck { tid, result: SubResult::Unreadable });
+    (2..=5).for_each(|o| rig.hear(o, PeerBody::SubWriteAck { tid, result: SubResult::Ok }));
+    let mut old = shards.clone();
+    old.insert(0, vec![fill(9)]);
+    let mut asked = Vec::new();
+    for rows in [(0, 1), (5, 1)] {
+        let questions = rig.take_sent().into_iter().filter_map(|(to, b)| match b {
+            PeerBody::ShardRead { tid, first_row, row_count, .. } => {
+                Some((to.0, tid, (first_row, row_count)))
+            }
+            _ => None,
+        });
+        let questions: Vec<_> = questions.collect();
+        asked.extend(questions.iter().map(|(_, _, rows)| *rows).chain(rig.ranges.back().copied()));
+        let content = |n: u8| if rows.0 == 0 { row(&old[&n]) } else { Content::default() };
+        rig.answer_read(Ok(content(0)));
+        for (from, tid, _) in questions {
+            let c = content(acting.iter().position(|a| *a == from).unwrap() as u8);
+            rig.hear_data(from, PeerBody::ShardData { tid, result: Ok(c.extents) }, c.data);
+        }
+    }
+    assert_eq!(asked, [[(0, 1); 4], [(5, 1); 4]].concat());
+    let mut new: BTreeMap<u8, Rows> = (0..4).map(|n| (n, vec![shards[&n][0].clone(), None])).collect();
+    new.insert(0, vec![fill(8), fill(8)]);
+    let code = ReedSolomon::shared(Geometry { k: 4, m: 2 }).unwrap();
+    new.extend(code.compute(&new, &[5]).unwrap());
+    let given = rig.take_sent().into_iter().find_map(|(to, b)| match b {
+        PeerBody::SubWrite { write: SubWriteKind::Write { extents }, .. } if to == OsdId(6) => Some(extents),
+        _ => None,
+    });
+    assert_eq!(given, Some(content_of([(0, new[&5][0].clone()), (5, new[&5][1].clone())]).extents));
+}
 
 fn stuck(rig: &Rig) -> Vec<u32> {
     rig.core.stuck_peers().iter().map(|s| s.peer).collect()

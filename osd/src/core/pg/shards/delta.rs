@@ -101,17 +101,16 @@ impl Pg {
         for (member, shard) in self.record.acting.iter().zip(0u8..).filter(|(o, _)| w.waiting.contains(o)) {
             // Else it was sent what needs no old rows.
             let Some((SubWriteKind::Delta { added, .. }, _)) = w.part(*member) else { continue };
-            let (Some(first), Some(last)) = (added.first(), added.last()) else { continue };
-            let rows = (first.first_block, last.first_block + last.block_count - first.first_block);
+            let runs: Vec<_> = added.iter().map(|e| (e.first_block, e.block_count)).collect();
             let purpose = For::Parity { tid, shard };
             if !a.shards.is_gathering(purpose) {
-                lost.push((*member, shard, purpose, rows));
+                lost.push((*member, shard, purpose, runs));
             }
         }
-        for (member, shard, purpose, rows) in lost {
+        for (member, shard, purpose, runs) in lost {
             tracing::warn!(pg = %self.id, %member, %object, shard, "unreadable parity, computing it from other shards");
             cx.takes(Branch::DeltaUnreadable);
-            self.gather(cx, purpose, object, rows, BTreeSet::from([shard]));
+            self.gather_runs(cx, purpose, object, runs, BTreeSet::from([shard]));
         }
     }
 

@@ -56,14 +56,14 @@ pub struct Gather {
     pub purpose: For,
     pub object: ObjectId,
     version: Version,
-    /// First row and number of rows that are wanted.
+    /// First of the rows that are wanted, and how many there are up to the last.
     rows: (u32, u32),
-    /// Those that are being read. All of them, until some cannot be read: then half by half, down to single rows.
+    /// Those that are being read: a run of them, until some cannot be read; then half by half, down to single rows.
     piece: (u32, u32),
     todo: Vec<(u32, u32)>,
     pub(super) piecewise: bool,
     pub(super) wanted: BTreeSet<u8>,
-    /// What came of the wanted shards of earlier pieces.
+    /// What came of the wanted shards of earlier pieces. Nothing of rows that are not wanted.
     done: BTreeMap<u8, Rows>,
     pub(super) parts: BTreeMap<u8, Rows>,
     pub(super) asked: BTreeMap<u8, Asked>,
@@ -153,6 +153,24 @@ impl Pg {
         rows: (u32, u32),
         wanted: BTreeSet<u8>,
     ) {
+        self.gather_runs(cx, purpose, object, vec![rows], wanted);
+    }
+
+    /// Runs of rows, in order, one after the other: what is between them is not read.
+    pub(super) fn gather_runs(
+        &mut self,
+        cx: &mut Cx<'_>,
+        purpose: For,
+        object: ObjectId,
+        mut runs: Vec<(u32, u32)>,
+        wanted: BTreeSet<u8>,
+    ) {
+        let (Some((first, _)), Some((last, count))) = (runs.first().copied(), runs.last().copied()) else {
+            return;
+        };
+        let rows = (first, last + count - first);
+        runs.reverse();
+        let Some(piece) = runs.pop() else { return };
         let version = match purpose {
             For::Recovery => self.needed_version(&object),
             _ => self.acked(&object),
@@ -168,8 +186,8 @@ impl Pg {
             object,
             version,
             rows,
-            piece: rows,
-            todo: Vec::new(),
+            piece,
+            todo: runs,
             piecewise: false,
             done: wanted.iter().map(|n| (*n, vec![None; rows.1 as usize])).collect(),
             wanted,
