@@ -8,6 +8,7 @@
 
 use crate::network::Place;
 use crate::oracle::{BLOCK, Begun, BlockId, bytes_of};
+use crate::plan::Scenario;
 use crate::snapshots::Pause;
 use crate::world::{Ev, Pace, World};
 use bytes::Bytes;
@@ -24,7 +25,7 @@ const IN_FLIGHT: usize = 6;
 pub const SILENCE_MS: u64 = 2_500;
 /// Blocks that one operation reads back at the end.
 const FINAL_BLOCKS: u64 = 32;
-const OBJECT_BLOCKS: u64 = 256;
+pub const OBJECT_BLOCKS: u64 = 256;
 pub const VOLUME_BLOCKS: u64 = 2_048;
 pub const VOLUME_OBJECTS: u32 = (VOLUME_BLOCKS / OBJECT_BLOCKS) as u32;
 /// Blocks that are used: few, so that they collide.
@@ -221,6 +222,8 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
                 (false, _) => 10,
                 (true, Pace::Storm) if w.slowness.began() => 150,
                 (true, Pace::Storm) if w.absence.is_quiet() => 3_000,
+                // Now and then nothing is under way.
+                (true, Pace::Storm) if w.plan.scenario == Scenario::Damage => 600,
                 (true, Pace::Storm) => 120,
                 (true, Pace::Quiet) => 20_000,
             };
@@ -320,7 +323,8 @@ fn issue(w: &mut World, i: usize) {
         let range = (blocks.start, blocks.end - blocks.start);
         let begun = blocks.map(|block| w.oracle.begin_read(BlockId { volume, block })).collect();
         let layers = w.layers_of(i, volume);
-        return start(w, i, Op::new(volume, layers, range, Kind::Read { begun }).fenced(fenced));
+        start(w, i, Op::new(volume, layers, range, Kind::Read { begun }).fenced(fenced));
+        return;
     }
     if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
         return;
@@ -350,7 +354,8 @@ fn issue(w: &mut World, i: usize) {
         Kind::Read { begun: ids.iter().map(|id| w.oracle.begin_read(*id)).collect() }
     } else {
         let c = &w.clients[i];
-        if c.pause.is_some() || c.ops.values().any(|o| o.kind.is_write() && o.overlaps(first, count)) {
+        let overlaps = c.ops.values().any(|o| o.kind.is_write() && o.overlaps(first, count));
+        if c.pause.is_some() || overlaps || w.is_held(volume, first, count) {
             return;
         }
         let zero = w.rng.chance(120);
@@ -384,7 +389,8 @@ fn fill(w: &mut World, i: usize) {
     start(w, i, Op::new(volume, layers, (first, OBJECT_BLOCKS), Kind::Write { numbers, zero: false }));
 }
 
-pub fn start(w: &mut World, i: usize, op: Op) {
+/// Its number.
+pub fn start(w: &mut World, i: usize, op: Op) -> u64 {
     w.tally.client_ops += 1;
     if op.kind.is_write() {
         w.tally.written_blocks += op.count;
@@ -395,6 +401,7 @@ pub fn start(w: &mut World, i: usize, op: Op) {
     c.next_request += 1;
     c.ops.insert(request, op);
     send(w, i, request);
+    request
 }
 
 fn send(w: &mut World, i: usize, request: u64) {
@@ -505,11 +512,14 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
             let bytes = assemble(base, op.count as usize, &extents, &data);
             for (n, begun) in begun.iter().enumerate() {
                 let block = &bytes[n * BLOCK..(n + 1) * BLOCK];
-                if let Err(e) = w.oracle.check_read(id(n), *begun, block) {
+                if let Err(e) = w.oracle.check_read_of_disks(id(n), (*begun, op.issued), block) {
                     w.finding = Some(format!("client {i}: {e}"));
                 }
             }
         }
+        // No copy is good, and that is known.
+        (OpReply::Failed(OpError::Io), Kind::Read { .. })
+            if (0..op.count as usize).any(|n| w.oracle.may_fail(id(n), op.issued)) => {}
         (OpReply::Failed(OpError::Frozen), _) if op.fenced => {}
         // Refused before it began.
         (OpReply::Failed(OpError::NoSpace), Kind::Write { .. }) => {}

@@ -14,13 +14,15 @@ pub struct Disk {
     machine: SimDisk,
     store: Option<SimStore>,
     filled: bool,
+    /// It is to fail.
+    fails: bool,
 }
 
 impl Disk {
     pub fn new(identity: Identity, chunks: u32, seed: u64) -> Disk {
         let machine = SimDisk::new((chunks as usize + 1) * CHUNK_BYTES as usize, seed);
         machine.format(identity).unwrap_or_else(|e| panic!("cannot format: {e}"));
-        Disk { machine, store: None, filled: false }
+        Disk { machine, store: None, filled: false, fails: false }
     }
 
     /// Opens the store; an error is a finding.
@@ -43,16 +45,18 @@ impl Disk {
         if power_fails {
             self.machine.crash();
         }
-        self.machine.set_fuse(None);
+        self.fail_no_more();
     }
 
     /// After `writes` more operations every one fails, until the process has died.
-    pub fn fail_after(&self, writes: u64) {
+    pub fn fail_after(&mut self, writes: u64) {
+        self.fails = true;
         self.machine.set_fuse(Some(writes));
     }
 
     /// A failure that was still to come does not.
     pub fn fail_no_more(&mut self) {
+        self.fails = false;
         self.machine.set_fuse(None);
     }
 
@@ -68,6 +72,42 @@ impl Disk {
         }
         self.machine.rot_written(blocks);
         true
+    }
+
+    /// It fails soon, or there is no room.
+    pub fn is_in_trouble(&self) -> bool {
+        self.fails || self.filled
+    }
+
+    /// What it keeps of an object, if all of that can be read.
+    pub fn whole(&mut self, pg: PgId, object: ObjectId) -> Option<(ObjectState, Content)> {
+        self.store.as_mut()?.read_object(pg, object).ok()
+    }
+
+    /// A block of an object, or row of a shard: what is prepared counts, since repairs may be.
+    pub fn block(&mut self, pg: PgId, object: ObjectId, block: u32) -> Result<Bytes, StoreError> {
+        let Some(store) = self.store.as_mut() else { return Ok(Bytes::new()) };
+        store.read_pending(pg, object, block, 1).map(|content| content.data)
+    }
+
+    /// An object becomes something else at the version that it has, behind its OSD's back. False: not now.
+    pub fn alter(&mut self, pg: PgId, object: ObjectId, version: Version, content: Content) -> bool {
+        let Some(store) = self.store.as_mut() else { return false };
+        let op = TxnOp::Replace { object, version, deleted: false, content };
+        matches!(store.commit(vec![Txn { pg, ops: vec![op], reserve: true }]).pop(), Some(Ok(())))
+    }
+
+    /// This block cannot be read any more until it is written. False: it is not where it could rot yet.
+    pub fn rot_block(&mut self, pg: PgId, object: ObjectId, block: u32) -> bool {
+        let Some(store) = self.store.as_mut() else { return false };
+        // As for any rot: what is still to be replayed is not what rots.
+        if store.background().is_err() {
+            return false;
+        }
+        self.machine.rot_under_reads(1);
+        let read = store.read(pg, object, &[], block, 1);
+        self.machine.rot_under_reads(0);
+        matches!(read, Err(StoreError::Unreadable { .. }))
     }
 
     /// Somebody else fills the disk, as far as clients (or recovery) could.

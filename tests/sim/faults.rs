@@ -20,7 +20,7 @@ enum Sort {
 use Sort::{Change, Fault, Work};
 
 /// What happens and how often each is drawn.
-const KINDS: [(&str, u64, Sort); 35] = [
+const KINDS: [(&str, u64, Sort); 38] = [
     ("crash", 24, Fault),
     ("absence", 2, Fault),
     ("disk error", 6, Fault),
@@ -38,6 +38,9 @@ const KINDS: [(&str, u64, Sort); 35] = [
     ("disk loss", 2, Fault),
     ("bit rot", 6, Fault),
     ("cold rot", 12, Fault),
+    ("wrong bytes", 12, Fault),
+    ("rot everywhere", 6, Fault),
+    ("lone copy rots", 6, Fault),
     ("full disk", 4, Fault),
     ("client restart", 5, Fault),
     ("two crashes", 3, Fault),
@@ -73,7 +76,7 @@ const DRAIN_CHECK_MS: u64 = 1_000;
 impl World {
     pub fn fault(&mut self, chain: u64) {
         self.rotting &= !self.scrubs_done();
-        if self.rotting {
+        if self.rotting || self.damage.is_some() {
             return self.at(200, Ev::Fault { chain });
         }
         let total: u64 = KINDS.iter().map(|(_, n, _)| n).sum();
@@ -225,6 +228,7 @@ impl World {
                 self.rotting = self.rot_cold();
                 return self.rotting;
             }
+            "wrong bytes" | "rot everywhere" | "lone copy rots" => return self.damage(kind),
             "full disk" => {
                 let (reserve, ms) = (self.rng.chance(500), self.rng.range(1_000, 20_000));
                 self.log(|| format!("the disk of osd.{node} is full for {ms} ms"));

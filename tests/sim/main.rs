@@ -5,6 +5,7 @@ mod absence;
 mod args;
 mod check;
 mod client;
+mod damage;
 mod disk;
 mod faults;
 mod monitor;
@@ -105,7 +106,8 @@ fn seeds(args: &Args) -> ExitCode {
 mod tests {
     use super::plan::{FULL, Form, SHORT, Scenario};
     use super::*;
-    use gabion_osd::core::Rule;
+    use gabion_osd::core::{Branch, Rule};
+    use std::collections::BTreeMap;
 
     fn without_a_finding(seeds: std::ops::RangeInclusive<u64>, pool: Option<&str>, form: Form) {
         for seed in seeds {
@@ -165,6 +167,28 @@ mod tests {
     fn who_stands_in_knows_too_little() {
         in_scenario(Scenario::StandIns, &["2+1", "4+2"], 1..=2);
         println!("{:?}", mutants::noticed(Rule::CoverageDecodes, 30).unwrap());
+    }
+
+    /// Ways that only damage leads to, which is repaired in the end.
+    #[test]
+    fn what_is_damaged_is_found_and_made_whole() {
+        let mut taken = BTreeMap::new();
+        for (pool, seed) in ["3", "2", "2+1", "4+2"].iter().flat_map(|p| (1..=3).map(move |s| (p, s))) {
+            let run = run::run(seed, Scenario::Damage, args::redundancy(pool), SHORT, false);
+            let tally = run.unwrap_or_else(|e| panic!("damage, {pool}, seed {seed}: {e}"));
+            assert!(tally.fault_count() >= 3, "{pool}, seed {seed}: {:?}", tally.faults);
+            taken.extend(tally.branches);
+        }
+        let ways = [
+            Branch::OwnCopyAlone,
+            Branch::KeepDamaged,
+            Branch::Piecewise,
+            Branch::ScrubCloser,
+            Branch::ScrubShardWrong,
+            Branch::ScrubShardsUnclear,
+        ];
+        let never: Vec<_> = ways.into_iter().filter(|w| !taken.contains_key(w)).collect();
+        assert!(never.is_empty(), "never taken: {never:?}");
     }
 
     #[test]

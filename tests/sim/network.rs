@@ -88,7 +88,7 @@ impl World {
 
     pub fn lost_between(&mut self, from: Place, to: Place) -> bool {
         let cut = self.network.cut.contains(&(from, to));
-        let lost = cut || (self.faults_on && self.rng.chance(self.plan.loss));
+        let lost = cut || (self.faults_on && self.damage.is_none() && self.rng.chance(self.plan.loss));
         if lost {
             self.count_message(if cut { "cut off" } else { "lost" });
         }

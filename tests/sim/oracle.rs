@@ -8,6 +8,9 @@
 //! When the next holder of a volume (or the next life of its client) may begin, the register is *closed*: what earlier ones
 //! sent has happened by then or never will (rules C1 to C3). So the first read after that decides: what is newer
 //! than it saw, and of before the closing, is void from then on; and whatever a fenced client issues later is void at once.
+//!
+//! A disk that holds a byte that nobody wrote, under a checksum that fits, is believed until a scrub compares it with others. While that lasts the oracle
+//! is told which bytes of which block may be anything; all other bytes, and which write it is, are checked as ever.
 
 use std::collections::BTreeMap;
 
@@ -49,9 +52,25 @@ pub struct Begun {
     closed: u64,
 }
 
+/// What a disk has done to a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// This byte of it may be anything.
+    Byte(usize),
+    /// Reads of it may fail.
+    Unreadable,
+}
+
+/// Bytes of a block by which it is known may not be harmed.
+pub const TAG_BYTES: usize = 32;
+
 #[derive(Default)]
 pub struct Oracle {
     registers: BTreeMap<BlockId, Register>,
+    /// Until when.
+    harmed: BTreeMap<BlockId, Vec<(Harm, u64)>>,
+    /// Blocks that were read with a byte that nobody wrote.
+    pub harmed_reads: u64,
     pub reads_checked: u64,
 }
 
@@ -160,6 +179,64 @@ impl Oracle {
         Ok(())
     }
 
+    /// A disk harms a block of a volume, and what snapshots show of it, until it is [`Oracle::heal`]ed.
+    pub fn harm(&mut self, id: BlockId, harm: Harm) {
+        self.harmed.entry(id).or_default().push((harm, u64::MAX));
+    }
+
+    /// From now on nothing is harmed.
+    pub fn heal(&mut self, now: u64) {
+        for (_, until) in self.harmed.values_mut().flatten() {
+            *until = now.min(*until);
+        }
+    }
+
+    /// What was done to a block when a read of it was issued, or since.
+    fn harms(&self, id: BlockId, issued: u64) -> impl Iterator<Item = Harm> + '_ {
+        let of = self.registers.get(&id).map_or(id, |r| r.of);
+        let all = self.harmed.get(&of).into_iter().flatten();
+        all.filter(move |(_, until)| *until >= issued).map(|(harm, _)| *harm)
+    }
+
+    /// Whether a read that was issued then may fail because of this block.
+    pub fn may_fail(&self, id: BlockId, issued: u64) -> bool {
+        self.harms(id, issued).any(|h| h == Harm::Unreadable)
+    }
+
+    /// Checks what a read returned that was issued then, but for the bytes that disks may have changed meanwhile.
+    pub fn check_read_of_disks(
+        &mut self,
+        id: BlockId,
+        (begun, issued): (Begun, u64),
+        bytes: &[u8],
+    ) -> Result<(), String> {
+        let at = self.harms(id, issued).filter_map(|h| match h {
+            Harm::Byte(at) => Some(at),
+            Harm::Unreadable => None,
+        });
+        let at: Vec<usize> = at.collect();
+        if at.is_empty() {
+            return self.check_read(id, begun, bytes);
+        }
+        let mended = self.mended(id, bytes, &at);
+        self.harmed_reads += u64::from(mended != bytes);
+        self.check_read(id, begun, &mended)
+    }
+
+    /// These bytes of a block as the write has them that the rest is of, or zeros.
+    fn mended(&self, id: BlockId, bytes: &[u8], at: &[usize]) -> Vec<u8> {
+        let mut mended = bytes.to_vec();
+        at.iter().for_each(|at| mended[*at] = 0);
+        if mended.iter().any(|b| *b != 0) {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[16..24]);
+            let of = self.registers.get(&id).map_or(id, |r| r.of);
+            let whole = bytes_of(of, u64::from_le_bytes(word));
+            at.iter().for_each(|at| mended[*at] = whole[*at]);
+        }
+        mended
+    }
+
     /// Nobody reads it any more.
     pub fn forget(&mut self, snapshot: u64) {
         self.registers.retain(|id, _| id.volume != snapshot);
@@ -193,6 +270,33 @@ mod tests {
         let mut torn = bytes_of(ID, b);
         torn[4000] ^= 1;
         assert!(o.check_read(ID, begun, &torn).is_err(), "torn");
+    }
+
+    #[test]
+    fn bytes_may_be_anything_while_disks_harm_them_and_all_else_is_checked() {
+        let mut o = Oracle::default();
+        let a = o.issue(ID, false, false);
+        o.acknowledged(ID, a).unwrap();
+        let begun = (o.begin_read(ID), 10);
+        let (good, mut wrong, mut worse) = (bytes_of(ID, a), bytes_of(ID, a), bytes_of(ID, a));
+        wrong[1000] ^= 7;
+        assert!(o.check_read_of_disks(ID, begun, &wrong).is_err(), "nothing is harmed yet");
+        o.harm(ID, Harm::Byte(1000));
+        o.harm(ID, Harm::Byte(2000));
+        o.check_read_of_disks(ID, begun, &wrong).unwrap();
+        o.check_read_of_disks(ID, begun, &good).unwrap();
+        assert_eq!(o.harmed_reads, 1);
+        wrong[2000] ^= 7;
+        o.check_read_of_disks(ID, begun, &wrong).unwrap();
+        worse[1001] ^= 7;
+        assert!(o.check_read_of_disks(ID, begun, &worse).is_err(), "another byte");
+        let mut zeros = vec![0; BLOCK];
+        zeros[1000] = 7;
+        assert!(o.check_read_of_disks(ID, begun, &zeros).is_err(), "lost");
+        assert!(!o.may_fail(ID, 10));
+        o.heal(20);
+        o.check_read_of_disks(ID, begun, &wrong).unwrap();
+        assert!(o.check_read_of_disks(ID, (begun.0, 21), &wrong).is_err(), "issued when it was healed");
     }
 
     #[test]

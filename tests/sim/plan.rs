@@ -26,6 +26,10 @@ pub const FULL: Form = Form {
     quiet: true,
 };
 
+fn coded(redundancy: Redundancy) -> bool {
+    matches!(redundancy, Redundancy::Erasure { .. })
+}
+
 /// What a seed decides before the run.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -72,13 +76,15 @@ pub enum Scenario {
     StandIns,
     /// One disk is slow, and other OSDs come and go: what they lack must not be read from them (rule P5).
     StaleCopies,
+    /// Objects are damaged, one after the other, and repaired.
+    Damage,
     /// An OSD is away while little is written: what is brought to it then is in proportion.
     Absence,
 }
 
 impl Scenario {
     /// As the command line names them.
-    pub const NAMES: [(&str, Scenario); 7] = [
+    pub const NAMES: [(&str, Scenario); 8] = [
         ("faults", Scenario::Faults),
         ("broken-link", Scenario::OneBrokenLink),
         ("slow-disk", Scenario::SlowDisks { all: false }),
@@ -86,6 +92,7 @@ impl Scenario {
         ("stale-copies", Scenario::StaleCopies),
         ("absence", Scenario::Absence),
         ("stand-ins", Scenario::StandIns),
+        ("damage", Scenario::Damage),
     ];
 }
 
@@ -115,6 +122,12 @@ impl Plan {
                 Plan { volumes: 2, observed: 0, fault_phase_ms: 90_000, rot: false, ..plan }
             }
             Scenario::StaleCopies => Plan { rot: false, ..plan },
+            // Enough for all members of a group but one to be others.
+            Scenario::Damage => {
+                let width = redundancy.width() as u32;
+                let osds = if coded(redundancy) { width } else { (2 * width - 1).max(3) };
+                Plan { osds, rot: false, loss: 0, fault_phase_ms: 90_000, ..plan }
+            }
             Scenario::Absence => {
                 let (volumes, observed, fault_phase_ms) = (2, 0, 90_000);
                 Plan { volumes, observed, fault_phase_ms, rot: false, loss: 0, duplicate: 0, ..plan }

@@ -61,7 +61,7 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
             w.let_others_stand_in();
             go_on(&mut w, 0)?;
         }
-        Scenario::OneBrokenLink | Scenario::StaleCopies => {}
+        Scenario::OneBrokenLink | Scenario::StaleCopies | Scenario::Damage => {}
         Scenario::Absence => {
             let measured = w.judge_absence()?;
             w.log(|| measured);
@@ -77,6 +77,12 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
                 }
                 calm(&mut w)?;
                 storm(&mut w)?;
+            }
+            if w.rng.chance(400) {
+                settle(&mut w)?;
+                w.clients.iter_mut().for_each(|c| c.draining = false);
+                w.damage_something();
+                undamaged(&mut w)?;
             }
         }
     }
@@ -144,6 +150,9 @@ fn calm(w: &mut World) -> Result<(), String> {
     for c in &mut w.clients {
         c.draining = false;
     }
+    if w.rng.chance(500) {
+        w.damage_something();
+    }
     if !w.plan.form.quiet {
         let ms = w.rng.range(5_000, 20_000);
         return go_on(w, ms);
@@ -153,8 +162,18 @@ fn calm(w: &mut World) -> Result<(), String> {
     go_on(w, ms)
 }
 
+/// What is damaged is whole again, before anything else happens to it.
+fn undamaged(w: &mut World) -> Result<(), String> {
+    w.faults_on = false;
+    match wait_until(w, HEAL_MS, |w| w.damage.is_none())? {
+        true => Ok(()),
+        false => Err(format!("an object is still damaged\n{}", w.describe())),
+    }
+}
+
 /// Faults stop. Soon everything is clean, every operation answered and nothing left of what was removed.
 fn settle(w: &mut World) -> Result<(), String> {
+    undamaged(w)?;
     w.heal();
     for c in &mut w.clients {
         c.draining = true;

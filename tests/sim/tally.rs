@@ -11,6 +11,8 @@ pub struct Tally {
     pub redundancy: String,
     pub client_ops: u64,
     pub reads_checked: u64,
+    /// Blocks that were read with a byte that nobody wrote, before a scrub found it.
+    pub harmed_reads: u64,
     /// Each by kind.
     pub faults: Counts,
     /// What operators changed in the map.
@@ -91,6 +93,7 @@ impl Report {
         let sum = &mut self.sum;
         sum.client_ops += run.client_ops;
         sum.reads_checked += run.reads_checked;
+        sum.harmed_reads += run.harmed_reads;
         sum.map_epochs += run.map_epochs;
         sum.virtual_ms += run.virtual_ms;
         sum.degraded_checks += run.degraded_checks;
@@ -140,8 +143,8 @@ impl Report {
             sum.degraded_checks
         );
         println!(
-            "scrubs: {} passes, {} findings, {} repaired",
-            sum.scrubs, sum.scrub_findings, sum.scrub_repaired
+            "scrubs: {} passes, {} findings, {} repaired; {} blocks were read wrong before they were found",
+            sum.scrubs, sum.scrub_findings, sum.scrub_repaired, sum.harmed_reads
         );
         println!(
             "reads: {} hedged, {} answered so; somebody slow {} times when the monitors looked",

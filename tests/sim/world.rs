@@ -2,6 +2,7 @@
 
 use crate::absence::Absence;
 use crate::client::{self, Client, ClientEvent, Seat};
+use crate::damage::Damage;
 use crate::monitor::{Beat, MONITOR_TICK_MS, Monitor};
 use crate::network::Network;
 use crate::nodes::Node;
@@ -127,6 +128,9 @@ pub enum Ev {
     },
     StaleCopies,
     Absence,
+    /// How what is damaged is getting on.
+    Damage,
+    DamageSomething,
     GoAway {
         slow: usize,
     },
@@ -168,6 +172,8 @@ pub struct World {
     pub rotting: bool,
     /// Some bit rotted in this run: what scrubs find otherwise is not there.
     pub rotten: bool,
+    /// An object is damaged, and nothing else goes wrong before it is whole again.
+    pub damage: Option<Damage>,
     pub slowness: Slowness,
     pub absence: Absence,
 }
@@ -213,6 +219,7 @@ impl World {
             lost_one: false,
             rotting: false,
             rotten: false,
+            damage: None,
             slowness: Slowness::default(),
             absence: Absence::default(),
             plan,
@@ -234,6 +241,7 @@ impl World {
             Scenario::Faults => world.at(first, Ev::Fault { chain: 0 }),
             Scenario::OneBrokenLink => world.at(first, Ev::BreakLink),
             Scenario::TooFewMembers | Scenario::StandIns => {}
+            Scenario::Damage => world.at(first, Ev::DamageSomething),
             Scenario::SlowDisks { all } => world.at(first, Ev::SlowDisks { all }),
             Scenario::StaleCopies => world.at(first, Ev::StaleCopies),
             Scenario::Absence => world.at(first, Ev::Absence),
@@ -304,6 +312,7 @@ impl World {
             Redundancy::Erasure { k, m } => format!("erasure {k}+{m}"),
         };
         self.tally.reads_checked = self.oracle.reads_checked;
+        self.tally.harmed_reads = self.oracle.harmed_reads;
         self.tally.virtual_ms = self.now;
         self.tally
     }
@@ -323,6 +332,11 @@ impl World {
 
     pub fn client_later(&mut self, delay: u64, client: usize, event: ClientEvent) {
         self.at(delay, Ev::Client { client, event });
+    }
+
+    /// Whether a client's operation is on its way to some OSD.
+    pub fn is_op_under_way(&self) -> bool {
+        self.events.values().any(|ev| matches!(ev, Ev::Op { .. }))
     }
 
     /// Runs until the time or a finding.
@@ -393,6 +407,8 @@ impl World {
             Ev::SlowDisks { all } => self.slow_down(all),
             Ev::StaleCopies => self.make_copies_stale(),
             Ev::Absence => self.go_on_with_absence(),
+            Ev::Damage => self.go_on_with_damage(),
+            Ev::DamageSomething if self.faults_on => self.damage_again(),
             Ev::GoAway { slow } => self.go_away(slow),
             Ev::Restart { node } => self.start(node),
             Ev::Unfill { node } => self.nodes[node].disk.unfill(),
