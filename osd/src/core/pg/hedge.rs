@@ -152,9 +152,14 @@ impl Pg {
                 e.first_block >= first && e.first_block + e.block_count <= first + count
             })
         };
+        // What a scrub, or another read, has found out about that copy meanwhile counts.
+        let OpKind::Read { below, .. } = &read.op().kind else { return };
+        let knows_better = |o: ObjectId| a.scrub.damaged.contains_key(&o) || a.recovery.lacks(from, &o);
+        let doubted =
+            layers_of(read.op().object, below).any(knows_better) && cx.rules.keep(Rule::HedgeHolders);
         let content = result.map(|extents| Content { extents, data });
         let good = |c: &Content| c.validate(true).is_ok() && c.extents.iter().all(within);
-        match content.ok().filter(good) {
+        match content.ok().filter(|c| good(c) && !doubted) {
             Some(content) => {
                 let Some(read) = a.reads.remove(&hedge.token) else { return };
                 if read.own {

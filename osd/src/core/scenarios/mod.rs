@@ -27,6 +27,7 @@ mod stops;
 mod strays;
 mod stuck;
 mod uncertain;
+mod waits;
 
 use super::*;
 use crate::erasure::{Block, Geometry, ReedSolomon, Rows};

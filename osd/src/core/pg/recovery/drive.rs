@@ -124,7 +124,9 @@ impl Pg {
                 match source {
                     Some(from) => Stage::Pulling { from: *from },
                     None => {
-                        r.sources.remove(&object);
+                        // Whoever is down or was late is nobody who can be reached, until strays are asked again.
+                        let all: Vec<OsdId> = r.sources.get(&object).into_iter().flatten().copied().collect();
+                        r.bad.extend(all.into_iter().map(|o| (object, o)));
                         return;
                     }
                 }
@@ -458,6 +460,10 @@ impl Pg {
                 if let Some(r) = self.recovery().filter(|r| r.is_under_way(&object, tid)) {
                     r.work.remove(&object);
                 }
+                Err(SubResult::VersionMismatch)
+            }
+            // It gave way to a write, of which nobody else may have the version yet. It is read again.
+            Err(_) if !self.recovery().is_some_and(|r| r.is_under_way(&object, tid)) => {
                 Err(SubResult::VersionMismatch)
             }
             Err(e) => {

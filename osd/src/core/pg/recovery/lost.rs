@@ -112,8 +112,15 @@ impl Pg {
         // What could not be read may be readable again after a restart there.
         r.bad.clear();
         r.own_bad.retain(|o, since| cx.now < *since + 10 * AGAIN_MS && !is_removed(cx.map, o));
+        // Whole copies only.
+        let missing = r.missing.get(&own).filter(|_| r.coded.is_none()).into_iter().flatten();
+        let unfound: Vec<_> = missing.filter(|(o, _)| r.is_unfound(own, o)).map(|(o, n)| (*o, *n)).collect();
         for o in known.difference(&acting) {
             self.send(cx, *o, PeerBody::Query, Bytes::new());
+        }
+        // Nobody will ever have it.
+        for (o, n) in unfound {
+            self.keep_if_damaged(cx, o, n);
         }
     }
 

@@ -180,7 +180,11 @@ impl Pg {
         if a.scrub.parity.is_some() {
             return self.parity_on(cx);
         }
-        if pass.held.is_some_and(|o| pass.unread.front() != Some(&o)) {
+        let (now, again) = (cx.now, &pass.again);
+        let its_turn =
+            |o: &ObjectId| pass.unread.front() == Some(o) || again.get(o).is_some_and(|a| now >= a.due);
+        let waits = a.recovery.misses_more_than(&a.scrub.damaged);
+        if pass.held.is_some_and(|o| waits || !its_turn(&o)) {
             pass.held = None;
             // Its writes go on.
             self.resume(cx);

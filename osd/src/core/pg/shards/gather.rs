@@ -414,6 +414,16 @@ impl Pg {
                 if damaged && !away {
                     a.scrub.damaged.insert(g.object, Damage::Unreadable);
                 }
+                // Members of earlier intervals that are down are nobody who can be reached: others are asked again.
+                let down: Vec<OsdId> = a
+                    .recovery
+                    .holders(&g.object, true)
+                    .into_values()
+                    .filter(|o| *o != cx.id && cx.map.up_osd(*o).is_none())
+                    .collect();
+                for o in down {
+                    a.recovery.give_up(g.object, o);
+                }
                 a.recovery.gathering_failed(g.object, cx.now + AGAIN_MS);
             }
         }
