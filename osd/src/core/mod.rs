@@ -19,6 +19,7 @@ mod rules;
 mod scenarios;
 mod scrub_budget;
 mod throttle;
+mod turns;
 
 pub use branches::{Branch, Branches};
 pub use osd::{Boot, OsdCore};

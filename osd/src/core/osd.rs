@@ -109,9 +109,10 @@ impl OsdCore {
             self.with_pg(pg, out, |pg, cx| pg.hedge(cx));
         }
         // Once each: some wait again.
-        for _ in 0..self.throttle.waiting() {
-            let Some(pg) = self.throttle.next_waiting(self.recovery.moving()) else { break };
+        for _ in 0..self.throttle.turns.len() {
+            let Some(pg) = self.throttle.next_turn(self.recovery) else { break };
             self.with_pg(pg, out, |pg, cx| pg.recover(cx));
+            self.throttle.turns.end();
         }
         let ended = |e: &&Effect| {
             matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })

@@ -9,10 +9,10 @@
 //! mend; but a client that does nothing but wait for them is no idle one.
 
 use super::Millis;
+use super::context::Load;
+use super::turns::Turns;
 use gabion_proto::ids::PgId;
 use gabion_proto::limits::REBUILD_RATE_MIN;
-use std::collections::BTreeSet;
-use std::ops::Bound;
 
 /// Latency is judged once in a window, which lasts at least so long.
 const WINDOW_MS: Millis = 500;
@@ -69,9 +69,7 @@ pub struct Throttle {
     /// Windows until the next pause, and of the one that is going on.
     probe_in: u32,
     probing: u32,
-    /// Groups that have something to move as soon as they may, and the one whose turn it was last.
-    waiting: BTreeSet<PgId>,
-    last: Option<PgId>,
+    pub turns: Turns,
 }
 
 impl Throttle {
@@ -86,8 +84,7 @@ impl Throttle {
             healthy_us: [None; LOADS],
             probe_in: PROBE_EVERY,
             probing: 0,
-            waiting: BTreeSet::new(),
-            last: None,
+            turns: Turns::default(),
         }
     }
 
@@ -137,30 +134,16 @@ impl Throttle {
         self.probing == 0 && self.rate().is_none_or(|rate| self.credit_bytes > 0 && ahead(rate))
     }
 
-    /// A group waits until more may be begun.
-    pub fn wait(&mut self, pg: PgId) {
-        self.waiting.insert(pg);
-    }
-
-    pub fn waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
-    /// A group that may begin more now, with so much under way; each in turn.
-    pub fn next_waiting(&mut self, recovery_bytes: u64) -> Option<PgId> {
-        if self.waiting.is_empty() || !self.allows(recovery_bytes) {
-            return None;
-        }
-        let after = self.last.map_or(Bound::Unbounded, Bound::Excluded);
-        let next =
-            self.waiting.range((after, Bound::Unbounded)).next().or_else(|| self.waiting.first()).copied();
-        self.last = next;
-        next.inspect(|pg| _ = self.waiting.remove(pg))
+    /// A group that may move something now, with so much under way.
+    pub fn next_turn(&mut self, under_way: Load) -> Option<PgId> {
+        let allowed = !self.turns.is_empty() && self.allows(under_way.moving());
+        let nothing = under_way.objects == 0 || !self.limits();
+        allowed.then(|| self.turns.next(nothing)).flatten()
     }
 
     /// When what was spent is made up for and somebody waits for that. What else is waited for ends with an event.
     pub fn wake_at(&self) -> Option<Millis> {
-        let rate = self.rate().filter(|_| !self.waiting.is_empty() && self.probing == 0)?;
+        let rate = self.rate().filter(|_| !self.turns.is_empty() && self.probing == 0)?;
         let owed = u64::try_from(1_i64.saturating_sub(self.credit_bytes)).unwrap_or(0);
         (owed > 0).then(|| self.at + (owed.saturating_mul(1_000) / rate.max(1)).min(WAKE_MS_MAX) + 1)
     }

@@ -64,7 +64,7 @@ impl Pg {
         self.pass_late(cx);
         self.grant_wishes(cx);
         loop {
-            let pg = self.id;
+            let (pg, members) = (self.id, self.record.members().count());
             let Some(r) = self.recovery() else { return };
             let here = r.load();
             // Wanted objects may overtake even when all places are taken. Who waits for somebody who is late takes none.
@@ -77,19 +77,24 @@ impl Pg {
             let allowed = cx.throttle.allows(under_way.moving());
             let waits = under_way.reserved >= BYTES_AT_ONCE || !allowed || !r.wishes.is_empty();
             // A write in the way of an object makes it begin anew: beside clients, where an object takes longer, one at a time of all groups.
-            let taken = match cx.throttle.limits() {
-                true => under_way.objects + r.draining.len() > 0,
+            let limited = cx.throttle.limits();
+            let taken = match limited {
+                true => !cx.throttle.turns.may_begin(pg),
                 false => places >= AT_ONCE,
             };
             let next = r.next(cx.id, cx.now, taken || waits, &written);
-            if next.is_none() && !taken && !allowed {
-                let probes = cx.throttle.probes();
-                cx.throttle.wait(pg);
-                cx.takes(if probes { Branch::ThrottleProbes } else { Branch::Throttled });
+            if limited && next.is_none() && here.objects == 0 && !cx.throttle.turns.waits_to_begin(pg) {
+                if let Some(spare) = r.next(cx.id, cx.now, false, &written).map(|o| r.spare(&o, members)) {
+                    cx.throttle.turns.begin(pg, spare);
+                }
+                if !allowed {
+                    cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
+                }
             }
             let Some(object) = next else { break };
-            if r.demanded.contains(&object) {
-                cx.takes(Branch::Demanded);
+            match r.demanded.contains(&object) {
+                true => cx.takes(Branch::Demanded),
+                false => cx.throttle.turns.end(),
             }
             self.start_recovery(cx, object);
         }
@@ -190,7 +195,7 @@ impl Pg {
             under_way += r.load();
             let allowed = cx.throttle.allows(under_way.moving());
             if !allowed && !r.wishes.is_empty() {
-                cx.throttle.wait(pg);
+                cx.throttle.turns.go_on(pg);
                 cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });
             }
             let Some(wish) = r.next_wish(allowed && under_way.reserved < BYTES_AT_ONCE) else { return };

@@ -583,6 +583,12 @@ impl Recovery {
         self.repairs.remove(&(*object, member)).is_some()
     }
 
+    /// How many more copies or shards of an object may be lost.
+    pub(super) fn spare(&self, object: &ObjectId, members: usize) -> usize {
+        let lacking = self.missing.values().filter(|m| m.contains_key(object)).count();
+        members.saturating_sub(lacking + self.coded.as_ref().map_or(1, |c| c.k))
+    }
+
     /// The next object to start: in demand first, then uncertain ones, then the one that most members lack. None of which writes are
     /// in flight, as long as there is another one.
     pub(super) fn next(
