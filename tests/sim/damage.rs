@@ -76,7 +76,7 @@ enum Stage {
         by: u64,
     },
     /// A scrub must find nothing any more.
-    Sought2,
+    SoughtAgain,
 }
 
 /// An object that is the same, and can be read, wherever it is.
@@ -405,13 +405,13 @@ impl World {
             Stage::Committed { by } => match self.is_damaged(damage) {
                 false => {
                     self.command(Command::RequestScrub { pool: None, pg: None, deep: true });
-                    damage.stage = Stage::Sought2;
+                    damage.stage = Stage::SoughtAgain;
                 }
                 // The write was refused, or its client died.
                 true if self.now >= by => damage.stage = Stage::Rewrite { next: 0 },
                 true => {}
             },
-            Stage::Sought2 if scrubbed => {
+            Stage::SoughtAgain if scrubbed => {
                 if !gone && (self.is_damaged(damage) || self.is_listed(damage)) {
                     self.finding = Some("a scrub finds damaged what was written again".into());
                 }
@@ -421,7 +421,7 @@ impl World {
             | Stage::Moves
             | Stage::Sought
             | Stage::Written { .. }
-            | Stage::Sought2 => {}
+            | Stage::SoughtAgain => {}
         }
         false
     }

@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn what_is_damaged_is_found_and_made_whole() {
         let mut taken = BTreeMap::new();
-        for (pool, seed) in ["3", "2", "2+1", "4+2"].iter().flat_map(|p| (1..=3).map(move |s| (p, s))) {
+        for (pool, seed) in ["3", "2", "2+1", "4+2"].iter().flat_map(|p| (1..=5).map(move |s| (p, s))) {
             let run = run::run(seed, Scenario::Damage, args::redundancy(pool), SHORT, false);
             let tally = run.unwrap_or_else(|e| panic!("damage, {pool}, seed {seed}: {e}"));
             assert!(tally.fault_count() >= 3, "{pool}, seed {seed}: {:?}", tally.faults);
