@@ -118,7 +118,7 @@ impl World {
     /// Nothing is wrong, under way, or about to be.
     fn is_well(&self) -> bool {
         let well = |n: &Node| {
-            let late = [n.paused_until, n.slow_disk.until, n.slow_net.until];
+            let late = [n.asleep_until, n.slow_disk.until, n.slow_net.until];
             n.core.is_some() && late.iter().all(|until| *until <= self.now) && !n.disk.is_in_trouble()
         };
         let map = &self.monitor.state.map;

@@ -141,8 +141,9 @@ impl World {
                 let ms = self.rng.range(200, 9_000);
                 self.log(|| format!("osd.{node} pauses for {ms} ms"));
                 // What came before sleeps as long as it was told.
-                let until = &mut self.nodes[node].paused_until;
-                *until = (*until).max(self.now + ms);
+                let node = &mut self.nodes[node];
+                node.paused_until = node.paused_until.max(self.now + ms);
+                node.asleep_until = node.asleep_until.max(node.paused_until);
             }
             "client pause" => {
                 let ms = self.rng.range(200, 12_000);

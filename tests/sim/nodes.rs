@@ -41,6 +41,8 @@ pub struct Node {
     pub lost_at: u64,
     /// Sees nothing of the world until then (its clock goes on).
     pub paused_until: u64,
+    /// What came while it was paused comes then, even if it was woken before.
+    pub asleep_until: u64,
     /// Everything that it stores or reads takes longer.
     pub slow_disk: Slow,
     /// Everything that it sends or gets takes longer.
@@ -91,6 +93,7 @@ impl World {
             lost: false,
             lost_at: 0,
             paused_until: 0,
+            asleep_until: 0,
             slow_disk: Slow::default(),
             slow_net: Slow::default(),
             clock_ahead_ms: self.rng.range(10_000, 1_000_000),
