@@ -303,7 +303,8 @@ impl Entry for pb::PgEntry {
             check(ordered, "past.interval", || format!("{} is out of order", p.interval))?;
             past.push(PastInterval {
                 interval: Epoch(p.interval),
-                primary: primary("past.primary", p.primary, &acting)?,
+                // Another one may stand in for it by now, for its shard (rule E5); it may still serve reads (rule P6).
+                primary: p.primary.map(|id| osd_id("past.primary", id)).transpose()?,
                 acting,
             });
         }

@@ -1,6 +1,6 @@
 //! Positions of erasure-coded groups: who gets one, who is held back, and who may be let go.
 
-use super::tests::{activate, boot, clean, down, pg, report};
+use super::tests::{activate, boot, can_be_told, clean, down, pg, report};
 use super::*;
 use gabion_proto::map::{FailureDomain, PgRecord, Redundancy};
 use proptest::prelude::*;
@@ -75,6 +75,19 @@ fn who_is_held_back_is_let_go_when_the_members_have_everything() {
     activate(&mut state, pg(0));
     assert_eq!(filled(&mut state, pg(0)).unwrap_err().kind, RefusalKind::Precondition, "it serves");
     clean(&mut state, pg(0));
+}
+
+/// It may still serve reads, as the primary of an interval of which it is no member any more.
+#[test]
+fn who_is_let_go_may_have_been_primary() {
+    let (mut state, was, _) = held_back();
+    let mut r = record(&state).clone();
+    r.past.iter_mut().for_each(|p| p.primary = Some(was[0]));
+    state.map.pgs.insert(pg(0), r.into());
+    filled(&mut state, pg(0)).unwrap();
+    let past = &record(&state).past[0];
+    assert!(past.primary == Some(was[0]) && !past.acting.contains(&was[0]));
+    assert!(can_be_told(&state));
 }
 
 #[test]
@@ -171,6 +184,7 @@ proptest! {
                 }
                 _ => {}
             }
+            prop_assert!(can_be_told(&state), "{:?}", state.map);
             for (id, record) in &state.map.pgs {
                 let holders = holders.entry(*id).or_default();
                 for (position, osd) in of(record) {

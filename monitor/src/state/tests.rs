@@ -523,6 +523,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..60)
 }
 
+/// Everybody can be told of it: who refuses a map stands still.
+pub fn can_be_told(state: &MonitorState) -> bool {
+    let told = gabion_proto::pb::ClusterMap::from(&state.map);
+    gabion_proto::map::ClusterMap::try_from(told).as_ref() == Ok(&state.map)
+}
+
 proptest! {
     /// Whatever happens: one epoch per change, intervals named by the epoch that began them, and every
     /// member set that was activated since the group was last clean is known.
@@ -564,6 +570,7 @@ proptest! {
             if state.map != before {
                 prop_assert_eq!(state.map.epoch, before.epoch.next());
             }
+            prop_assert!(can_be_told(&state), "{:?}", state.map);
             for (id, record) in &state.map.pgs {
                 let old = &before.pgs[id];
                 let moved = (&old.acting, old.primary) != (&record.acting, record.primary);
