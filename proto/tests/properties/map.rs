@@ -117,7 +117,7 @@ fn what_is_refused_names_its_field() {
         ("pgs[0].primary", |m| m.pgs[0].primary = Some(9)),
         ("pgs[1.0].interval", |m| m.pgs[0].interval = 6),
         ("pgs[0].past.interval", |m| m.pgs[0].past[0].interval = 5),
-        ("pgs[0].past.primary", |m| m.pgs[0].past[0].primary = Some(1)),
+        ("pgs[0].past.primary", |m| m.pgs[0].past[0].primary = Some(u32::MAX)),
     ];
     ClusterMap::try_from(good()).expect("the map is good before it is broken");
     for (field, break_it) in cases {
