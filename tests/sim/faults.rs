@@ -215,7 +215,10 @@ impl World {
                 self.nodes[0].disk.rot_under_reads(reads);
             }
             "cold rot" => {
-                let well = |n: &Node| n.lost || (n.core.is_some() && n.paused_until <= self.now);
+                // Nor is a disk about to fail: that would be one failure more than there are copies for.
+                let runs =
+                    |n: &Node| n.core.is_some() && n.asleep_until <= self.now && !n.disk.is_in_trouble();
+                let well = |n: &Node| n.lost || runs(n);
                 let all_well = self.nodes.iter().all(well) && self.network.cut.is_empty();
                 // The monitor may not have noticed yet that one is lost.
                 let lost: Vec<_> = self.nodes.iter().filter(|n| n.lost).map(|n| n.id).collect();
