@@ -43,19 +43,23 @@ fn info(rig: &mut Rig, from: u32, activated: u64, shard: Option<u8>, entries: &[
     rig.hear(from, PeerBody::List { after: None, entries: entries.to_vec(), last: true });
 }
 
+/// A pool 2+2 that serves with three: osd.1 has a shard of the object, and besides the members there are others, of which some are down.
+fn coded(version: Version, others: std::ops::RangeInclusive<u32>, down: [u32; 2]) -> Rig {
+    let mut rig = Rig::new(&[(0, version)]);
+    for n in others {
+        rig.map.osds.insert(OsdId(n), OsdInfo { up: !down.contains(&n), ..osd(n) });
+    }
+    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+    }
+    rig
+}
+
 /// 2+2: osd.1 and, of the past, osd.5 have shards, and are enough. osd.5 goes down, osd.6, of the past too, comes back.
 #[test]
 fn a_shard_that_comes_back_is_asked_for_when_another_is_down() {
     let v = version(5, 1);
-    let mut rig = Rig::new(&[(0, v)]);
-    for n in 5..=7 {
-        rig.map.osds.insert(OsdId(n), osd(n));
-    }
-    rig.map.osds.get_mut(&OsdId(6)).unwrap().up = false;
-    rig.map.osds.get_mut(&OsdId(7)).unwrap().up = false;
-    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-    }
+    let mut rig = coded(v, 5..=7, [6, 7]);
     rig.interval(10, &[1, 2, 3, 4], vec![past(5, &[1, 5, 6, 7])]);
     info(&mut rig, 5, 5, Some(1), &[has(0, v)]);
     for n in 2..=4 {
@@ -85,15 +89,7 @@ fn a_shard_that_comes_back_is_asked_for_when_another_is_down() {
 #[test]
 fn of_two_that_have_a_shard_the_one_that_is_up_is_asked() {
     let v = version(5, 1);
-    let mut rig = Rig::new(&[(0, v)]);
-    for n in 5..=8 {
-        rig.map.osds.insert(OsdId(n), osd(n));
-    }
-    rig.map.osds.get_mut(&OsdId(7)).unwrap().up = false;
-    rig.map.osds.get_mut(&OsdId(8)).unwrap().up = false;
-    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-    }
+    let mut rig = coded(v, 5..=8, [7, 8]);
     rig.interval(10, &[1, 2, 3, 4], vec![past(4, &[1, 5, 7, 8]), past(5, &[1, 6, 7, 8])]);
     info(&mut rig, 5, 4, Some(1), &[has(0, v)]);
     info(&mut rig, 6, 5, Some(1), &[has(0, v)]);
