@@ -33,6 +33,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tally::Report;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How often a long run says where it is.
 const PROGRESS: Duration = Duration::from_secs(60);
 

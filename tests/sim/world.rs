@@ -149,7 +149,8 @@ pub struct World {
     /// Each start of trouble begins a new chain of faults.
     chain: u64,
     heap: BinaryHeap<Reverse<(u64, u64)>>,
-    events: BTreeMap<u64, Ev>,
+    /// Boxed: a tree that moves events of this size costs more than the allocation.
+    events: BTreeMap<u64, Box<Ev>>,
     next_event: u64,
     pub nodes: Vec<Node>,
     pub monitor: Monitor,
@@ -326,7 +327,7 @@ impl World {
     pub fn at(&mut self, delay: u64, ev: Ev) {
         let id = self.next_event;
         self.next_event += 1;
-        self.events.insert(id, ev);
+        self.events.insert(id, Box::new(ev));
         self.heap.push(Reverse((self.now + delay, id)));
     }
 
@@ -336,7 +337,7 @@ impl World {
 
     /// Whether a client's operation is on its way to some OSD.
     pub fn is_op_under_way(&self) -> bool {
-        self.events.values().any(|ev| matches!(ev, Ev::Op { .. }))
+        self.events.values().any(|ev| matches!(**ev, Ev::Op { .. }))
     }
 
     /// Runs until the time or a finding.
@@ -355,7 +356,7 @@ impl World {
                     self.events.insert(id, ev);
                     self.heap.push(Reverse((self.now + wait, id)));
                 }
-                None => self.handle(ev),
+                None => self.handle(*ev),
             }
         }
         if self.finding.is_none() {

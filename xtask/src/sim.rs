@@ -9,18 +9,11 @@ use std::process::Command;
 /// How long a soak goes on if neither time nor seeds are given.
 const SOAK: [&str; 2] = ["--minutes", "10"];
 
-/// Freed memory is kept: simulated disks use and free megabytes all the time, and page faults would take a third of a run.
-const MALLOC: [(&str, &str); 3] = [
-    ("MALLOC_MMAP_THRESHOLD_", "1073741824"),
-    ("MALLOC_TRIM_THRESHOLD_", "4294967296"),
-    ("MALLOC_TOP_PAD_", "67108864"),
-];
-
 /// Builds the simulator alone and runs it; it knows its own arguments.
 pub fn run(args: &[&str]) -> Result<()> {
     let package = ["run", "--quiet", "--package", "gabion-tests", "--bin", "gabion-sim", "--"];
     let mut command = step::cargo(&package);
-    command.args(args).envs(MALLOC);
+    command.args(args);
     step::show(command)
 }
 
@@ -55,6 +48,6 @@ pub fn build_with_tests() -> Result<PathBuf> {
 /// Runs a simulator that is built.
 pub fn run_binary(simulator: &Path, args: &[&str]) -> Result<()> {
     let mut command = Command::new(simulator);
-    command.current_dir(step::top()).args(args).envs(MALLOC);
+    command.current_dir(step::top()).args(args);
     step::show(command)
 }

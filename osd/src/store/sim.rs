@@ -26,7 +26,18 @@ use zerocopy::IntoBytes;
 const SECTOR: usize = 512;
 const SECTORS: usize = BLOCK / SECTOR;
 
-type BlockImage = Arc<[u8; BLOCK]>;
+/// A block that is on the disk: in what was written, from a byte on. Nothing is copied until something changes in it.
+#[derive(Clone)]
+struct BlockImage {
+    written: Arc<Vec<u8>>,
+    at: usize,
+}
+
+impl BlockImage {
+    fn bytes(&self) -> &[u8] {
+        &self.written[self.at..][..BLOCK]
+    }
+}
 
 /// Something that changed what is, or may be, on the disk.
 #[derive(Clone)]
@@ -81,7 +92,7 @@ impl Image {
     /// A write is on the disk for good. What is older and volatile cannot come over it any more.
     fn settle(&mut self, write: u64) {
         let Some((block, data)) = self.volatile.remove(&write) else { return };
-        self.put(block, &data, |_| true);
+        self.put(block, &data);
         let (from, to) = (block, block + (data.len() / BLOCK) as u64);
         for (_, (start, older)) in self.volatile.range_mut(..write) {
             let end = *start + (older.len() / BLOCK) as u64;
@@ -96,28 +107,36 @@ impl Image {
         }
     }
 
-    fn put(&mut self, block: u64, data: &[u8], mut keep: impl FnMut(usize) -> bool) {
+    fn put(&mut self, block: u64, data: &Arc<Vec<u8>>) {
+        for (block, at) in (block..).zip((0..data.len()).step_by(BLOCK)) {
+            self.blocks.insert(block, BlockImage { written: data.clone(), at });
+        }
+    }
+
+    /// Only those sectors that `keep` names, by their number in the write.
+    fn put_sectors(&mut self, block: u64, data: &[u8], mut keep: impl FnMut(usize) -> bool) {
         for (i, bytes) in data.chunks_exact(BLOCK).enumerate() {
-            let image = self.blocks.entry(block + i as u64).or_insert_with(|| Arc::new([0; BLOCK]));
-            let image = Arc::make_mut(image);
+            let block = block + i as u64;
+            let mut image = self.blocks.get(&block).map_or_else(|| vec![0; BLOCK], |b| b.bytes().to_vec());
             for s in (0..SECTORS).filter(|s| keep(i * SECTORS + s)) {
                 image[s * SECTOR..][..SECTOR].copy_from_slice(&bytes[s * SECTOR..][..SECTOR]);
             }
+            self.put(block, &image.into());
         }
     }
 
     fn corrupt(&mut self, offset: usize) {
-        let mut bytes = [0; BLOCK];
+        let mut bytes = vec![0; BLOCK];
         let block = (offset / BLOCK) as u64;
         self.read(block, &mut bytes);
         bytes[offset % BLOCK] ^= 0xff;
-        self.put(block, &bytes, |_| true);
         for (start, data) in self.volatile.values_mut() {
             if (*start..*start + (data.len() / BLOCK) as u64).contains(&block) {
                 Arc::make_mut(data)[(block - *start) as usize * BLOCK + offset % BLOCK] =
                     bytes[offset % BLOCK];
             }
         }
+        self.put(block, &bytes.into());
     }
 
     /// Power fails: of what is volatile, some is there.
@@ -126,7 +145,7 @@ impl Image {
         let mode = rng.random_range(0..5);
         for (_, (block, data)) in std::mem::take(&mut self.volatile) {
             let whole = rng.random::<bool>();
-            self.put(block, &data, |_| match mode {
+            self.put_sectors(block, &data, |_| match mode {
                 0 => false,
                 1 => true,
                 2 => whole,
@@ -141,7 +160,7 @@ impl Image {
         let end = first + (out.len() / BLOCK) as u64;
         for (block, out) in (first..).zip(out.chunks_exact_mut(BLOCK)) {
             match self.blocks.get(&block) {
-                Some(bytes) => out.copy_from_slice(&bytes[..]),
+                Some(image) => out.copy_from_slice(image.bytes()),
                 None => out.fill(0),
             }
         }
@@ -552,7 +571,7 @@ impl SimDisk {
 
     pub(super) fn set_block(&self, block: u64, bytes: &[u8]) {
         let mut state = self.0.lock();
-        state.image.put(block, bytes, |_| true);
+        state.image.put(block, &Arc::new(bytes.to_vec()));
     }
 
     pub(super) fn edit_index(&self, edit: impl FnOnce(&mut BTreeMap<Vec<u8>, Vec<u8>>)) {
