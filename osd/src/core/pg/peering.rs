@@ -366,18 +366,22 @@ impl Pg {
         let strays = self.shards_of_strays(&told);
         let own_missing = missing.get(&cx.id).cloned().unwrap_or_default();
         let own_back = back.get(&cx.id).cloned().unwrap_or_default();
-        let base = |o: &ObjectId| told.get(&cx.id)?.entries.get(o)?.base;
+        // Not as it was told: what is missing may be held after all, when the version goes back to it.
+        let base =
+            |o: &ObjectId, n: &Needed| self.index.objects.get(o).filter(|h| h.version == n.version)?.base;
         // From here on the index is what the objects should be; what is left of removed volumes is purged from it.
         let beneath = own_missing.keys().filter_map(|o| {
             let held = self.index.objects.get(o)?;
             Some((*o, held.base.unwrap_or(held.version)))
         });
-        self.index.beneath = beneath.collect();
-        self.index.objects.retain(|o, _| is_removed(cx.map, o) || own_back.contains_key(o));
+        let beneath = beneath.collect();
         let kept = wanted.iter().filter(|(o, _)| !own_missing.contains_key(o) && !own_back.contains_key(o));
-        self.index
-            .objects
-            .extend(kept.map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted, base: base(o) })));
+        let kept: Vec<(ObjectId, Held)> = kept
+            .map(|(o, n)| (*o, Held { version: n.version, deleted: n.deleted, base: base(o, n) }))
+            .collect();
+        self.index.beneath = beneath;
+        self.index.objects.retain(|o, _| is_removed(cx.map, o) || own_back.contains_key(o));
+        self.index.objects.extend(kept);
         let chosen = Activating {
             missing,
             sources,

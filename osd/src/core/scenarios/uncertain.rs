@@ -204,3 +204,35 @@ fn a_member_keeps_the_mark() {
     let listed = ObjectEntry { held: Some((version(3, 1), false)), ..entry };
     assert!(matches!(&rig.sent[..], [(_, PeerBody::List { entries, .. })] if entries[..] == [listed]));
 }
+
+/// Shards: osd.1 was away when w, which it holds beside b, was overwritten by v, and was told to obtain v. Who took part in that
+/// interval lacks v, so it is w that counts, and osd.1 has it after all: still beside b, and not committed.
+#[test]
+fn what_it_goes_back_to_may_be_pending() {
+    let (b, w, v) = (version(5, 1), version(5, 2), version(7, 1));
+    let mut rig = Rig::new(&[]);
+    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+    }
+    let shard = Some(crate::erasure::ShardId { number: 0, k: 2, m: 2, matrix: crate::erasure::MATRIX });
+    rig.listing.meta = Some(PgMeta { promised: Epoch(9), activated: Epoch(9), shard, pg_count: 0 });
+    rig.listing.objects = vec![(object(0), ObjectState { version: b, deleted: false, pending: Some(w) })];
+    rig.listing.missing = vec![(object(0), uncertain(v, w))];
+    rig.interval(11, &[1, 2, 3, 4], vec![past(5, &[1, 2, 3, 4]), past(7, &[2, 3, 4]), past(9, &[1, 2, 3])]);
+    for other in [2, 3] {
+        rig.tells(other, 9, &[ObjectEntry { base: Some(w), ..has(0, v) }]);
+    }
+    rig.tells(4, 7, &[has(0, w)]);
+    [2, 3, 4].iter().for_each(|o| rig.activates(*o));
+    assert!(rig.reports.contains(&MonitorRequest::Clean { pg: PG, interval: Epoch(11) }), "nobody lacks it");
+    rig.read(0, 0);
+    assert!(rig.newest_read, "or b would be read");
+    // What is written next is based on w, which is committed with it.
+    rig.answer_read(Ok(Content::default()));
+    rig.commits.clear();
+    let content = Content::data(0, vec![3; 8192].into());
+    rig.client(0, OpKind::Write { extents: content.extents }, content.data);
+    let ops: Vec<&TxnOp> = rig.ops().collect();
+    assert!(ops.iter().any(|op| **op == TxnOp::CommitPending { object: object(0), version: w }), "{ops:?}");
+    assert!(ops.iter().any(|op| matches!(op, TxnOp::Prepare { base, .. } if *base == w)), "{ops:?}");
+}
