@@ -152,6 +152,8 @@ branches! {
     ReadWaitsForRecovery,
     /// Operations: the lease ran out meanwhile.
     LeaseRanOut,
+    /// Peering: a question that came before the map did.
+    EarlyQuestion,
     /// Operations: sent back after waiting too long.
     WaitedTooLong,
     /// Operations: of before the interval.

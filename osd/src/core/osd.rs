@@ -8,12 +8,14 @@ use super::throttle::Throttle;
 use super::*;
 use crate::store::DIVIDE_MAX;
 use gabion_proto::limits::{CONN_OPS_MAX, SUBOP_STUCK, SUBOP_STUCK_MAX, SUBOP_STUCK_MIN};
-use gabion_proto::msg::RetryWhy;
+use gabion_proto::msg::{PeerBody, RetryWhy};
 use gabion_proto::pb;
 use std::collections::BTreeMap;
 
 /// Client operations that may be here at once; more are told to come back.
 const CLIENT_OPS_MAX: usize = 16 * CONN_OPS_MAX;
+/// Groups of which a question may wait here for its map; others are asked again.
+const EARLY_MAX: usize = 4_096;
 
 /// What the monitors said when this run of the process booted.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +50,8 @@ pub struct OsdCore {
     /// Newest epoch whose fences are in force with nothing older in flight (rule C3).
     acked: Epoch,
     pgs: BTreeMap<PgId, Pg>,
+    /// By group: the newest question of a primary whose interval the map here does not have yet.
+    early: BTreeMap<PgId, PeerMsg>,
     tokens: Tokens<What>,
     stats: pb::OsdStats,
     /// Client operations in all groups, and those of them that wait to start.
@@ -78,6 +82,7 @@ impl OsdCore {
             branches: Branches::default(),
             acked: Epoch(0),
             pgs,
+            early: BTreeMap::new(),
             tokens: Tokens::default(),
             stats: pb::OsdStats::default(),
             client_ops: 0,
@@ -100,7 +105,9 @@ impl OsdCore {
     pub fn step(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.now = now;
         self.scrub_budget.refill(now);
-        let (waiting, under_way) = (self.client_waiting, self.client_ops - self.client_waiting);
+        let operations = if self.rules.keep(Rule::RoomForClients) { self.client_ops } else { 0 };
+        let waiting = self.client_waiting.min(operations);
+        let under_way = operations - waiting;
         self.throttle.elapse(now, under_way, waiting, self.recovery.reserved);
         self.latency.elapse(now);
         let before = out.len();
@@ -361,6 +368,7 @@ impl OsdCore {
         if !self.rules.keep(Rule::DividedFirst) {
             self.divide_groups(out);
         }
+        self.take_early(out);
     }
 
     /// Rule P9: what is here of groups is divided, or put together, before anything else is done under a map in which their pool has another
@@ -443,9 +451,31 @@ impl OsdCore {
         self.with_pg(op.pg, out, |pg, cx| pg.client(cx, token, op, data));
     }
 
+    /// The map comes in a moment, and the group would wait for the next time that it is asked. What is kept is looked at like any
+    /// message then.
+    fn keep_for_later(&mut self, msg: PeerMsg) {
+        let known = self.early.get(&msg.pg).map(|m| m.interval);
+        if known.map_or(self.early.len() < EARLY_MAX, |k| k <= msg.interval) {
+            self.early.insert(msg.pg, msg);
+        }
+    }
+
+    /// Those questions that this map has the interval of, or a later one.
+    fn take_early(&mut self, out: &mut Vec<Effect>) {
+        let epoch = self.map.epoch;
+        for (_, msg) in self.early.extract_if(.., |_, m| m.epoch <= epoch).collect::<Vec<_>>() {
+            self.branches.take(Branch::EarlyQuestion);
+            self.peer(msg, Bytes::new(), out);
+        }
+    }
+
     fn peer(&mut self, msg: PeerMsg, data: Bytes, out: &mut Vec<Effect>) {
         if msg.epoch > self.map.epoch {
             out.push(Effect::WantMap { epoch: msg.epoch });
+            let unheard_of = self.map.pgs.get(&msg.pg).is_none_or(|r| r.interval < msg.interval);
+            if matches!(msg.body, PeerBody::Query) && unheard_of {
+                return self.keep_for_later(msg);
+            }
         }
         // Both processes must be the ones that the map calls up (rule P1); the sender repeats.
         let sender = self.map.up_osd(msg.from).is_some_and(|o| o.incarnation == msg.from_incarnation);
@@ -456,9 +486,9 @@ impl OsdCore {
         let Some(record) = self.map.pgs.get(&msg.pg) else { return };
         if msg.interval != record.interval && self.rules.keep(Rule::Intervals) {
             // A refusal is never answered, or two of them would go on for ever.
-            let refusal = matches!(msg.body, gabion_proto::msg::PeerBody::Refused { .. });
+            let refusal = matches!(msg.body, PeerBody::Refused { .. });
             if msg.interval < record.interval && !refusal {
-                let refused = gabion_proto::msg::PeerBody::Refused { promised: record.interval };
+                let refused = PeerBody::Refused { promised: record.interval };
                 let (from, pg, interval) = (msg.from, msg.pg, msg.interval);
                 self.pgs.entry(pg).or_insert_with(|| Pg::empty(pg));
                 self.with_pg(pg, out, |_, cx| cx.send(from, pg, interval, refused, Bytes::new()));

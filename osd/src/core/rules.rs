@@ -83,10 +83,12 @@ pub enum Rule {
     HedgedReads,
     /// Only a member that holds the object is asked, and answers (P5).
     HedgeHolders,
+    /// Recovery leaves clients what they need.
+    RoomForClients,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 39] = [
+    pub const ALL: [Rule; 40] = [
         Rule::Intervals,
         Rule::VersionOrder,
         Rule::Authority,
@@ -126,6 +128,7 @@ impl Rule {
         Rule::ScrubRepairs,
         Rule::HedgedReads,
         Rule::HedgeHolders,
+        Rule::RoomForClients,
     ];
 }
 

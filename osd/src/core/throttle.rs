@@ -34,7 +34,7 @@ const RATE_AT_FIRST: u64 = 8 * REBUILD_RATE_MIN;
 /// Recovery that waits for its turn looks again after so long in any case.
 const WAKE_MS_MAX: u64 = 1_000;
 /// What may be saved up: what the rate moves in this time.
-const SAVED_MS: u64 = 250;
+const SAVED_MS: u64 = 50;
 /// What may be under way, beside one piece: what the rate moves in this time, which is about what a piece takes from one disk to the
 /// other. A client's operation comes to a disk behind all of it.
 const AHEAD_MS: u64 = 4;

@@ -85,7 +85,11 @@ impl Pg {
     /// Rule P3: the promise is durable before it is answered.
     pub(super) fn query(&mut self, cx: &mut Cx<'_>) {
         let interval = self.record.interval;
-        let Some(m) = self.member() else { return };
+        let Some(m) = self.member() else {
+            // It is answered when what is here is known.
+            self.asked |= matches!(self.phase, Phase::Loading);
+            return;
+        };
         if m.promising {
             return;
         }
@@ -259,6 +263,11 @@ impl Pg {
             }
             return;
         }
+        if w.prev != have && is_removed(cx.map, &w.object) {
+            // It is purged here already. Nobody will read it, and the primary waits for this answer.
+            let body = PeerBody::SubWriteAck { tid: w.tid, result: SubResult::Ok };
+            return self.send(cx, from, body, Bytes::new());
+        }
         if w.prev != have && !twice && cx.rules.keep(Rule::VersionOrder) {
             if w.prev > have && m.early.len() < EARLY_MAX {
                 cx.takes(Branch::EarlyWrite);
@@ -312,6 +321,9 @@ impl Pg {
         m.in_flight.insert((object, version), tid);
         let needed = Needed::certain(version, false);
         self.index.missing.insert(object, needed);
+        if is_removed(cx.map, &object) {
+            self.purged = (0, 0);
+        }
         self.submit(cx, What::SubWrite { tid, object, version }, vec![TxnOp::AddMissing { object, needed }]);
     }
 

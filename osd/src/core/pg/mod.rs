@@ -275,6 +275,8 @@ pub struct Pg {
     intakes: BTreeMap<ObjectId, intake::Intake>,
     /// Of these the own copy was not what it seemed to be.
     comes_whole: BTreeSet<ObjectId>,
+    /// The primary's question came before what is here was listed.
+    asked: bool,
     /// The map's tombstones when nothing of any of them was left here.
     purged: (usize, usize),
     /// Of an erasure-coded pool.
@@ -307,6 +309,7 @@ impl Pg {
             wants_interval: false,
             intakes: BTreeMap::new(),
             comes_whole: BTreeSet::new(),
+            asked: false,
             purged: (0, 0),
             code: None,
             fills: false,
@@ -384,6 +387,7 @@ impl Pg {
         self.recovered_bytes = 0;
         self.since = cx.now;
         self.wants_interval = false;
+        self.asked = false;
         self.purged = (0, 0);
         if current {
             self.load(cx);
@@ -468,6 +472,9 @@ impl Pg {
             self.start_peering(cx);
         } else {
             self.phase = Phase::Member(member::Member::default());
+            if std::mem::take(&mut self.asked) {
+                self.query(cx);
+            }
             self.drop_stray(cx);
         }
     }

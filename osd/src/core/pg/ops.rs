@@ -212,7 +212,7 @@ impl Pg {
     }
 
     /// Whether the volume's fence lets the operation through (rules C1 and C2).
-    fn fence(&self, cx: &mut Cx<'_>, op: &ClientOp) -> Result<(), OpReply> {
+    pub(super) fn fence(&self, cx: &mut Cx<'_>, op: &ClientOp) -> Result<(), OpReply> {
         let below = match &op.kind {
             OpKind::Read { below, .. } => below.as_slice(),
             _ => &[],

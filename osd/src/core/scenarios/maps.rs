@@ -103,3 +103,43 @@ fn monitors_that_forgot_an_interval_are_noticed() {
         assert_eq!(boot(epoch).forgotten(&vec![(PG, meta(0, 0))]), None, "one that never promised anything");
     }
 }
+
+/// Whose map is newer asks at once. Before: nothing was answered, and the group waited until it was asked again.
+#[test]
+fn a_question_that_is_ahead_of_its_map_is_answered_with_it() {
+    let mut rig = Rig::new(&[(0, version(5, 1))]);
+    let question = |interval, to_incarnation| PeerMsg {
+        from: OsdId(2),
+        from_incarnation: Incarnation(2),
+        to: OsdId(1),
+        to_incarnation: Incarnation(to_incarnation),
+        epoch: Epoch(interval),
+        pg: PG,
+        interval: Epoch(interval),
+        body: PeerBody::Query,
+    };
+    let ask = |rig: &mut Rig, msg| {
+        rig.step(Event::Peer { msg, data: Bytes::new() });
+        assert!(rig.take_sent().is_empty());
+    };
+    rig.interval(9, &[1, 2], vec![past(5, &[1, 2])]);
+    rig.take_sent();
+    ask(&mut rig, question(11, 1));
+    // One of an earlier interval does not take its place.
+    ask(&mut rig, question(10, 1));
+    let answers = |rig: &mut Rig| {
+        let sent = rig.take_sent();
+        sent.iter().filter(|(to, b)| *to == OsdId(2) && matches!(b, PeerBody::Info { .. })).count()
+    };
+    rig.led(2, 11, &[2, 1], vec![past(5, &[1, 2])]);
+    assert_eq!(answers(&mut rig), 1);
+    // Once; and nothing to whom the map does not call primary, or to a question to another run of this process.
+    ask(&mut rig, question(13, 2));
+    rig.led(2, 13, &[2, 1], vec![past(5, &[1, 2])]);
+    assert_eq!(answers(&mut rig), 0);
+    ask(&mut rig, question(14, 1));
+    rig.led(3, 14, &[3, 1], vec![past(5, &[1, 2])]);
+    assert_eq!(answers(&mut rig), 0);
+    rig.led(2, 15, &[2, 1], vec![past(5, &[1, 2])]);
+    assert_eq!(answers(&mut rig), 0, "it was of an interval that is over");
+}

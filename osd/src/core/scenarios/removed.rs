@@ -81,3 +81,42 @@ fn a_read_of_a_layer_that_is_removed_meanwhile_says_so() {
     rig.answer_read(Ok(Content::default()));
     assert_eq!(rig.reply(read), Some(&OpReply::Failed(gabion_proto::msg::OpError::Removed)));
 }
+
+/// It had the object until it heard of the removal, before the write came that the primary had sent earlier.
+#[test]
+fn a_write_of_what_was_purged_is_answered() {
+    let mut rig = member();
+    rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes = [VolumeId(3)].into();
+    rig.publish();
+    for _ in 0..3 {
+        rig.tick(100);
+    }
+    assert_eq!(purged(&mut rig).len(), 2);
+    let write = SubWriteKind::Zero { first_block: 0, block_count: 1, discard: false };
+    let (object, prev) = (foreign(3, 0), version(5, 1));
+    rig.take_sent();
+    rig.hear(2, PeerBody::SubWrite { tid: 7, object, version: version(10, 1), prev, write: write.clone() });
+    let acked = |rig: &mut Rig| {
+        rig.take_sent().contains(&(OsdId(2), PeerBody::SubWriteAck { tid: 7, result: SubResult::Ok }))
+    };
+    assert!(acked(&mut rig), "the primary waits for ever, and every fence with it");
+    // Of what is still there a predecessor is waited for.
+    let object = foreign(1, 0);
+    rig.hear(2, PeerBody::SubWrite { tid: 7, object, version: version(10, 3), prev: version(10, 2), write });
+    assert!(!acked(&mut rig));
+}
+
+/// Shards: the rows came after the purge.
+#[test]
+fn a_read_of_shards_that_are_removed_meanwhile_says_so() {
+    let (mut rig, shards) = Rig::two_and_two([1, 2]);
+    let read =
+        rig.client(0, OpKind::Read { first_block: 0, block_count: 1, below: Vec::new() }, Bytes::new());
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes.insert(VOLUME);
+    rig.publish();
+    rig.answer_read(Ok(crate::erasure::sparse_content((0..).zip(shards[&0].iter().cloned()))));
+    assert_eq!(rig.reply(read), Some(&OpReply::Failed(gabion_proto::msg::OpError::Removed)));
+}

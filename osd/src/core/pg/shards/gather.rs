@@ -508,11 +508,14 @@ impl Pg {
 
     fn read_gathered(&mut self, cx: &mut Cx<'_>, token: ClientToken, content: Content) {
         let Phase::Active(a) = &mut self.phase else { return };
-        if a.reads.remove(&token).is_none() {
-            return;
-        }
+        let Some(read) = a.reads.remove(&token) else { return };
         // Rule P6: the lease was good when the bytes were read.
         if cx.has_lease() {
+            // What was removed meanwhile may have been purged before it was read.
+            if let Err(reply) = self.fence(cx, read.op()) {
+                self.reply(cx, token, reply);
+                return self.resume(cx);
+            }
             self.counters.reads += 1;
             self.counters.read_bytes += content.data.len() as u64;
             let reply = OpReply::Data { extents: content.extents };
