@@ -1,11 +1,9 @@
 //! One OSD is away while little is written to objects that are full: what is brought to it when it is back is little, too.
 
-use crate::client::VOLUME_BLOCKS;
 use crate::run::Finding;
 use crate::world::{Ev, World};
 use gabion_proto::limits::LEAF_BYTES;
 use gabion_proto::map::Redundancy;
-use std::collections::BTreeMap;
 
 /// Every written block may make one leaf differ. Some are brought twice: an object that is written to while it is under way.
 const TIMES_MAX: u64 = 2;
@@ -14,8 +12,6 @@ const LOOK_MS: u64 = 500;
 /// What this scenario does and measures.
 #[derive(Default)]
 pub struct Absence {
-    /// By client: the next block of its volume that was never written.
-    fills: BTreeMap<usize, u64>,
     stage: Stage,
 }
 
@@ -41,25 +37,17 @@ impl Absence {
     pub fn is_quiet(&self) -> bool {
         matches!(self.stage, Stage::Away { .. } | Stage::Over { .. })
     }
-
-    pub fn is_filling(&self) -> bool {
-        self.stage == Stage::Filling
-    }
-
-    /// Where a client's volume is still empty.
-    pub fn next_fill(&self, client: usize) -> Option<u64> {
-        self.fills.get(&client).copied().filter(|first| *first < VOLUME_BLOCKS)
-    }
-
-    pub fn filled(&mut self, client: usize, blocks: u64) {
-        *self.fills.entry(client).or_default() += blocks;
-    }
 }
 
 impl World {
-    fn recovered_bytes(&self) -> u64 {
+    pub fn recovered_bytes(&self) -> u64 {
         let running = self.nodes.iter().filter_map(|n| Some(n.core.as_ref()?.stats().recovered_bytes));
         self.tally.recovered_bytes + running.sum::<u64>()
+    }
+
+    /// All volumes are full, and nothing is under way.
+    pub fn is_filled(&self) -> bool {
+        self.filling.is_full() && self.all_clean() && self.clients.iter().all(|c| c.ops.is_empty())
     }
 
     pub fn go_on_with_absence(&mut self) {
@@ -67,12 +55,12 @@ impl World {
         self.at(LOOK_MS, Ev::Absence);
         match self.absence.stage {
             Stage::NotYet => {
-                self.absence.fills = (0..self.clients.len()).map(|c| (c, 0)).collect();
+                self.filling.begin(self.clients.len());
                 self.absence.stage = Stage::Filling;
             }
             Stage::Filling => {
-                let full = (0..self.clients.len()).all(|c| self.absence.next_fill(c).is_none());
-                if full && self.all_clean() && self.clients.iter().all(|c| c.ops.is_empty()) {
+                if self.is_filled() {
+                    self.filling.end();
                     let node = self.rng.below(self.nodes.len() as u64) as usize;
                     // Longer than its lease: before that nothing is written without it.
                     let away_ms = self.rng.range(8_000, 18_000);

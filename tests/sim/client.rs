@@ -222,6 +222,8 @@ pub fn handle(w: &mut World, i: usize, event: ClientEvent) {
                 (false, _) => 10,
                 (true, Pace::Storm) if w.slowness.began() => 150,
                 (true, Pace::Storm) if w.absence.is_quiet() => 3_000,
+                // At once.
+                (true, Pace::Storm) if w.rebuild.measures() => 2,
                 // Now and then nothing is under way.
                 (true, Pace::Storm) if w.plan.scenario == Scenario::Damage => 600,
                 (true, Pace::Storm) => 120,
@@ -326,24 +328,34 @@ fn issue(w: &mut World, i: usize) {
         start(w, i, Op::new(volume, layers, range, Kind::Read { begun }).fenced(fenced));
         return;
     }
-    if w.clients[i].draining || w.clients[i].ops.len() >= IN_FLIGHT {
+    let in_flight = w.rebuild.in_flight(i).unwrap_or(IN_FLIGHT);
+    if w.clients[i].draining || w.clients[i].ops.len() >= in_flight {
         return;
     }
-    if w.absence.is_filling() {
+    if w.filling.goes_on() {
         return fill(w, i);
     }
     let slow_disks = w.slowness.began();
-    let first = match slow_disks {
+    let measures = w.rebuild.measures();
+    let first = match slow_disks || measures {
         true => w.rng.below(VOLUME_BLOCKS),
         false => USED[w.rng.below(USED.len() as u64) as usize],
     };
     let room = OBJECT_BLOCKS - first % OBJECT_BLOCKS;
     let count = match w.rng.chance(20) {
+        _ if measures => 1,
         // Now and then a whole chunk or two.
         true => w.rng.range(32, 70).min(room),
         false => w.rng.range(1, 5).min(room),
     };
-    let reads = w.clients[i].observes || w.rng.chance(if slow_disks { 950 } else { 400 });
+    let reads = w.clients[i].observes
+        || w.rng.chance(if slow_disks {
+            950
+        } else if measures {
+            200
+        } else {
+            400
+        });
     // A snapshot is read now and then.
     let of = match w.some_snapshot(volume).filter(|_| reads) {
         Some(snapshot) if w.rng.chance(300) => snapshot,
@@ -381,11 +393,11 @@ fn next_run(ids: &mut Vec<BlockId>) -> Option<(u64, Range<u64>)> {
 /// Writes the next object of the volume, whole.
 fn fill(w: &mut World, i: usize) {
     let (volume, c) = (w.clients[i].volume as u64, &w.clients[i]);
-    let (Some(first), true) = (w.absence.next_fill(i), c.ops.is_empty()) else { return };
+    let (Some(first), true) = (w.filling.next(i), c.ops.is_empty()) else { return };
     let ids = (first..first + OBJECT_BLOCKS).map(|block| BlockId { volume, block });
     let numbers = ids.map(|id| w.oracle.issue(id, false, false)).collect();
     let layers = w.layers_of(i, volume);
-    w.absence.filled(i, OBJECT_BLOCKS);
+    w.filling.filled(i, OBJECT_BLOCKS);
     start(w, i, Op::new(volume, layers, (first, OBJECT_BLOCKS), Kind::Write { numbers, zero: false }));
 }
 
@@ -468,7 +480,8 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
     // An unreadable block: in a run where bits rot, the good copy may be away for a while.
     let rotten = w.plan.rot && matches!(reply, OpReply::Failed(OpError::Io));
     if matches!(reply, OpReply::Retry { .. }) || rotten {
-        let wait = w.rng.range(20, 200);
+        // A gateway waits for the next map, or as long as it says in its router.
+        let wait = if w.rebuild.measures() { w.rng.range(5, 20) } else { w.rng.range(20, 200) };
         w.client_later(wait, i, ClientEvent::Send { request, life });
         // What Silence would do must not happen to an answered attempt.
         if let Some(op) = w.clients[i].ops.get_mut(&request) {
@@ -483,11 +496,15 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
             Kind::Write { numbers, zero } => format!("write {numbers:?} zero={zero}"),
             Kind::Read { begun } => format!("read, {begun:?}"),
         };
-        format!("client {i} blocks {}+{} {numbers} by {:?}: {reply:?}", op.first, op.count, op.sent_to)
-            .chars()
-            .take(200)
-            .collect()
+        {
+            let (first, count, by, ms) = (op.first, op.count, op.sent_to, w.now - op.issued);
+            format!("client {i} blocks {first}+{count} {numbers} by {by:?} after {ms} ms: {reply:?}")
+        }
+        .chars()
+        .take(200)
+        .collect()
     });
+    w.rebuild.took(w.now, op.issued);
     if w.is_removed_snapshot(op.of) {
         return;
     }

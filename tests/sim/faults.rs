@@ -455,7 +455,7 @@ impl World {
         true
     }
 
-    fn one_of(&mut self, choices: &[usize]) -> Option<usize> {
+    pub fn one_of(&mut self, choices: &[usize]) -> Option<usize> {
         let at = self.rng.below(choices.len().max(1) as u64) as usize;
         choices.get(at).copied()
     }

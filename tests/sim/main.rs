@@ -6,14 +6,17 @@ mod args;
 mod check;
 mod client;
 mod damage;
+mod device;
 mod disk;
 mod faults;
+mod filling;
 mod monitor;
 mod mutants;
 mod network;
 mod nodes;
 mod oracle;
 mod plan;
+mod rebuild;
 mod rng;
 mod run;
 mod slow;
@@ -204,6 +207,12 @@ mod tests {
     fn after_a_short_absence_little_is_moved() {
         in_scenario(Scenario::Absence, &["3", "2"], 1..=2);
         println!("{:?}", mutants::noticed(Rule::KeptIsEqual, 20).unwrap());
+    }
+
+    /// Beside recovery that takes what it can, the slowest of a hundred operations takes many times as long.
+    #[test]
+    fn clients_hardly_notice_a_rebuild() {
+        println!("{:?}", mutants::noticed(Rule::RoomForClients, 1).unwrap());
     }
 
     /// Without hedges reads wait for the slow disk.

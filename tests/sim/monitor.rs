@@ -189,8 +189,9 @@ impl World {
     }
 
     pub fn heartbeat(&mut self, node: usize, run: u64) {
-        let n = &self.nodes[node];
+        let n = &mut self.nodes[node];
         let Some(core) = &n.core else { return };
+        n.told = core.acked_epoch();
         let led = core.pg_statuses().iter().map(|s| PgId { pool: PoolId(s.pool), index: s.index }).collect();
         let (acked, stuck) = (core.acked_epoch(), core.stuck_peers());
         let latency = core.latency_window().clone();

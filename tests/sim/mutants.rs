@@ -19,6 +19,9 @@ fn plan(rng: &mut Rng, rule: Rule) -> Plan {
     match rule {
         Rule::StuckReports => return Plan::in_scenario(Scenario::OneBrokenLink, None, rng),
         Rule::HedgedReads => return Plan::in_scenario(Scenario::SlowDisks { all: false }, None, rng),
+        Rule::RoomForClients => {
+            return Plan::in_scenario(Scenario::Rebuild, Some(Redundancy::Replicated { size: 3 }), rng);
+        }
         // Too few members of an interval have answered.
         Rule::CoverageDecodes => return Plan::in_scenario(Scenario::StandIns, None, rng),
         // Of shards the version decides.

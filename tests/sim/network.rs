@@ -2,6 +2,7 @@
 //! what a client sends on one connection keeps its order, and a connection that has lost something loses the rest, too.
 
 use crate::client::{ClientEvent, SILENCE_MS};
+use crate::plan::Scenario;
 use crate::rng::Rng;
 use crate::world::{ANY_RUN, Ev, World};
 use bytes::Bytes;
@@ -59,6 +60,7 @@ pub struct Network {
 impl World {
     pub fn delay(&mut self) -> u64 {
         match self.rng.below(100) {
+            _ if self.plan.scenario == Scenario::Rebuild => self.rng.range(1, 3),
             0..=1 if self.faults_on => {
                 self.count_message("late");
                 self.rng.range(50, 1_500)

@@ -1,5 +1,6 @@
 //! Nodes: one OSD process each, with the real core on the real store, as the server runs them.
 
+use crate::device::Device;
 use crate::disk::Disk;
 use crate::monitor::DOWN_OUT_MS;
 use crate::network::{Origin, Place, Slow};
@@ -24,12 +25,13 @@ pub struct Node {
     pub id: OsdId,
     disk_id: ClusterId,
     pub disk: Disk,
+    pub device: Device,
     pub core: Option<OsdCore>,
     pub incarnation: Incarnation,
     /// Counts starts: events of an earlier run are dropped.
     pub run: u64,
     /// Effects that the store has not executed yet: lost in a crash.
-    queue: VecDeque<Effect>,
+    pub queue: VecDeque<Effect>,
     /// The newest one that it has heard of.
     pub map: Arc<ClusterMap>,
     pub origins: BTreeMap<ClientToken, Origin>,
@@ -55,6 +57,8 @@ pub struct Node {
     idle: bool,
     /// Something came since the last tick.
     heard: bool,
+    /// Of which epoch the monitors were last told, whether they heard it or not.
+    pub told: Epoch,
     /// When its core was last to be woken, by its clock.
     woken_at: Option<u64>,
 }
@@ -82,6 +86,7 @@ impl World {
             id,
             disk_id,
             disk,
+            device: Device::of(self.plan.scenario),
             core: None,
             incarnation: Incarnation(0),
             run: 0,
@@ -101,6 +106,7 @@ impl World {
             tick: 0,
             idle: false,
             heard: false,
+            told: Epoch(0),
             woken_at: None,
         });
     }
@@ -168,7 +174,7 @@ impl World {
         n.incarnation = incarnation;
         n.map = Arc::default();
         n.tick += 1;
-        (n.idle, n.heard, n.woken_at) = (false, false, None);
+        (n.idle, n.heard, n.told, n.woken_at) = (false, false, Epoch(0), None);
         let (id, number) = (n.id, n.tick);
         self.monitor.acked.remove(&id);
         self.log(|| format!("osd.{node} boots as {incarnation} in {epoch}"));
@@ -290,10 +296,12 @@ impl World {
     /// True: there was something to do.
     fn step_core(&mut self, node: usize, event: Event) -> bool {
         let now = self.clock(node);
-        let Some(core) = self.nodes[node].core.as_mut() else { return false };
+        let n = &mut self.nodes[node];
+        let Some(core) = n.core.as_mut() else { return false };
         let mut effects = Vec::new();
         core.step(now, event, &mut effects);
         let wake_at = core.wake_at();
+        let owes_ack = core.owes_ack(n.told);
         let did = !effects.is_empty();
         for effect in effects {
             self.execute(node, effect);
@@ -306,6 +314,9 @@ impl World {
                 // One more: its clock may be slower than the world's.
                 self.at(at.saturating_sub(now) + 1, Ev::Core { node, run, event: Event::Wake });
             }
+        }
+        if owes_ack {
+            self.heartbeat(node, self.nodes[node].run);
         }
         did
     }
@@ -324,7 +335,10 @@ impl World {
                 let idle = self.nodes[node].queue.is_empty();
                 self.nodes[node].queue.push_back(store);
                 if idle {
-                    let delay = self.disk_delay(node);
+                    let delay = match self.nodes[node].device.begins_in(self.now) {
+                        Some(wait) => wait,
+                        None => self.disk_delay(node),
+                    };
                     self.at(delay, Ev::StoreRun { node, run });
                 }
             }
@@ -338,6 +352,9 @@ impl World {
 
     /// The store executes some of what waits, in order, consecutive commits together.
     pub fn store_run(&mut self, node: usize, run: u64) {
+        if self.nodes[node].device.is_one() {
+            return self.serve_next(node, run);
+        }
         let mut left = self.rng.range(1, 17);
         while left > 0 && !self.nodes[node].queue.is_empty() {
             let (mut tokens, mut txns) = (Vec::new(), Vec::new());
@@ -381,7 +398,7 @@ impl World {
         }
     }
 
-    fn store_commit(&mut self, node: usize, tokens: Vec<Token>, txns: Vec<Txn>) -> Vec<Event> {
+    pub fn store_commit(&mut self, node: usize, tokens: Vec<Token>, txns: Vec<Txn>) -> Vec<Event> {
         let texts: Vec<String> = match self.trace {
             true => txns.iter().map(describe).collect(),
             false => Vec::new(),
@@ -403,7 +420,7 @@ impl World {
         }
     }
 
-    fn store_read(&mut self, node: usize, effect: Effect) -> Option<Event> {
+    pub fn store_read(&mut self, node: usize, effect: Effect) -> Option<Event> {
         let store = self.nodes[node].disk.store()?;
         let event = match effect {
             Effect::Read { token, pg, object, below, first_block, block_count } => {
@@ -438,7 +455,7 @@ impl World {
     }
 
     /// The disk failed: the process says goodbye, if it still can, and ends (invariant 9).
-    fn store_died(&mut self, node: usize) {
+    pub fn store_died(&mut self, node: usize) {
         self.log(|| format!("osd.{node} stops: its disk failed"));
         let says_goodbye = self.rng.chance(500);
         self.stop(node, true);
@@ -450,7 +467,7 @@ impl World {
     }
 }
 
-fn is_fatal(event: &Event) -> bool {
+pub fn is_fatal(event: &Event) -> bool {
     let error = match event {
         Event::Committed { result, .. } => result.as_ref().err(),
         Event::ReadDone { result, .. } => result.as_ref().err(),

@@ -1,5 +1,6 @@
 //! What a seed decides before the run.
 
+use crate::rebuild;
 use crate::rng::Rng;
 use gabion_osd::core::Rules;
 use gabion_proto::map::Redundancy;
@@ -80,17 +81,20 @@ pub enum Scenario {
     Damage,
     /// An OSD is away while little is written: what is brought to it then is in proportion.
     Absence,
+    /// Disks are lost and added while clients are busy: they must hardly notice.
+    Rebuild,
 }
 
 impl Scenario {
     /// As the command line names them.
-    pub const NAMES: [(&str, Scenario); 8] = [
+    pub const NAMES: [(&str, Scenario); 9] = [
         ("faults", Scenario::Faults),
         ("broken-link", Scenario::OneBrokenLink),
         ("slow-disk", Scenario::SlowDisks { all: false }),
         ("slow-disks", Scenario::SlowDisks { all: true }),
         ("stale-copies", Scenario::StaleCopies),
         ("absence", Scenario::Absence),
+        ("rebuild", Scenario::Rebuild),
         ("stand-ins", Scenario::StandIns),
         ("damage", Scenario::Damage),
     ];
@@ -132,6 +136,19 @@ impl Plan {
                 let (volumes, observed, fault_phase_ms) = (2, 0, 90_000);
                 Plan { volumes, observed, fault_phase_ms, rot: false, loss: 0, duplicate: 0, ..plan }
             }
+            // Enough to last for seconds, on disks that do one thing at a time.
+            Scenario::Rebuild => Plan {
+                osds: redundancy.width() as u32 + 2,
+                volumes: rebuild::VOLUMES,
+                observed: 0,
+                fault_phase_ms: rebuild::PHASE_MS,
+                loss: 0,
+                duplicate: 0,
+                rot: false,
+                scrub_every_s: (100_000, 100_000),
+                chunks: rebuild::CHUNKS,
+                ..plan
+            },
             // As many as are away at once.
             Scenario::StandIns => {
                 let m = match redundancy {

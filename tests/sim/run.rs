@@ -66,6 +66,10 @@ pub fn finish(mut w: World) -> Result<Tally, String> {
             let measured = w.judge_absence()?;
             w.log(|| measured);
         }
+        Scenario::Rebuild => {
+            let measured = w.judge_rebuild()?;
+            w.log(|| measured);
+        }
         Scenario::SlowDisks { all } => {
             let measured = w.judge_slowness(all)?;
             w.log(|| measured);

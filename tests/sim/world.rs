@@ -3,11 +3,13 @@
 use crate::absence::Absence;
 use crate::client::{self, Client, ClientEvent, Seat};
 use crate::damage::Damage;
+use crate::filling::Filling;
 use crate::monitor::{Beat, MONITOR_TICK_MS, Monitor};
 use crate::network::Network;
 use crate::nodes::Node;
 use crate::oracle::Oracle;
 use crate::plan::{Plan, Scenario};
+use crate::rebuild::{self, Rebuild};
 use crate::rng::Rng;
 use crate::slow::Slowness;
 use crate::snapshots::Snapshot;
@@ -128,6 +130,7 @@ pub enum Ev {
     },
     StaleCopies,
     Absence,
+    Rebuild,
     /// How what is damaged is getting on.
     Damage,
     DamageSomething,
@@ -177,6 +180,8 @@ pub struct World {
     pub damage: Option<Damage>,
     pub slowness: Slowness,
     pub absence: Absence,
+    pub rebuild: Rebuild,
+    pub filling: Filling,
 }
 
 impl World {
@@ -189,7 +194,7 @@ impl World {
             redundancy: plan.redundancy,
             min_size: plan.min_size(plan.redundancy),
             failure_domain: FailureDomain::Host,
-            pg_count: GROUPS,
+            pg_count: if plan.scenario == Scenario::Rebuild { rebuild::GROUPS } else { GROUPS },
             object_bytes: 1 << 20,
         });
         let Reply::Pool(pool) = pool else { panic!("a pool has an id") };
@@ -223,6 +228,8 @@ impl World {
             damage: None,
             slowness: Slowness::default(),
             absence: Absence::default(),
+            rebuild: Rebuild::default(),
+            filling: Filling::default(),
             plan,
         };
         world.log(|| format!("{:?}", world.plan));
@@ -246,6 +253,7 @@ impl World {
             Scenario::SlowDisks { all } => world.at(first, Ev::SlowDisks { all }),
             Scenario::StaleCopies => world.at(first, Ev::StaleCopies),
             Scenario::Absence => world.at(first, Ev::Absence),
+            Scenario::Rebuild => world.at(first, Ev::Rebuild),
         }
         world
     }
@@ -408,6 +416,7 @@ impl World {
             Ev::SlowDisks { all } => self.slow_down(all),
             Ev::StaleCopies => self.make_copies_stale(),
             Ev::Absence => self.go_on_with_absence(),
+            Ev::Rebuild => self.go_on_with_rebuild(),
             Ev::Damage => self.go_on_with_damage(),
             Ev::DamageSomething if self.faults_on => self.damage_again(),
             Ev::GoAway { slow } => self.go_away(slow),

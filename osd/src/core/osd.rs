@@ -49,6 +49,8 @@ pub struct OsdCore {
     branches: Branches,
     /// Newest epoch whose fences are in force with nothing older in flight (rule C3).
     acked: Epoch,
+    /// Newest map in which somebody waits for that: another primary, or the next holder of a volume.
+    awaited: Epoch,
     pgs: BTreeMap<PgId, Pg>,
     /// By group: the newest question of a primary whose interval the map here does not have yet.
     early: BTreeMap<PgId, PeerMsg>,
@@ -81,6 +83,7 @@ impl OsdCore {
             rules: Rules::default(),
             branches: Branches::default(),
             acked: Epoch(0),
+            awaited: Epoch(0),
             pgs,
             early: BTreeMap::new(),
             tokens: Tokens::default(),
@@ -124,7 +127,9 @@ impl OsdCore {
         let ended = |e: &&Effect| {
             matches!(e, Effect::Reply { reply: OpReply::Done { .. } | OpReply::Data { .. }, .. })
         };
-        self.throttle.ended(out[before..].iter().filter(ended).count() as u64);
+        if self.rules.keep(Rule::RoomForClients) {
+            self.throttle.ended(out[before..].iter().filter(ended).count() as u64);
+        }
     }
 
     fn take(&mut self, event: Event, out: &mut Vec<Effect>) {
@@ -208,6 +213,11 @@ impl OsdCore {
     /// See [`Event::Map`]; rule C3.
     pub fn acked_epoch(&self) -> Epoch {
         self.acked
+    }
+
+    /// Whether somebody waits for the monitors to hear of the epoch that is acknowledged now, who have heard of `told`.
+    pub fn owes_ack(&self, told: Epoch) -> bool {
+        told < self.awaited && self.awaited <= self.acked
     }
 
     /// What the monitors should hear of groups of which this OSD is primary.
@@ -355,10 +365,21 @@ impl OsdCore {
         for (id, record) in &map.pgs {
             while before.next_if(|(o, _)| *o < id).is_some() {}
             // Most records are those of the map before, looked at then.
-            let known = before.next_if(|(o, _)| *o == id).is_some_and(|(_, had)| had.same(record));
-            if !known && record.acting.contains(&self.id) {
+            let had = before.next_if(|(o, _)| *o == id).map(|(_, had)| had);
+            if had.is_some_and(|had| had.same(record)) {
+                continue;
+            }
+            // Rule P6: the next one serves when this one has said that it does not.
+            if had.is_some_and(|had| had.primary == Some(self.id)) && record.primary != Some(self.id) {
+                self.awaited = map.epoch;
+            }
+            if record.acting.contains(&self.id) {
                 self.pgs.entry(*id).or_insert_with(|| Pg::empty(*id));
             }
+        }
+        // Rule C3: so does the next holder of a volume.
+        if old.attachments != map.attachments {
+            self.awaited = map.epoch;
         }
         if self.rules.keep(Rule::DividedFirst) {
             self.divide_groups(out);

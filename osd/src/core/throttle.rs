@@ -29,8 +29,9 @@ const PROBE_EVERY: u32 = 40;
 const PROBE_WINDOWS: u32 = 2;
 /// Classes of load: 1, 2, 3 to 4, 5 to 8, ... operations at a time.
 const LOADS: usize = 8;
-/// Recovery beside clients begins at this rate, in bytes per second.
-const RATE_AT_FIRST: u64 = 8 * REBUILD_RATE_MIN;
+/// Recovery beside clients begins at this rate, in bytes per second: many OSDs may bring something to the same disk. It doubles with each
+/// window until clients feel it.
+const RATE_AT_FIRST: u64 = REBUILD_RATE_MIN;
 /// Recovery that waits for its turn looks again after so long in any case.
 const WAKE_MS_MAX: u64 = 1_000;
 /// What may be saved up: what the rate moves in this time.
@@ -60,6 +61,8 @@ pub struct Throttle {
     limit: Option<u64>,
     /// What clients leave, in bytes per second; none while they are idle.
     fair: Option<u64>,
+    /// Clients have not felt it since it began.
+    unfelt: bool,
     credit_bytes: i64,
     at: Millis,
     window: Window,
@@ -77,6 +80,7 @@ impl Throttle {
         Throttle {
             limit: None,
             fair: None,
+            unfelt: true,
             credit_bytes: 0,
             at: now,
             window: Window { began: now, ..Window::default() },
@@ -184,7 +188,11 @@ impl Throttle {
         let healthy = &mut self.healthy_us[load];
         if !w.recovering {
             *healthy = Some(healthy.map_or(latency_us, |h| (3 * h + latency_us) / 4));
-            self.probing = self.probing.saturating_sub(1);
+            match self.probing {
+                // What comes next is another rebuild.
+                0 => self.fair = None,
+                _ => self.probing -= 1,
+            }
             return self.begin_slowly();
         }
         if self.probing > 0 {
@@ -200,11 +208,13 @@ impl Throttle {
         let tolerated = (healthy * TOLERATED_PERCENT / 100).max(1);
         let now_fair = self.fair.unwrap_or(moved);
         let next = if latency_us > tolerated {
+            self.unfelt = false;
             // By as much as it is too slow, within bounds.
             let percent = (100 * tolerated / latency_us.max(1)).clamp(30, 90);
             now_fair.min(moved.max(REBUILD_RATE_MIN)) / 100 * percent
         } else if moved >= now_fair / 2 {
-            now_fair + now_fair / 8 + (1 << 20)
+            let more = if self.unfelt { now_fair } else { now_fair / 8 + (1 << 20) };
+            now_fair.saturating_add(more)
         } else {
             now_fair
         };
@@ -219,7 +229,7 @@ impl Throttle {
     /// There are clients, and nothing is known yet of what they leave.
     fn begin_slowly(&mut self) {
         if self.fair.is_none() {
-            self.fair = Some(RATE_AT_FIRST);
+            (self.fair, self.unfelt) = (Some(RATE_AT_FIRST), true);
             self.credit_bytes = 0;
         }
     }

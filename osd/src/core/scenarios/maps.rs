@@ -143,3 +143,22 @@ fn a_question_that_is_ahead_of_its_map_is_answered_with_it() {
     rig.led(2, 15, &[2, 1], vec![past(5, &[1, 2])]);
     assert_eq!(answers(&mut rig), 0, "it was of an interval that is over");
 }
+
+/// The next primary serves when this one has said that it does not any more: the monitors are told at once.
+#[test]
+fn who_is_primary_no_more_owes_an_answer() {
+    let mut rig = Rig::active(&[(0, version(5, 1))], &[1, 2]);
+    let told = rig.core.acked_epoch();
+    assert!(!rig.core.owes_ack(told));
+    // A new interval of the same primary, and anything else.
+    rig.interval(12, &[1, 2, 3], vec![past(10, &[1, 2])]);
+    assert!(!rig.core.owes_ack(told), "nobody waits for this one");
+    rig.led(2, 13, &[2, 1], vec![past(10, &[1, 2])]);
+    assert!(rig.core.owes_ack(told) && !rig.core.owes_ack(Epoch(13)));
+    // A volume has another holder.
+    let told = rig.core.acked_epoch();
+    rig.map.epoch = Epoch(14);
+    rig.map.attachments.get_mut(&VOLUME).unwrap().generation = Generation(2);
+    rig.publish();
+    assert!(rig.core.owes_ack(told));
+}
