@@ -166,6 +166,18 @@ async fn a_cluster_from_nothing() {
         m.osd().pg_clean(report).await.unwrap();
     }
     assert_eq!(m.health().await, Vec::<String>::new());
+    // A group that has so many objects that it could once not be rebuilt.
+    let (pg, record) = map.pgs.first_key_value().unwrap();
+    let osd = record.primary.unwrap();
+    let incarnation = map.osds[&osd].incarnation.0;
+    for (objects, codes) in [(100_001, vec!["PG_LARGE"]), (100_000, vec![])] {
+        let (pool, index, interval) = (pg.pool.0, pg.index, record.interval.0);
+        let state = pb::PgState::ActiveClean.into();
+        let status = pb::PgStatus { pool, index, interval, state, objects, ..Default::default() };
+        let beat = pb::HeartbeatRequest { id: osd.0, incarnation, pgs: vec![status], ..Default::default() };
+        m.osd().heartbeat(beat).await.unwrap();
+        assert_eq!(m.health().await, codes);
+    }
     let until = pb::WatchRebuildsRequest { until_clean: true };
     let mut rebuilds =
         StatusServiceClient::new(m.channel.clone()).watch_rebuilds(until).await.unwrap().into_inner();

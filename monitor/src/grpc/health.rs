@@ -1,7 +1,7 @@
 //! Health: each problem with a stable code, one sentence on what is wrong and one on what to do.
 
 use super::monitors::Quorum;
-use super::volatile::Volatile;
+use super::volatile::{GROUP_OBJECTS_MAX, Volatile};
 use super::{slow, view};
 use crate::state::MonitorState;
 use gabion_proto::ids::*;
@@ -83,6 +83,7 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
     let (mut inactive, mut degraded, mut undersized, mut unfound) = (vec![], vec![], vec![], vec![]);
     let (mut damaged, mut late) = (vec![], vec![]);
     let mut damaged_objects = 0;
+    let mut large = vec![];
     let unix_ms = view::unix_ms();
     for (id, record) in &state.map.pgs {
         let (words, status) = view::pg_state(state, volatile, *id, record);
@@ -102,6 +103,9 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
         damaged.extend(named.into_iter().map(|words| format!("group {id}: {words}")));
         if state.scrubs.get(id).is_some_and(|r| r.is_late(&state.scrub_settings, unix_ms)) {
             late.push(format!("group {id}"));
+        }
+        if let Some(n) = status.map(|s| s.objects).filter(|n| *n > GROUP_OBJECTS_MAX) {
+            large.push(format!("group {id}: {n} objects"));
         }
         if let Some(n) = status.map(|s| s.unfound_objects).filter(|n| *n > 0) {
             unfound.push(format!("group {id}: {n} objects"));
@@ -168,6 +172,15 @@ pub(super) fn report(state: &MonitorState, volatile: &Volatile, quorum: &Quorum)
             ),
             "Restore or rewrite what is lost, for instance from a snapshot or a backup; then `gabion scrub start --deep` looks again.",
             damaged,
+        ),
+        check(
+            "PG_LARGE",
+            Warn,
+            &format!(
+                "{{n}} groups have more than {GROUP_OBJECTS_MAX} objects: with several times as many they could not be rebuilt"
+            ),
+            "Give their pool more groups: `gabion pool set --pgs`.",
+            large,
         ),
         check(
             "PG_INACTIVE",

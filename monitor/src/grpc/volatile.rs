@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 
 /// A host that is silent for this long is forgotten.
 pub(super) const HOST_SILENCE_MS: u64 = 10_000;
-/// Objects that a group may have after a merge: half of what one activation can name.
-const MERGED_OBJECTS_MAX: u64 = 100_000;
+/// Objects that a group should have at most, and may after a merge: a quarter of what one activation can name on a large disk.
+pub(super) const GROUP_OBJECTS_MAX: u64 = 100_000;
 /// Hosts that are listened to.
 pub(super) const HOSTS_MAX: usize = 10_000;
 
@@ -88,9 +88,9 @@ impl Volatile {
             *objects = objects.saturating_add(status.objects);
         }
         match merged.into_iter().max_by_key(|(_, objects)| *objects) {
-            Some((index, objects)) if objects > MERGED_OBJECTS_MAX => Err(format!(
+            Some((index, objects)) if objects > GROUP_OBJECTS_MAX => Err(format!(
                 "with {target} groups, group {index} of pool {name} would have about {objects} objects, and groups are merged up to \
-                 {MERGED_OBJECTS_MAX}"
+                 {GROUP_OBJECTS_MAX}"
             )),
             _ => Ok(()),
         }

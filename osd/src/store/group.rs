@@ -24,8 +24,11 @@ const TXN_BLOCKS_MAX: u32 = (512 << 10) / BLOCK_BYTES;
 const RECORD_SHARE: u32 = 4;
 const TARGET_SHARE: u32 = 16;
 const TXN_SHARE: u32 = 16;
-/// The largest head of a transaction: an activation with its missing map (rule P4).
+/// The largest head of a transaction that shares its record with others.
 const HEAD_SHARE: u32 = 8;
+/// An activation has a missing map (rule P4), which may be as long as the list of the group's objects: so large a record holds it alone. Three
+/// eighths find a place in any journal that was trimmed.
+const ALONE_SHARE: (u32, u32) = (3, 8);
 const _: () = assert!(
     RECORD_SHARE * (TARGET_SHARE * TXN_SHARE + TARGET_SHARE * HEAD_SHARE + TXN_SHARE * HEAD_SHARE)
         <= TARGET_SHARE * TXN_SHARE * HEAD_SHARE
@@ -144,14 +147,21 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 self.want_checkpoint = true;
                 break;
             }
-            moved |= self.build_group()?;
+            if !self.build_group()? {
+                break;
+            }
+            moved = true;
         }
         Ok(moved)
     }
 
     fn build_group(&mut self) -> Result<bool, StoreError> {
         let target = GROUP_BLOCKS_MAX.min(self.ring.blocks() / TARGET_SHARE) as usize * BLOCK;
-        let txn_head_max = self.ring.blocks() as usize / HEAD_SHARE as usize * BLOCK;
+        let shared_head_max = self.ring.blocks() as usize / HEAD_SHARE as usize * BLOCK;
+        let alone = self.ring.blocks() / ALONE_SHARE.1 * ALONE_SHARE.0;
+        let head_max = (alone - self.ring.blocks() / TXN_SHARE) as usize * BLOCK;
+        // Not in this record: it waits for the next one, or for room.
+        let mut put_off = false;
         let mut stage = Stage::default();
         let (mut outcomes, mut touches) = (Vec::new(), Vec::new());
         let (mut bytes, mut payload, mut last) = (0, 0, 0);
@@ -161,8 +171,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             let result = self.stage_txn(&mut stage, &queued.txn).and_then(|()| {
                 let images = stage.txn.fresh.len() + stage.txn.placed.len();
                 let head = journal::head_bytes(&stage.txn.sweeps, images, &stage.txn.keys);
-                if head > txn_head_max {
+                if head > head_max {
                     return Err(StoreError::Invalid(format!("a transaction of {head} bytes of metadata")));
+                }
+                put_off =
+                    head > shared_head_max && (!outcomes.is_empty() || self.ring.place(alone).is_none());
+                if put_off {
+                    return Err(StoreError::NoSpace);
                 }
                 bytes += head + stage.txn.data_blocks as usize * BLOCK;
                 Ok(())
@@ -182,9 +197,9 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                     for slot in stage.reject() {
                         self.slots.untake(slot);
                     }
-                    if self.slots.starved {
+                    if self.slots.starved || put_off {
                         self.queue.push_front(queued);
-                        self.want_checkpoint = true;
+                        self.want_checkpoint |= self.slots.starved || outcomes.is_empty();
                         break;
                     }
                     last = number;

@@ -55,6 +55,41 @@ fn a_group_of_any_size_can_be_removed() {
     assert_eq!(sim(&disk).list(PG, None, 10).unwrap(), [], "after a replay as well");
 }
 
+/// A new member of a group lacks everything, and its activation says so in one transaction, between those of others.
+#[test]
+fn an_activation_may_name_more_than_shares_a_record() {
+    let disk = super::crash_tests::small_disk(64, 1);
+    let mut store = sim(&disk);
+    let activation = |objects: u32, activated| {
+        let needed = Needed::certain(v(7), false);
+        let missing = (0..objects).map(|o| TxnOp::AddMissing { object: object(o), needed });
+        let meta = PgMeta { promised: Epoch(activated), activated: Epoch(activated), ..PgMeta::default() };
+        let ops = std::iter::once(TxnOp::ClearMissing).chain(missing).chain([TxnOp::SetMeta(meta)]).collect();
+        Txn { pg: PG, ops, reserve: true }
+    };
+    let other = |n: u64| Txn { pg: PgId { index: 9, ..PG }, ..txn(write(1, n, 0, 2, 1)) };
+    // The journal is in use, wherever its head is.
+    let (mut n, mut activated) = (0, 0);
+    for round in 0..40 {
+        let few = (0..round % 7).map(|i| other(n + i)).collect::<Vec<_>>();
+        n += round % 7;
+        activated += 1;
+        let txns = [few, vec![activation(1_400, activated), other(n)]].concat();
+        n += 1;
+        let results = store.commit(txns);
+        assert!(results.iter().all(Result::is_ok), "round {round}: {results:?}");
+    }
+    // More than this journal has room for, and nothing of it is done.
+    let refused = store.commit(vec![activation(3_000, 99), other(n)]);
+    assert!(matches!(refused[..], [Err(StoreError::Invalid(_)), Ok(())]), "{refused:?}");
+    drop(store);
+    let mut store = sim(&disk);
+    assert_eq!(store.list_missing(PG, None, usize::MAX).unwrap().len(), 1_400);
+    assert_eq!(store.meta(PG).unwrap().unwrap().activated, Epoch(activated));
+    let settled = store.background();
+    assert!(settled.is_ok());
+}
+
 /// One object: version, tombstone, and a byte per block (0 is zeros).
 type Model = BTreeMap<u32, (u64, bool, BTreeMap<u32, u8>)>;
 
