@@ -1,7 +1,7 @@
 //! Bytes from a disk: whatever they are, decoders answer and do not panic; what was encoded comes back.
 
 use super::buffer::{Blocks, BlocksMut};
-use super::homes::Class;
+use super::homes::{self, Class, Region};
 use super::journal::{self, Header, Image};
 use super::layout::{self, BLOCK, ChunkRecord, Geometry, Key, Position, Superblock};
 use super::stage::Sweep;
@@ -105,6 +105,26 @@ proptest! {
         header.extend_from_slice(&bytes);
         let _ = journal::peek(&header, u32::MAX);
         let _ = journal::decode(&Blocks::copy_of(&header));
+    }
+
+    #[test]
+    fn any_homes_do_no_harm(
+        junk in vec(any::<u8>(), 0..60),
+        regions in vec((0u32..4, 0u32..4, 0u32..3), 0..5),
+        index: u32,
+    ) {
+        let pg = PgId { pool: PoolId(1), index };
+        let key = layout::pg_key(layout::kind::HOMES, pg);
+        let _ = homes::parse(&key, &junk);
+        let _ = homes::parse(&junk, &junk);
+        let regions: Vec<Region> = regions
+            .into_iter()
+            .map(|(index, count, home)| Region { class: Class { index, count }, home })
+            .collect();
+        if let Ok(change) = homes::parse(&key, &layout::encode(&regions).expect("encodes")) {
+            prop_assert_eq!(change, (pg, Some(regions.clone())));
+            prop_assert!(regions.iter().all(|r| r.class.index < r.class.count));
+        }
     }
 
     #[test]

@@ -213,9 +213,11 @@ pub fn parse(key: &[u8], value: &[u8]) -> Result<Change, StoreError> {
     let bad = || StoreError::Fatal("a record of a group's homes is damaged".into());
     let pg = layout::parse_key(key).ok().filter(|_| key.len() == PG_KEY_BYTES).ok_or_else(bad)?.pg;
     let regions: Vec<Region> = layout::decode(value)?;
+    // Only classes that there are can be compared.
+    let valid = !regions.is_empty() && regions.iter().all(|r| r.class.is_valid() && r.home != NOWHERE);
     let disjoint =
-        (1..regions.len()).all(|n| regions[..n].iter().all(|r| r.class.and(regions[n].class).is_none()));
-    if regions.is_empty() || !disjoint || !regions.iter().all(|r| r.class.is_valid() && r.home != NOWHERE) {
+        || (1..regions.len()).all(|n| regions[..n].iter().all(|r| r.class.and(regions[n].class).is_none()));
+    if !valid || !disjoint() {
         return Err(bad());
     }
     Ok((pg, Some(regions)))

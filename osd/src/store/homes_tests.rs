@@ -42,6 +42,26 @@ fn commit(store: &mut impl Store, index: u32, op: TxnOp) {
     assert_eq!(store.commit(vec![Txn { pg: pg(index), ops: vec![op], reserve: true }]), [Ok(())]);
 }
 
+/// Whatever a disk says, it is answered.
+#[test]
+fn homes_of_classes_that_there_are_not_are_damage() {
+    let key = super::layout::pg_key(super::layout::kind::HOMES, pg(1));
+    let region = |index, count| homes::Region { class: homes::Class { index, count }, home: 5 };
+    for regions in [
+        vec![region(0, 0), region(0, 0)],
+        vec![region(0, 2), region(0, 0)],
+        vec![region(0, 2), region(3, 2)],
+        vec![region(0, 2), region(2, 4)],
+        vec![],
+    ] {
+        let value = super::layout::encode(&regions).expect("encodes");
+        let found = homes::parse(&key, &value);
+        assert!(matches!(found, Err(StoreError::Fatal(_))), "{regions:?}: {found:?}");
+    }
+    let value = super::layout::encode(&vec![region(0, 2), region(1, 4)]).expect("encodes");
+    assert!(homes::parse(&key, &value).is_ok());
+}
+
 /// Page by page, each page would begin anew in every home.
 #[test]
 fn what_was_put_together_is_listed_in_one_go() {
