@@ -44,7 +44,7 @@ use openraft::error::{InitializeError, RaftError};
 use openraft::{Config, Raft};
 use peer_service::PeerService;
 use proposals::Proposal;
-use rocksdb::{ColumnFamilyDescriptor, DB, Options};
+use rocksdb::{ColumnFamilyDescriptor, DB, LogLevel, Options};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, Cursor};
@@ -77,6 +77,10 @@ const LEAD_TIMEOUT: Duration = Duration::from_secs(20);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a proposal may take; without a quorum it takes for ever.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// RocksDB's notes for people, and its list of tables.
+const NOTE_FILES_MAX: usize = 4;
+const NOTE_FILE_BYTES_MAX: usize = 1 << 20;
+const MANIFEST_BYTES_MAX: usize = 4 << 20;
 /// Commands between two snapshots of the state.
 pub const SNAPSHOT_EVERY: u64 = 2_000;
 
@@ -187,7 +191,10 @@ pub(crate) fn open_db(dir: &Path) -> Result<Arc<Database>, rocksdb::Error> {
     let mut options = Options::default();
     options.create_if_missing(true);
     options.create_missing_column_families(true);
-    options.set_keep_log_file_num(4);
+    options.set_log_level(LogLevel::Warn);
+    options.set_keep_log_file_num(NOTE_FILES_MAX);
+    options.set_max_log_file_size(NOTE_FILE_BYTES_MAX);
+    options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);
     options.set_max_total_wal_size(64 << 20);
     let families = [log::FAMILY, machine::FAMILY].map(|f| ColumnFamilyDescriptor::new(f, Options::default()));
     let db = DB::open_cf_descriptors(&options, dir, families)?;

@@ -8,8 +8,8 @@ use super::kv::{Batch, Kv, Pair};
 use super::wake::Waker;
 use parking_lot::Mutex;
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, FlushOptions, IteratorMode, Options,
-    ReadOptions, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, FlushOptions, IteratorMode, LogLevel,
+    Options, ReadOptions, WriteBatch, WriteOptions,
 };
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +20,11 @@ const BLOCK_CACHE_BYTES: usize = 16 << 20;
 const WRITE_BUFFER_BYTES: usize = 16 << 20;
 const WRITE_BUFFERS: i32 = 2;
 const OPEN_FILES_MAX: i32 = 256;
+/// RocksDB's notes for people. Of each flush it would make some kilobytes.
 const LOG_FILES_MAX: usize = 2;
+const LOG_FILE_BYTES_MAX: usize = 1 << 20;
+/// The list of its tables begins anew when it is larger.
+const MANIFEST_BYTES_MAX: usize = 4 << 20;
 const SWEEP_BYTES: usize = 1 << 20;
 const BLOOM_BITS_PER_KEY: f64 = 10.0;
 /// Every batch makes one small table: merging them late costs reads little and saves writes.
@@ -47,7 +51,10 @@ fn options() -> Result<Options, String> {
     options.set_write_buffer_size(WRITE_BUFFER_BYTES);
     options.set_max_write_buffer_number(WRITE_BUFFERS);
     options.set_max_open_files(OPEN_FILES_MAX);
+    options.set_log_level(LogLevel::Warn);
     options.set_keep_log_file_num(LOG_FILES_MAX);
+    options.set_max_log_file_size(LOG_FILE_BYTES_MAX);
+    options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);
     options.set_level_zero_file_num_compaction_trigger(TABLES_BEFORE_COMPACTION);
     // Checksums do not compress.
     options.set_compression_type(DBCompressionType::None);
@@ -187,4 +194,32 @@ fn after_prefix(prefix: &[u8]) -> Option<Vec<u8>> {
     let mut end = prefix[..=last].to_vec();
     end[last] += 1;
     Some(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of the files in `dir` whose name begins so.
+    fn bytes_of(dir: &Path, name: &str) -> u64 {
+        let files = std::fs::read_dir(dir).expect("lists").map(|f| f.expect("lists"));
+        let named = files.filter(|f| f.file_name().to_string_lossy().starts_with(name));
+        named.map(|f| f.metadata().expect("a file").len()).sum()
+    }
+
+    /// A checkpoint of the store is one batch and one flush, for years.
+    #[test]
+    fn notes_of_many_batches_take_little_space() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut kv = RocksKv::open(dir.path(), true).expect("opens");
+        let mut write = |n: u32| {
+            kv.start(vec![(n.to_be_bytes().to_vec(), Some(vec![7; 40]))]);
+            kv.finish().expect("writes");
+        };
+        write(0);
+        let before = bytes_of(dir.path(), "LOG");
+        (1..300).for_each(&mut write);
+        let after = bytes_of(dir.path(), "LOG");
+        assert!(before > 0 && after < before + 10_000, "{before} bytes became {after}");
+    }
 }
