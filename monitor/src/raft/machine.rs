@@ -105,6 +105,28 @@ pub(crate) struct Machine {
     last_applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, MonitorNode>,
     published: Arc<Published>,
+    kept: Arc<Kept>,
+}
+
+/// Where snapshots are kept. Builders run beside the machine: one that began before a snapshot came from the leader may end after it.
+struct Kept {
+    db: Arc<Database>,
+    /// The last entry in the one there is.
+    last: Mutex<Option<LogId<u64>>>,
+}
+
+impl Kept {
+    /// Keeps a snapshot, unless there is a newer one: the log before that may be gone.
+    fn store(&self, stored: &Stored) -> io::Result<()> {
+        let mut last = self.last.lock();
+        if stored.meta.last_log_id < *last {
+            return Ok(());
+        }
+        let bytes = postcard::to_stdvec(stored).map_err(other)?;
+        self.db.put_cf_opt(family(&self.db, FAMILY)?, SNAPSHOT, bytes, &synced()).map_err(other)?;
+        *last = stored.meta.last_log_id;
+        Ok(())
+    }
 }
 
 fn load(db: &DB) -> io::Result<Option<Stored>> {
@@ -112,11 +134,6 @@ fn load(db: &DB) -> io::Result<Option<Stored>> {
         None => Ok(None),
         Some(bytes) => postcard::from_bytes(&bytes).map(Some).map_err(other),
     }
-}
-
-fn store(db: &DB, stored: &Stored) -> io::Result<()> {
-    let bytes = postcard::to_stdvec(stored).map_err(other)?;
-    db.put_cf_opt(family(db, FAMILY)?, SNAPSHOT, bytes, &synced()).map_err(other)
 }
 
 fn writing(e: io::Error) -> Failure {
@@ -137,7 +154,8 @@ impl Machine {
             membership = stored.meta.last_membership;
         }
         let published = Arc::new(Published::new(state.clone()));
-        Ok(Machine { db, state: Arc::new(state), last_applied, membership, published })
+        let kept = Arc::new(Kept { db: db.clone(), last: Mutex::new(last_applied) });
+        Ok(Machine { db, state: Arc::new(state), last_applied, membership, published, kept })
     }
 
     pub(super) fn published(&self) -> Arc<Published> {
@@ -184,7 +202,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn get_snapshot_builder(&mut self) -> Builder {
         Builder {
-            db: self.db.clone(),
+            kept: self.kept.clone(),
             state: self.state.clone(),
             last_applied: self.last_applied,
             membership: self.membership.clone(),
@@ -202,7 +220,7 @@ impl RaftStateMachine<Types> for Machine {
     ) -> Result<(), Failure> {
         let stored = Stored { meta: meta.clone(), data: snapshot.into_inner() };
         let state: MonitorState = postcard::from_bytes(&stored.data).map_err(|e| reading(other(e)))?;
-        store(&self.db, &stored).map_err(writing)?;
+        self.kept.store(&stored).map_err(writing)?;
         self.state = Arc::new(state);
         self.last_applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
@@ -217,7 +235,7 @@ impl RaftStateMachine<Types> for Machine {
 }
 
 pub(crate) struct Builder {
-    db: Arc<Database>,
+    kept: Arc<Kept>,
     state: Arc<MonitorState>,
     last_applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, MonitorNode>,
@@ -233,7 +251,7 @@ impl RaftSnapshotBuilder<Types> for Builder {
             snapshot_id,
         };
         let stored = Stored { meta, data };
-        store(&self.db, &stored).map_err(writing)?;
+        self.kept.store(&stored).map_err(writing)?;
         Ok(Snapshot { meta: stored.meta, snapshot: Box::new(Cursor::new(stored.data)) })
     }
 }

@@ -18,6 +18,38 @@ fn storage_conforms() {
     Suite::test_all(Build).unwrap();
 }
 
+fn at(index: u64) -> openraft::LogId<u64> {
+    openraft::LogId::new(openraft::CommittedLeaderId::new(1, 1), index)
+}
+
+/// The leader's snapshot may come while one of our own is being made. After it the log begins behind it.
+#[tokio::test]
+async fn a_snapshot_is_not_overwritten_by_an_older_one() {
+    use openraft::storage::{RaftSnapshotBuilder, RaftStateMachine};
+    let (dir, _, mut machine) = Build.build().await.unwrap();
+    let blank = |index| openraft::Entry { log_id: at(index), payload: openraft::EntryPayload::Blank };
+    machine.apply([blank(1), blank(2)]).await.unwrap();
+    let mut builder = machine.get_snapshot_builder().await;
+    let (mut meta, data) = {
+        let made = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+        (made.meta, made.snapshot)
+    };
+    meta.last_log_id = Some(at(9));
+    machine.install_snapshot(&meta, data).await.unwrap();
+    let older = builder.build_snapshot().await.unwrap();
+    assert_eq!(older.meta.last_log_id, Some(at(2)));
+    let kept = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(kept.meta.last_log_id, Some(at(9)));
+    drop((machine, builder));
+    let mut again = machine::Machine::open(open_db(dir.path()).unwrap()).unwrap();
+    assert_eq!(again.applied_state().await.unwrap().0, Some(at(9)));
+    // And it goes on from there.
+    again.apply([blank(10)]).await.unwrap();
+    again.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    let kept = again.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(kept.meta.last_log_id, Some(at(10)));
+}
+
 async fn open(dir: &TempDir, start: Start) -> Result<Consensus, ConsensusError> {
     Consensus::open(dir.path(), Setup::new(1, "127.0.0.1:1", start)).await
 }
