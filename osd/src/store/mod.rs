@@ -52,6 +52,8 @@ mod sector_tests;
 pub mod sim;
 mod slots;
 mod stage;
+#[cfg(test)]
+mod start_tests;
 mod synthetic;
 #[cfg(test)]
 mod tests;

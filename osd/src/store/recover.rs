@@ -289,22 +289,32 @@ fn read_journal(
         end = position;
         out.push(record);
     }
-    let lost = match lost_record(device, superblock, end.seq)? {
-        Some(seq) => Some(format!(
-            "the journal ends at record {}, but record {seq} was acknowledged: the disk lost it",
-            end.seq
-        )),
-        None => (end.seq < applied).then(|| {
-            format!(
-                "the journal ends at record {}, the index knows record {applied}: acknowledged records are lost",
-                end.seq
-            )
-        }),
-    };
+    let lost = lost_record(device, superblock, end.seq)?.map(|seq| {
+        format!("the journal ends at record {}, but record {seq} was acknowledged: the disk lost it", end.seq)
+    });
+    let lost = lost.or_else(|| index_lost(superblock, applied, end));
     let applied = if holds(Rule::AppliedOnce) { applied } else { 0 };
     out.retain(|r| r.header.seq > applied);
     let cut_short = begins_after(device, superblock, end)?;
     Ok(Replay { records: out, end, lost, cut_short })
+}
+
+/// What is wrong with an index that holds everything up to record `applied`, beside this journal.
+fn index_lost(superblock: &Superblock, applied: u64, end: Position) -> Option<String> {
+    let tail = superblock.tail.seq;
+    // The batch with that number is durable before the tail moves (rule S4).
+    if applied < tail {
+        return Some(format!(
+            "the index holds what the journal said up to record {applied}, the journal begins after record {tail}: the index \
+             is an older one, what was acknowledged in between is lost"
+        ));
+    }
+    (end.seq < applied).then(|| {
+        format!(
+            "the journal ends at record {}, the index knows record {applied}: acknowledged records are lost",
+            end.seq
+        )
+    })
 }
 
 /// Whether the head of the record after `end` is there.

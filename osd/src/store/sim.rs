@@ -43,19 +43,13 @@ impl BlockImage {
 #[derive(Clone)]
 enum Event {
     /// A write began: from here on any of its sectors may be on the disk.
-    Begin {
-        write: u64,
-        block: u64,
-        data: Arc<Vec<u8>>,
-    },
+    Begin { write: u64, block: u64, data: Arc<Vec<u8>> },
     /// The device said that it is done; `durable`: on the disk.
-    End {
-        write: u64,
-        durable: bool,
-    },
+    End { write: u64, durable: bool },
     /// A flush that covers these writes ended.
     Flushed(Vec<u64>),
-    Indexed(Arc<Batch>),
+    /// `durable`: on the disk.
+    Indexed { batch: Arc<Batch>, durable: bool },
     /// A note of the test.
     Note(u64),
 }
@@ -67,6 +61,8 @@ struct Image {
     /// In order of their begin.
     volatile: BTreeMap<u64, (u64, Arc<Vec<u8>>)>,
     index: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// What batches replaced that are not on the disk, though they were said to be; in their order.
+    replaced: Vec<Batch>,
 }
 
 impl Image {
@@ -78,15 +74,36 @@ impl Image {
             Event::End { write, durable: true } => self.settle(*write),
             Event::End { .. } | Event::Note(_) => {}
             Event::Flushed(writes) => writes.iter().for_each(|w| self.settle(*w)),
-            Event::Indexed(batch) => {
+            Event::Indexed { batch, durable } => {
+                let mut replaced = Batch::new();
                 for (key, value) in batch.iter() {
-                    match value {
+                    let before = match value {
                         Some(v) => self.index.insert(key.clone(), v.clone()),
                         None => self.index.remove(key),
                     };
+                    replaced.push((key.clone(), before));
+                }
+                if *durable {
+                    self.replaced.clear();
+                } else {
+                    self.replaced.push(replaced);
                 }
             }
         }
+    }
+
+    /// All but the first `kept` batches of those that are not on the disk are gone.
+    fn forget_batches(&mut self, kept: usize) {
+        for batch in self.replaced.drain(kept..).rev() {
+            // A key may be in a batch twice.
+            for (key, before) in batch.into_iter().rev() {
+                match before {
+                    Some(v) => self.index.insert(key, v),
+                    None => self.index.remove(&key),
+                };
+            }
+        }
+        self.replaced.clear();
     }
 
     /// A write is on the disk for good. What is older and volatile cannot come over it any more.
@@ -153,6 +170,10 @@ impl Image {
                 _ => whole || rng.random_range(0..8) != 0,
             });
         }
+        if !self.replaced.is_empty() {
+            let kept = rng.random_range(0..=self.replaced.len());
+            self.forget_batches(kept);
+        }
     }
 
     /// Whole blocks from `first` on.
@@ -189,6 +210,8 @@ struct State {
     failed: Vec<u64>,
     /// A flush says yes and does nothing.
     lying: bool,
+    /// A batch of the index is said to be durable and is not.
+    index_lying: bool,
     /// Changing requests until everything fails; `None` never.
     fuse: Option<u64>,
     /// Reads of slots under which the medium still goes bad.
@@ -242,6 +265,7 @@ impl SimDisk {
             unreadable: Vec::new(),
             failed: Vec::new(),
             lying: false,
+            index_lying: false,
             fuse: None,
             rot: 0,
             record: None,
@@ -322,6 +346,11 @@ impl SimDisk {
     /// From now on flushes and durable writes claim success and make nothing durable.
     pub fn set_lying(&self, lying: bool) {
         self.0.lock().lying = lying;
+    }
+
+    /// From now on batches of the index are said to be durable and are not.
+    pub fn set_index_lying(&self, lying: bool) {
+        self.0.lock().index_lying = lying;
     }
 
     /// Power fails: of writes that are not flushed, some sectors are there, others not.
@@ -530,7 +559,8 @@ impl Kv for SimKv {
         let result = state.burn();
         // Also a batch that failed may turn out to be there.
         if result.is_ok() || state.rng.random() {
-            state.event(Event::Indexed(batch.into()));
+            let durable = !state.index_lying;
+            state.event(Event::Indexed { batch: batch.into(), durable });
         }
         self.result = Some(result);
     }
