@@ -1,7 +1,6 @@
 //! Power fails at every recorded point of many workloads, and several samples of what was not flushed survive: whatever
 //! was acknowledged is there, nothing is half there, and the store goes on.
 
-use super::layout::Geometry;
 use super::model::*;
 use super::rules::{Rule, without};
 use super::sim::{SimDisk, SimStore};
@@ -16,7 +15,7 @@ const SLOTS: u64 = 96;
 pub fn small_disk(journal_blocks: u32, seed: u64) -> SimDisk {
     let size = (32 + u64::from(journal_blocks) + SLOTS * 32) * 4096;
     let disk = SimDisk::new(size as usize, seed);
-    disk.format_with(IDENTITY, Geometry::with_journal(size, journal_blocks)).expect("formats");
+    disk.format_with(IDENTITY, journal_blocks).expect("formats");
     disk
 }
 

@@ -4,7 +4,6 @@
 
 use super::device::{Access, FileDevice};
 use super::fsck_tests::{one_of_everything_with, txn};
-use super::layout::Geometry;
 use super::model::{ModelBlocks, PGS, object, v};
 use super::recover::format_parts;
 use super::rocks::RocksKv;
@@ -190,8 +189,7 @@ fn make_the_image() {
     device.preallocate(SIZE).expect("allocates");
     let index = dir.path().join("index");
     let mut kv = RocksKv::open(&index, true).expect("makes an index");
-    let geometry = Geometry::with_journal(SIZE, JOURNAL_BLOCKS);
-    format_parts(&mut device, &mut kv, IDENTITY, geometry, 0x1234_5678).expect("formats");
+    format_parts(&mut device, &mut kv, IDENTITY, (SIZE, JOURNAL_BLOCKS), 0x1234_5678).expect("formats");
     drop((device, kv));
     std::fs::write(dir.path().join("lock"), []).expect("writes");
     std::fs::write(dir.path().join("disk-id"), format!("{}\n", IDENTITY.disk)).expect("writes");

@@ -152,7 +152,7 @@ pub fn format(data_dir: &Path, size_bytes: u64, identity: Identity) -> Result<()
     }
     let mut kv = RocksKv::open(&index, true).map_err(|e| fatal(&index, e))?;
     File::open(data_dir).and_then(|d| d.sync_all()).map_err(|e| fatal(data_dir, e))?;
-    format_parts(&mut device, &mut kv, identity, geometry, rand::random())
+    format_parts(&mut device, &mut kv, identity, (size, geometry.journal_blocks), rand::random())
 }
 
 /// How the disk is reached.

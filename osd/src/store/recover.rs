@@ -22,14 +22,19 @@ fn disk(what: &'static str) -> impl Fn(std::io::Error) -> StoreError {
     move |e| StoreError::Fatal(format!("{what} failed: {e}"))
 }
 
-/// Writes an empty store: index first, superblock last, so that an interrupted format is not a store.
+/// Writes an empty store into the first `size` bytes of a device: index first, superblock last, so that an interrupted format is
+/// not a store.
 pub fn format_parts(
     device: &mut impl Device,
     kv: &mut impl Kv,
     identity: Identity,
-    geometry: Geometry,
+    (size, journal_blocks): (u64, u32),
     nonce: u64,
 ) -> Result<(), StoreError> {
+    let geometry = Geometry::with_journal(size, journal_blocks);
+    if size > device.blocks() * u64::from(BLOCK_BYTES) {
+        return Err(StoreError::Invalid(format!("the disk has less than {size} bytes")));
+    }
     if geometry.slots == 0 {
         return Err(StoreError::Invalid("the disk is too small for a journal and a single chunk".into()));
     }
@@ -37,9 +42,9 @@ pub fn format_parts(
     write_index(kv, vec![entry])?;
     let superblock = Superblock {
         generation: 1,
-        size: device.blocks() * u64::from(BLOCK_BYTES),
+        size,
         identity,
-        journal_blocks: geometry.journal_blocks,
+        journal_blocks,
         nonce,
         tail: Position::default(),
         flushed: 0,

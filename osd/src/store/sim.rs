@@ -286,14 +286,15 @@ impl SimDisk {
     /// Makes an empty store on it.
     pub fn format(&self, identity: Identity) -> Result<(), StoreError> {
         let size = self.0.lock().blocks * BLOCK as u64;
-        self.format_with(identity, Geometry::for_size(size))
+        self.format_with(identity, Geometry::for_size(size).journal_blocks)
     }
 
     /// The same with a journal of so many blocks.
-    pub(super) fn format_with(&self, identity: Identity, geometry: Geometry) -> Result<(), StoreError> {
+    pub(super) fn format_with(&self, identity: Identity, journal_blocks: u32) -> Result<(), StoreError> {
         let (mut device, mut kv) = self.parts()?;
+        let size = device.blocks() * BLOCK as u64;
         let nonce = self.0.lock().rng.random();
-        format_parts(&mut device, &mut kv, identity, geometry, nonce)
+        format_parts(&mut device, &mut kv, identity, (size, journal_blocks), nonce)
     }
 
     /// Opens the store on it; the one before must be gone.

@@ -3,7 +3,7 @@
 
 use super::device::{Access, FileDevice};
 use super::kv::{Batch, Kv};
-use super::layout::{self, CHUNK_BLOCKS, ChunkRecord, Geometry, ObjectRecord, kind};
+use super::layout::{self, CHUNK_BLOCKS, ChunkRecord, ObjectRecord, kind};
 use super::open::fatal;
 use super::recover::format_parts;
 use super::rocks::RocksKv;
@@ -24,13 +24,12 @@ pub fn synthetic_index(data_dir: &Path, objects: u32, identity: Identity) -> Res
     let chunks = OBJECT_BYTES_DEFAULT / CHUNK_BYTES;
     let journal = u64::from(layout::JOURNAL_BLOCKS_MAX) + CHUNK_BLOCKS;
     let size = u64::from(objects) * u64::from(OBJECT_BYTES_DEFAULT) + journal * u64::from(BLOCK_BYTES);
-    let geometry = Geometry::with_journal(size, layout::JOURNAL_BLOCKS_MAX);
     fs::create_dir(data_dir).map_err(|e| fatal(data_dir, e))?;
     let (block, index) = (data_dir.join("block"), data_dir.join("index"));
     File::create(&block).and_then(|f| f.set_len(size)).map_err(|e| fatal(&block, e))?;
     let mut device = FileDevice::open(&block, Access::ReadWrite)?;
     let mut kv = RocksKv::open(&index, true).map_err(|e| fatal(&index, e))?;
-    format_parts(&mut device, &mut kv, identity, geometry, 1)?;
+    format_parts(&mut device, &mut kv, identity, (size, layout::JOURNAL_BLOCKS_MAX), 1)?;
     let (mut batch, mut slot, mut crc) = (Batch::new(), 0, 1u32);
     let mut write = |batch: &mut Batch| {
         kv.start(std::mem::take(batch));

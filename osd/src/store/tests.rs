@@ -90,6 +90,21 @@ fn an_activation_may_name_more_than_shares_a_record() {
     assert!(settled.is_ok());
 }
 
+#[test]
+fn a_store_is_as_large_as_it_was_made_also_on_a_larger_disk() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let block = std::fs::File::create(dir.path().join("block")).expect("makes a file");
+    block.set_len(256 << 20).expect("makes room");
+    let size = 64 << 20;
+    format(dir.path(), size, IDENTITY).expect("formats");
+    let info = info(dir.path()).expect("a superblock");
+    let geometry = super::layout::Geometry::for_size(size);
+    assert_eq!((info.size_bytes, info.chunks), (size, geometry.slots));
+    assert_eq!(info.journal_bytes, u64::from(geometry.journal_blocks) * u64::from(BLOCK_BYTES));
+    let store = open(dir.path()).expect("opens");
+    assert_eq!(store.usage().capacity_bytes, u64::from(geometry.slots) * u64::from(CHUNK_BYTES));
+}
+
 /// One object: version, tombstone, and a byte per block (0 is zeros).
 type Model = BTreeMap<u32, (u64, bool, BTreeMap<u32, u8>)>;
 
