@@ -56,6 +56,18 @@ pub fn format_parts(
     Ok(())
 }
 
+/// Writes both superblocks, one after the other: first over the copy that is damaged or older, so that they are never more than one
+/// generation apart, however often starts fail in between.
+fn write_superblocks(device: &mut impl Device, superblock: &Superblock) -> Result<(), StoreError> {
+    let [a, b] = SUPERBLOCKS;
+    let order = match read_superblocks(device) {
+        [Ok(first), Ok(second)] if second.generation < first.generation => [b, a],
+        [Ok(_), Err(_)] => [b, a],
+        _ => [a, b],
+    };
+    order.into_iter().try_for_each(|block| write_superblock(device, block, superblock))
+}
+
 fn write_superblock(device: &mut impl Device, block: u64, superblock: &Superblock) -> Result<(), StoreError> {
     let data = vec![Blocks::copy_of(&superblock.encode())];
     device::run(device, Request::Write { block, data, durable: true }).map_err(disk("writing the superblock"))
@@ -129,9 +141,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         if holds(Rule::Chain) {
             superblock.nonce = nonce;
         }
-        for block in SUPERBLOCKS {
-            write_superblock(&mut device, block, &superblock)?;
-        }
+        write_superblocks(&mut device, &superblock)?;
         assert!(index.dirty.is_empty() && index.frozen.is_empty(), "the journal has been replayed");
         let (slots, objects) = count(&index.kv, superblock.geometry())?;
         let homes = Homes::load(&index)?;
@@ -232,9 +242,7 @@ fn replay_into<D: Device, K: Kv>(
     if fresh && holds(Rule::MarkBeforeWriteBack) {
         // In-place writes change slots that another replay would verify.
         superblock.generation += 1;
-        for block in SUPERBLOCKS {
-            write_superblock(device, block, superblock)?;
-        }
+        write_superblocks(device, superblock)?;
     }
     index.frozen = std::mem::take(&mut index.dirty);
     device::run_all(device, write_back(&index.frozen, superblock)?).map_err(disk("writing to the disk"))?;

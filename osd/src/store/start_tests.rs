@@ -48,3 +48,30 @@ fn an_index_that_is_older_than_the_journal_is_refused() {
     let mut store = disk.open().expect("opens");
     assert_eq!(read(&mut store, 0, 0, 32), Ok(blocks(0, 32, 2)));
 }
+
+/// Each of them writes one superblock, or none, and the next one goes on from there.
+#[test]
+fn starts_that_fail_one_after_the_other_leave_a_store() {
+    let mut failed = 0;
+    for seed in 0..6 {
+        for fuses in (0..64).map(|n| [n % 8, n / 8]) {
+            let disk = small_disk(JOURNAL, seed);
+            let mut store = disk.open().expect("opens");
+            assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 1)])]), [Ok(())]);
+            if seed % 2 == 0 {
+                assert_eq!(store.background(), Ok(false));
+            }
+            drop(store);
+            for fuse in fuses {
+                disk.set_fuse(Some(fuse));
+                failed += u32::from(disk.open().is_err());
+                disk.crash();
+            }
+            let report = disk.fsck(true);
+            assert!(report.is_clean_but_for_strangers(), "seed {seed}, {fuses:?}: {report}");
+            let mut store = disk.open().expect("opens");
+            assert_eq!(read(&mut store, 0, 0, 32), Ok(blocks(0, 32, 1)), "seed {seed}, {fuses:?}");
+        }
+    }
+    assert!(failed > 100, "only {failed} starts failed");
+}
