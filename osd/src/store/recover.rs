@@ -6,7 +6,7 @@ use super::checkpoint::{index_batch, write_back};
 use super::chunk_store::{ChunkStore, Opened};
 use super::device::{self, Device, Request};
 use super::homes::Homes;
-use super::journal::{self, Record};
+use super::journal::{self, Header, Record};
 use super::kv::Kv;
 use super::layout::{
     self, BLOCK, ChunkRecord, Geometry, JOURNAL_FIRST, Position, SUPERBLOCKS, Superblock, kind,
@@ -275,12 +275,10 @@ fn read_journal(
     loop {
         let mut found = None;
         for block in [at.block, 0] {
-            let record = read_record(device, superblock, block)?;
-            found = record
-                .filter(|r| r.header.seq == at.seq + 1)
-                .filter(|r| r.header.previous_crc == at.crc || !holds(Rule::Chain))
-                .map(|r| (block, r));
-            if found.is_some() {
+            let Found::Record(record) = read_record(device, superblock, block) else { continue };
+            let next = record.header.seq == at.seq + 1;
+            if next && (record.header.previous_crc == at.crc || !holds(Rule::Chain)) {
+                found = Some((block, record));
                 break;
             }
         }
@@ -289,6 +287,7 @@ fn read_journal(
         at = Position { block: block + record.blocks, seq: record.header.seq, crc: record.crc };
         records.push((record, at));
     }
+    let chained = at;
     let mut end = superblock.tail;
     let mut out = Vec::new();
     for (record, position) in records {
@@ -302,13 +301,18 @@ fn read_journal(
         end = position;
         out.push(record);
     }
-    let lost = lost_record(device, superblock, end.seq)?.map(|seq| {
+    let lost = lost_record(device, superblock, end.seq).map(|seq| {
         format!("the journal ends at record {}, but record {seq} was acknowledged: the disk lost it", end.seq)
     });
     let lost = lost.or_else(|| index_lost(superblock, applied, end));
+    let lost = match (lost, hidden_record(device, superblock, chained)) {
+        (Some(why), Some(hidden)) => Some(format!("{why} ({hidden})")),
+        (None, Some(hidden)) => Some(format!("{hidden}: whether it was acknowledged is not known")),
+        (why, None) => why,
+    };
     let applied = if holds(Rule::AppliedOnce) { applied } else { 0 };
     out.retain(|r| r.header.seq > applied);
-    let cut_short = begins_after(device, superblock, end)?;
+    let cut_short = begins_after(device, superblock, end);
     Ok(Replay { records: out, end, lost, cut_short })
 }
 
@@ -330,49 +334,90 @@ fn index_lost(superblock: &Superblock, applied: u64, end: Position) -> Option<St
     })
 }
 
-/// Whether the head of the record after `end` is there.
-fn begins_after(
-    device: &mut impl Device,
-    superblock: &Superblock,
-    end: Position,
-) -> Result<bool, StoreError> {
-    for block in [end.block, 0] {
-        let room = superblock.journal_blocks.saturating_sub(block);
-        if room == 0 {
-            continue;
-        }
-        let mut head = BlocksMut::zeroed(1);
-        device
-            .read_now(JOURNAL_FIRST + u64::from(block), head.blocks_mut())
-            .map_err(disk("reading the journal"))?;
-        let next = journal::peek(head.bytes(), room).map(|(header, _)| header);
-        if next.is_some_and(|h| h.nonce == superblock.nonce && h.seq == end.seq + 1) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// The blocks at which the record after `end` may begin.
+fn next_places(superblock: &Superblock, end: Position) -> impl Iterator<Item = u32> {
+    let (blocks, tail) = (superblock.journal_blocks, superblock.tail.block);
+    // At the beginning of the ring only where it did not fit behind `end`, and has room there in front of the tail. (The tail of the
+    // time when it was written is no later one.)
+    let wraps = end.block >= tail && blocks - end.block < tail;
+    [(end.block < blocks).then_some(end.block), wraps.then_some(0)].into_iter().flatten()
 }
 
-/// The intact record of this journal at `block` of the ring, if there is one.
-fn read_record(
+/// What is to be said where the record after `end` may lie in a block that cannot be read. If it was the last one that was
+/// acknowledged, nothing else tells of it.
+fn hidden_record(device: &mut impl Device, superblock: &Superblock, end: Position) -> Option<String> {
+    let hidden =
+        next_places(superblock, end).find_map(|block| match read_record(device, superblock, block) {
+            Found::Unreadable { block, header } => {
+                // What can be read may say that it is another one.
+                header.is_none_or(|h| h.nonce == superblock.nonce && h.seq == end.seq + 1).then_some(block)
+            }
+            _ => None,
+        })?;
+    let block = JOURNAL_FIRST + u64::from(hidden);
+    Some(format!("block {block}, where record {} of the journal would be, cannot be read", end.seq + 1))
+}
+
+/// Whether the head of the record after `end` is there.
+fn begins_after(device: &mut impl Device, superblock: &Superblock, end: Position) -> bool {
+    [end.block, 0].into_iter().any(|block| {
+        let next = read_head(device, superblock, block).ok().flatten().map(|(header, _)| header);
+        next.is_some_and(|h| h.nonce == superblock.nonce && h.seq == end.seq + 1)
+    })
+}
+
+/// What is at a block of the ring.
+enum Found {
+    /// An intact record of this journal.
+    Record(Record),
+    /// None.
+    Nothing,
+    /// Perhaps one: this block cannot be read. The header, where that can.
+    Unreadable { block: u32, header: Option<Header> },
+}
+
+/// Header and length of what may be a record at `block` of the ring. An error where the block cannot be read.
+fn read_head(
     device: &mut impl Device,
     superblock: &Superblock,
     block: u32,
-) -> Result<Option<Record>, StoreError> {
-    let room = superblock.journal_blocks - block.min(superblock.journal_blocks);
+) -> std::io::Result<Option<(Header, u32)>> {
+    let room = superblock.journal_blocks.saturating_sub(block);
     if room == 0 {
         return Ok(None);
     }
-    let address = JOURNAL_FIRST + u64::from(block);
     let mut head = BlocksMut::zeroed(1);
-    device.read_now(address, head.blocks_mut()).map_err(disk("reading the journal"))?;
-    let Some((header, len)) = journal::peek(head.bytes(), room) else { return Ok(None) };
-    if header.nonce != superblock.nonce {
-        return Ok(None);
-    }
+    device.read_now(JOURNAL_FIRST + u64::from(block), head.blocks_mut())?;
+    Ok(journal::peek(head.bytes(), room))
+}
+
+fn read_record(device: &mut impl Device, superblock: &Superblock, block: u32) -> Found {
+    let (header, len) = match read_head(device, superblock, block) {
+        Ok(Some((header, len))) if header.nonce == superblock.nonce => (header, len),
+        Ok(_) => return Found::Nothing,
+        Err(_) => return Found::Unreadable { block, header: None },
+    };
     let mut buffer = BlocksMut::zeroed(len as usize);
-    device.read_now(address, buffer.blocks_mut()).map_err(disk("reading the journal"))?;
-    Ok(journal::decode(&buffer.freeze()))
+    if let Some(at) = read_each(device, block, &mut buffer).first() {
+        return Found::Unreadable { block: block + at, header: Some(header) };
+    }
+    journal::decode(&buffer.freeze()).map_or(Found::Nothing, Found::Record)
+}
+
+/// Reads blocks of the ring. Returns which of them cannot be read; they are zeros.
+fn read_each(device: &mut impl Device, block: u32, buffer: &mut BlocksMut) -> Vec<u32> {
+    let address = JOURNAL_FIRST + u64::from(block);
+    if device.read_now(address, buffer.blocks_mut()).is_ok() {
+        return Vec::new();
+    }
+    let mut unreadable = Vec::new();
+    for (i, one) in (0..).zip(buffer.blocks_mut().chunks_mut(1)) {
+        if device.read_now(address + u64::from(i), one).is_err() {
+            one[0].0.fill(0);
+            unreadable.push(i);
+        }
+    }
+    unreadable
 }
 
 fn images_hold(
@@ -397,20 +442,14 @@ fn images_hold(
 }
 
 /// A record behind the end that was durable, as one that came after it or the superblock says: the disk lied about a
-/// flush, or lost what it had.
-fn lost_record(
-    device: &mut impl Device,
-    superblock: &Superblock,
-    end: u64,
-) -> Result<Option<u64>, StoreError> {
+/// flush, or lost what it had. A block that cannot be read says nothing.
+fn lost_record(device: &mut impl Device, superblock: &Superblock, end: u64) -> Option<u64> {
     const PIECE_BLOCKS: u32 = 256;
     let mut block = 0;
     while block < superblock.journal_blocks {
         let count = PIECE_BLOCKS.min(superblock.journal_blocks - block);
         let mut buffer = BlocksMut::zeroed(count as usize);
-        device
-            .read_now(JOURNAL_FIRST + u64::from(block), buffer.blocks_mut())
-            .map_err(disk("reading the journal"))?;
+        read_each(device, block, &mut buffer);
         for i in 0..count {
             let head = &buffer.bytes()[i as usize * BLOCK..(i as usize + 1) * BLOCK];
             let Some((header, _)) = journal::peek(head, superblock.journal_blocks - block - i) else {
@@ -419,11 +458,17 @@ fn lost_record(
             if header.nonce != superblock.nonce || header.flushed <= end {
                 continue;
             }
-            if read_record(device, superblock, block + i)?.is_some_and(|r| r.header.flushed > end) {
-                return Ok(Some(header.flushed));
+            let says_so = match read_record(device, superblock, block + i) {
+                Found::Record(record) => record.header.flushed > end,
+                // Not all of it can be verified: better no start than a loss.
+                Found::Unreadable { .. } => true,
+                Found::Nothing => false,
+            };
+            if says_so {
+                return Some(header.flushed);
             }
         }
         block += count;
     }
-    Ok(Some(superblock.flushed).filter(|flushed| *flushed > end))
+    Some(superblock.flushed).filter(|flushed| *flushed > end)
 }

@@ -3,10 +3,13 @@
 
 use super::crash_tests::small_disk;
 use super::model::*;
+use super::sim::SimDisk;
 use super::*;
 
 const PG: PgId = PGS[0];
 const JOURNAL: u32 = 256;
+/// First block of the journal.
+const FIRST: u64 = super::layout::JOURNAL_FIRST;
 
 fn txn(ops: Vec<TxnOp>) -> Txn {
     Txn { pg: PG, ops, reserve: false }
@@ -47,6 +50,102 @@ fn an_index_that_is_older_than_the_journal_is_refused() {
     disk.edit_index(|index| std::mem::swap(index, &mut older));
     let mut store = disk.open().expect("opens");
     assert_eq!(read(&mut store, 0, 0, 32), Ok(blocks(0, 32, 2)));
+}
+
+/// Six commits of a block each, which take two blocks of the journal each.
+fn six_records(settled: bool) -> SimDisk {
+    let disk = small_disk(JOURNAL, 2);
+    let mut store = disk.open().expect("opens");
+    for n in 0..6 {
+        assert_eq!(store.commit(vec![txn(vec![write(0, n, n as u32, 1, 1)])]), [Ok(())]);
+    }
+    if settled {
+        assert_eq!(store.background(), Ok(false));
+    }
+    assert_eq!(store.ring.head.block, 12);
+    disk
+}
+
+/// Where an acknowledged record is, or the next one may be, it is not; everywhere else it does not matter.
+#[test]
+fn an_unreadable_block_of_the_journal_is_no_record_unless_it_may_be_one() {
+    for settled in [false, true] {
+        for block in 0..JOURNAL {
+            let disk = six_records(settled);
+            disk.set_unreadable(FIRST + u64::from(block), true);
+            let refused = if settled { 12..=12 } else { 0..=12 };
+            match disk.open() {
+                Err(StoreError::Fatal(why)) if refused.contains(&block) => {
+                    let problems = disk.fsck(true).problems;
+                    assert!(problems.iter().any(|p| p.contains(&why)), "block {block}: {why}, {problems:?}");
+                }
+                Ok(mut store) if !refused.contains(&block) => {
+                    assert_eq!(read(&mut store, 0, 0, 7), Ok(blocks(0, 6, 1)), "block {block}");
+                    assert_eq!(store.commit(vec![txn(vec![write(1, 0, 0, 1, 1)])]), [Ok(())]);
+                }
+                other => panic!("settled {settled}, block {block}: {:?}", other.map(|_| ())),
+            }
+        }
+    }
+}
+
+/// With records that begin at the end of the ring, and one that had no room there.
+#[test]
+fn an_unreadable_block_is_looked_for_where_a_record_goes_on_at_the_beginning() {
+    let wrapped = |wrap: bool| {
+        let disk = small_disk(JOURNAL, 2);
+        let mut store = disk.open().expect("opens");
+        let mut n = 0;
+        while store.ring.head.block < JOURNAL - 4 {
+            assert_eq!(store.commit(vec![txn(vec![write(0, n, 0, 1, 1)])]), [Ok(())]);
+            assert_eq!(store.background(), Ok(false));
+            n += 1;
+        }
+        let end = store.ring.head.block;
+        if wrap {
+            assert_eq!(store.commit(vec![txn(vec![write(0, n, 0, 8, 2)])]), [Ok(())]);
+            assert_eq!(store.ring.head.block, 9);
+        }
+        (disk, end)
+    };
+    for block in 0..JOURNAL {
+        let (disk, end) = wrapped(true);
+        disk.set_unreadable(FIRST + u64::from(block), true);
+        // The record, and where the next one would be.
+        let refused = block <= 9;
+        let result = disk.open().map(|mut store| assert_eq!(read(&mut store, 0, 0, 8), Ok(blocks(0, 8, 2))));
+        assert_eq!(result.is_err(), refused, "block {block}: {result:?}");
+        let (disk, _) = wrapped(false);
+        disk.set_unreadable(FIRST + u64::from(block), true);
+        let result = disk.open().map(|_| ());
+        assert_eq!(result.is_err(), block == 0 || block == end, "block {block}: {result:?}");
+    }
+}
+
+/// Of records that are in flight at once none says that the other one was durable.
+#[test]
+fn the_last_records_are_not_lost_where_one_of_them_cannot_be_read() {
+    let disk = small_disk(JOURNAL, 2);
+    let mut store = disk.open().expect("opens");
+    let (mut done, mut blocks) = (Vec::new(), Vec::new());
+    for n in 0..2 {
+        store.start(n, Work::Commit(vec![txn(vec![write(n as u32, 0, 0, 1, 1)])]));
+        store.pump();
+        blocks.push(store.ring.head.block);
+    }
+    while store.busy() {
+        store.progress(&mut done);
+    }
+    assert_eq!((done.len(), blocks), (2, vec![2, 4]));
+    drop(store);
+    for block in 0..4 {
+        disk.set_unreadable(FIRST + block, true);
+        let result = disk.open().map(|_| ());
+        assert!(matches!(result, Err(StoreError::Fatal(_))), "block {block}: {result:?}");
+        disk.set_unreadable(FIRST + block, false);
+    }
+    let mut store = disk.open().expect("opens");
+    assert_eq!(read(&mut store, 1, 0, 1), Ok([(0, 1)].into()));
 }
 
 /// Each of them writes one superblock, or none, and the next one goes on from there.
