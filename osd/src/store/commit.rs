@@ -19,7 +19,7 @@ use gabion_proto::blocks::{Content, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// New content of one block: its CRC and bytes, or zeros.
 pub(super) type NewBlock = Option<DataBlock>;
@@ -343,7 +343,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         if record.version != base {
             return Err(StoreError::VersionMismatch { object, have: record.version, want: base });
         }
-        self.drop_pending(stage, pg, object)?;
+        // Those of them that this version needs, too, keep their slots.
+        let mut before = self.take_pending(stage, pg, object)?;
         for (number, new) in by_chunk(blocks(content)) {
             let key = layout::numbered_key(kind::CHUNK, pg, object, number);
             let mut chunk = self.staged_chunk(stage, &key)?;
@@ -354,9 +355,12 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 stage.put(key.with_kind(kind::PENDING_CHUNK), merged.encode());
                 continue;
             }
-            if data > 0 && chunk.slot.is_none() {
-                chunk.slot = Some(self.take_slot(stage, keep)?);
-                stage.put(key, chunk.encode());
+            if data > 0 {
+                before.remove(&number);
+                if chunk.slot.is_none() {
+                    chunk.slot = Some(self.take_slot(stage, keep)?);
+                    stage.put(key, chunk.encode());
+                }
             }
             for (bit, new) in new {
                 let key = layout::numbered_key(kind::PENDING, pg, object, number * BLOCKS_PER_CHUNK + bit);
@@ -366,6 +370,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 }
             }
         }
+        self.release_unused(stage, pg, object, before)?;
         self.put_object(stage, pg, object, Some(ObjectRecord { pending: Some(version), ..record }))
     }
 
@@ -610,14 +615,52 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         pg: PgId,
         object: ObjectId,
     ) -> Result<(), StoreError> {
+        let chunks = self.take_pending(stage, pg, object)?;
+        self.release_unused(stage, pg, object, chunks)
+    }
+
+    /// Deletes what there is of a pending version, but for the slots that its commit would have needed. Returns the chunks
+    /// that may have one.
+    fn take_pending(
+        &mut self,
+        stage: &mut Stage,
+        pg: PgId,
+        object: ObjectId,
+    ) -> Result<BTreeSet<u32>, StoreError> {
+        let mut chunks = BTreeSet::new();
         if self.staged_object(stage, pg, object)?.is_some_and(|r| r.pending.is_some()) {
-            let chunks = self.staged_scan(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))?;
-            for (key, value) in chunks {
+            let whole = self.staged_scan(stage, &layout::object_key(kind::PENDING_CHUNK, pg, object))?;
+            for (key, value) in whole {
                 stage.txn.freed.extend(ChunkRecord::decode(value.record()?)?.slot);
                 stage.delete(key);
             }
             for (key, _) in self.staged_scan(stage, &layout::object_key(kind::PENDING, pg, object))? {
+                chunks.insert(layout::parse_numbered(&key)?.2 / BLOCKS_PER_CHUNK);
                 stage.delete(key);
+            }
+        }
+        Ok(chunks)
+    }
+
+    /// Gives back the slots of those of these chunks that have no data.
+    fn release_unused(
+        &mut self,
+        stage: &mut Stage,
+        pg: PgId,
+        object: ObjectId,
+        chunks: BTreeSet<u32>,
+    ) -> Result<(), StoreError> {
+        for number in chunks {
+            let key = layout::numbered_key(kind::CHUNK, pg, object, number);
+            let mut chunk = self.staged_chunk(stage, &key)?;
+            if chunk.data != 0 || chunk.slot.is_none() {
+                continue;
+            }
+            stage.txn.freed.extend(chunk.slot.take());
+            if chunk.zero == 0 {
+                stage.delete(key);
+            } else {
+                stage.put(key, chunk.encode());
             }
         }
         Ok(())

@@ -337,17 +337,26 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                 let slot = chunk.slot.map_or("no slot".into(), |s| format!("slot {s}"));
                 check.found(pg, object, format!("{what} {number} belongs to no version and takes {slot}"));
             }
-            if whole {
-                if chunk.data == 0 {
-                    check.found(pg, object, format!("pending chunk {number} is empty"));
-                }
+            // Whether a block of it is pending.
+            let pending = || {
                 let first = number * BLOCKS_PER_CHUNK;
                 let from = layout::numbered_key(kind::PENDING, pg, object, first);
                 let prefix = layout::object_key(kind::PENDING, pg, object);
                 let next = index.scan(&prefix, &from, 1)?.into_iter().next();
-                if next.is_some_and(|(k, _)| {
+                Ok::<_, StoreError>(next.is_some_and(|(k, _)| {
                     layout::parse_numbered(&k).is_ok_and(|(_, _, n)| n < first + BLOCKS_PER_CHUNK)
-                }) {
+                }))
+            };
+            if let (false, Some(slot), 0, 0) = (whole, chunk.slot, chunk.data, chunk.zero)
+                && !pending()?
+            {
+                check.found(pg, object, format!("chunk {number} has nothing in it and takes slot {slot}"));
+            }
+            if whole {
+                if chunk.data == 0 {
+                    check.found(pg, object, format!("pending chunk {number} is empty"));
+                }
+                if pending()? {
                     check.found(pg, object, format!("chunk {number} is pending twice, whole and by block"));
                 }
             }

@@ -105,6 +105,70 @@ fn a_store_is_as_large_as_it_was_made_also_on_a_larger_disk() {
     assert_eq!(store.usage().capacity_bytes, u64::from(geometry.slots) * u64::from(CHUNK_BYTES));
 }
 
+/// A pending version takes the slots that its commit will need: whatever becomes of it, none is kept for nothing.
+#[test]
+fn a_pending_version_that_goes_away_gives_its_slots_back() {
+    let disk = new_sim(40, 3);
+    let mut store = sim(&disk);
+    let used = |store: &SimStore| store.usage().used_bytes / u64::from(CHUNK_BYTES);
+    let commit = |store: &mut SimStore, op| {
+        assert_eq!(store.commit(vec![txn(op)]), [Ok(())]);
+        used(store)
+    };
+    let in_chunk = |chunk: u32| Content::data(chunk * BLOCKS_PER_CHUNK + 3, fill(7, 1));
+    let prepare = |base, version, content| TxnOp::Prepare {
+        object: object(1),
+        base: v(base),
+        version: v(version),
+        content,
+    };
+    let rollback = || TxnOp::RollbackPending { object: object(1) };
+    assert_eq!(commit(&mut store, write(1, 0, 0, 1, 1)), 1);
+    assert_eq!(commit(&mut store, prepare(1, 2, in_chunk(5))), 2);
+    assert_eq!(commit(&mut store, rollback()), 1);
+    // The same once more, elsewhere, and whole; all of one version.
+    assert_eq!(commit(&mut store, prepare(1, 3, in_chunk(5))), 2);
+    assert_eq!(commit(&mut store, prepare(1, 4, in_chunk(5))), 2);
+    assert_eq!(commit(&mut store, prepare(1, 5, in_chunk(6))), 2);
+    assert_eq!(commit(&mut store, prepare(1, 6, Content::zero(6 * BLOCKS_PER_CHUNK, 3))), 1);
+    let whole = |byte| Content::data(6 * BLOCKS_PER_CHUNK, fill(byte, BLOCKS_PER_CHUNK));
+    assert_eq!(commit(&mut store, prepare(1, 7, in_chunk(6))), 2);
+    assert_eq!(commit(&mut store, prepare(1, 8, whole(8))), 2);
+    assert_eq!(commit(&mut store, prepare(1, 9, in_chunk(0))), 1);
+    assert_eq!(commit(&mut store, prepare(1, 10, in_chunk(5))), 2);
+    // It loses its base.
+    assert_eq!(commit(&mut store, write(1, 1, 0, 1, 2)), 1);
+    // What is committed keeps its slot, also when another version goes away.
+    assert_eq!(commit(&mut store, prepare(2, 11, in_chunk(5))), 2);
+    assert_eq!(commit(&mut store, TxnOp::CommitPending { object: object(1), version: v(11) }), 2);
+    assert_eq!(commit(&mut store, prepare(11, 12, in_chunk(5))), 2);
+    assert_eq!(commit(&mut store, rollback()), 2);
+    // In one transaction.
+    let ops = vec![prepare(11, 13, in_chunk(9)), rollback(), prepare(11, 14, in_chunk(9)), rollback()];
+    assert_eq!(store.commit(vec![Txn { pg: PG, ops, reserve: false }]), [Ok(())]);
+    assert_eq!(used(&store), 2);
+    // Zeros were there before, and stay.
+    let zero =
+        TxnOp::Write { object: object(1), prev: v(11), version: v(15), content: Content::zero(640, 2) };
+    assert_eq!(commit(&mut store, zero), 2);
+    assert_eq!(commit(&mut store, prepare(15, 16, in_chunk(20))), 3);
+    assert_eq!(commit(&mut store, rollback()), 2);
+    let found = store.read(PG, object(1), &[], 640, 4).expect("reads");
+    assert_eq!(found, Content::zero(640, 2));
+    drop(store);
+    for _ in 0..2 {
+        let report = disk.fsck(true);
+        assert!(report.is_clean_but_for_strangers() && report.chunks_used == 2, "{report}");
+        assert_eq!(used(&sim(&disk)), 2);
+    }
+    // A slot that was lost so is found.
+    let chunk = super::layout::ChunkRecord { slot: Some(30), ..Default::default() };
+    let key = super::layout::numbered_key(super::layout::kind::CHUNK, PG, object(1), 7);
+    disk.edit_index(|index| _ = index.insert(key.to_vec(), chunk.encode()));
+    let report = disk.fsck(false);
+    assert!(report.problems.iter().any(|p| p.contains("nothing in it and takes slot 30")), "{report}");
+}
+
 /// One object: version, tombstone, and a byte per block (0 is zeros).
 type Model = BTreeMap<u32, (u64, bool, BTreeMap<u32, u8>)>;
 
