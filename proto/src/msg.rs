@@ -8,7 +8,7 @@ use crate::ids::*;
 use serde::{Deserialize, Serialize};
 
 /// Version of the data-path protocol; both ends must speak the same one.
-pub const PROTOCOL_VERSION: u8 = 9;
+pub const PROTOCOL_VERSION: u8 = 10;
 
 /// Everything that travels on a data-path connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -408,6 +408,9 @@ pub struct PieceImage {
     pub extents: Vec<Extent>,
     /// The object has no block from here on.
     pub end: u32,
+    /// Blocks of the piece that are data, and that who sends it cannot read, with the CRC32 that they should have: not among the extents
+    /// either. In ascending order.
+    pub bad: Vec<(u32, u32)>,
 }
 
 /// How a sub-operation ended.

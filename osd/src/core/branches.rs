@@ -74,6 +74,10 @@ branches! {
     PieceAgain,
     /// Recovery: a source has no good copy.
     SourceBad,
+    /// Recovery: some blocks of a piece could not be read there, and are asked of another copy.
+    AskForRest,
+    /// Recovery: a piece is put together from several copies.
+    PutTogether,
     /// Recovery: a member did not take what was pushed.
     PushRefused,
     /// Recovery: the own disk did not take what was recovered.
@@ -106,6 +110,10 @@ branches! {
     LastOfDoubtLost,
     /// Reads: nobody can read it.
     KeepDamaged,
+    /// Reads: a block of a damaged object is asked of another copy.
+    MendRead,
+    /// Reads: all of what was asked for could be read, in several copies.
+    Mended,
     /// Shards: decoded, since one is away, late or unreadable.
     Decode,
     /// Shards: others are asked for, since one that is needed is late.
@@ -184,6 +192,8 @@ branches! {
     ScrubHoldsWrites,
     /// Scrub: copies are replaced.
     ScrubReplaces,
+    /// Scrub: every copy is unreadable somewhere; they are put together.
+    ScrubAssembles,
     /// Scrub: there is no good copy.
     ScrubDamaged,
     /// Scrub: a shard cannot be read.

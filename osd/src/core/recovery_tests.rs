@@ -168,7 +168,7 @@ impl Driver {
             _ => None,
         });
         let why = "checksum mismatch".into();
-        let result = Err(StoreError::Unreadable { object: OBJECT, block: 0, why });
+        let result = Err(StoreError::Unreadable { object: OBJECT, block: 0, why, rest: None });
         self.step(Event::PieceRead { token: token.expect("reads its copy"), result })
     }
 }
@@ -247,7 +247,8 @@ fn a_bad_block_waits_for_writes_in_flight() {
         _ => None,
     });
     let object = ObjectId { index: 1, ..OBJECT };
-    let result = Err(StoreError::Unreadable { object, block: 0, why: "checksum mismatch".into() });
+    let result =
+        Err(StoreError::Unreadable { object, block: 0, why: "checksum mismatch".into(), rest: None });
     let effects = d.step(Event::ReadDone { token: token.expect("reads"), result });
     assert!(!effects.iter().any(|e| matches!(e, Effect::Store { .. })), "{effects:?}");
     assert!(

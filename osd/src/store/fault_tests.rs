@@ -40,6 +40,15 @@ fn an_unreadable_block_is_named_and_its_neighbours_are_served() {
     disk.set_unreadable(slot(0) + 5, true);
     let found = read(&mut store, 0, 0, 32);
     assert!(matches!(found, Err(StoreError::Unreadable { block: 5, .. })), "{found:?}");
+    disk.set_unreadable(slot(0) + 30, true);
+    let piece = store.read_piece(PG, object(0, 0), 0, 64);
+    let Err(StoreError::Unreadable { rest: Some(rest), .. }) = piece else { panic!("{piece:?}") };
+    let bad: Vec<_> = rest.bad.iter().map(|(o, b, _)| (*o, *b)).collect();
+    assert_eq!(bad, [(object(0, 0), 5), (object(0, 0), 30)]);
+    assert_eq!(rest.state.map(|(_, end)| end), Some(32));
+    let good = blocks(0, 32, 7).into_iter().filter(|(b, _)| ![5, 30].contains(b)).collect();
+    assert_eq!(stamps(&rest.content), good);
+    disk.set_unreadable(slot(0) + 30, false);
     assert_eq!(read(&mut store, 0, 0, 5), Ok(blocks(0, 5, 7)));
     assert_eq!(read(&mut store, 0, 6, 26), Ok(blocks(6, 26, 7)));
     // Repaired by an overwrite, as replication does it.

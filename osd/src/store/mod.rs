@@ -217,7 +217,13 @@ pub enum StoreError {
     #[error("no space left on the disk")]
     NoSpace,
     #[error("block {block} of object {object} is unreadable: {why}")]
-    Unreadable { object: ObjectId, block: u32, why: String },
+    Unreadable {
+        object: ObjectId,
+        block: u32,
+        why: String,
+        /// What of it could be read.
+        rest: Option<Box<Readable>>,
+    },
     #[error("no object {object} in this group")]
     NotFound { object: ObjectId },
     #[error("malformed operation: {0}")]
@@ -246,6 +252,16 @@ pub struct Piece {
     pub content: Content,
     /// The object has no block from here on.
     pub end: u32,
+}
+
+/// What could be read, in a read or of a piece, where some blocks could not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Readable {
+    /// Of a piece: what the object is, and where it ends.
+    pub state: Option<(ObjectState, u32)>,
+    pub content: Content,
+    /// All blocks that could not be read, of the objects that they were to come from, and the CRC32 that each should have.
+    pub bad: Vec<(ObjectId, u32, u32)>,
 }
 
 /// One entry of an object listing.

@@ -6,15 +6,18 @@ use super::device::{Device, ReadPart, Request};
 use super::kv::Kv;
 use super::layout::{self, BLOCK, ChunkRecord, OBJECT_BLOCKS_MAX, ObjectRecord, bits, kind, runs};
 use super::view::{BlockBytes, ChunkOverlay, DataBlock, Value};
-use super::{Done, ObjectState, Piece, StoreError, Work};
+use super::{Done, ObjectState, Piece, Readable, StoreError, Work};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::ids::*;
 use gabion_proto::limits::*;
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
 /// A mismatch may come from write-back that overtook the read; one that stays is damage.
 const ATTEMPTS_MAX: u32 = 4;
+/// So many blocks of a read may fail before the others are not tried any more: each may cost the disk seconds.
+const FAILED_MAX: usize = 16;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
@@ -243,61 +246,84 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let Some(job) = self.reads.remove(&number) else { return };
         job.slots.iter().for_each(|&slot| self.slots.unpin(slot));
         let mut buffer = buffer.expect("a read gives its buffer back");
-        if let Err(e) = result
-            && let Err((at, why)) = self.find_unreadable(&job, &mut buffer, e)
-        {
-            let e = unreadable(&job, at, why.to_string());
-            self.checksum_errors += 1;
-            return self.finish(job.tag, job.done(Err(e)));
-        }
-        self.finish_read(job, buffer);
+        let failed = match result {
+            Ok(()) => BTreeMap::new(),
+            Err(e) => self.find_unreadable(&job, &mut buffer, e),
+        };
+        self.judge_read(job, buffer, failed);
     }
 
-    /// Reads block by block what could not be read in one go.
+    /// Reads block by block what could not be read in one go: which blocks cannot be, and why.
     fn find_unreadable(
         &mut self,
         job: &ReadJob,
         buffer: &mut BlocksMut,
         whole: io::Error,
-    ) -> Result<(), (usize, io::Error)> {
+    ) -> BTreeMap<usize, String> {
         tracing::warn!(object = %job.object, error = %whole, "a read failed; trying block by block");
+        let mut failed = BTreeMap::new();
         for part in &job.parts {
             for i in 0..part.count {
                 let at = part.at + i;
-                self.device
-                    .read_now(part.block + i as u64, &mut buffer.blocks_mut()[at..at + 1])
-                    .map_err(|e| (at, e))?;
+                let block = part.block + i as u64;
+                let read = match failed.len() < FAILED_MAX {
+                    true => self.device.read_now(block, &mut buffer.blocks_mut()[at..at + 1]),
+                    false => Err(io::Error::other("too many others could not be read")),
+                };
+                if let Err(e) = read {
+                    failed.insert(at, e.to_string());
+                }
             }
         }
-        Ok(())
+        failed
     }
 
     fn finish_read(&mut self, job: ReadJob, buffer: BlocksMut) {
+        self.judge_read(job, buffer, BTreeMap::new());
+    }
+
+    /// `failed`: blocks that are not in the buffer.
+    fn judge_read(&mut self, mut job: ReadJob, buffer: BlocksMut, failed: BTreeMap<usize, String>) {
         let bytes = buffer.bytes();
-        let bad = job.found.iter().enumerate().find(|(i, found)| match found {
-            Found::Data(crc, _) => crc32fast::hash(&bytes[i * BLOCK..(i + 1) * BLOCK]) != *crc,
-            _ => false,
-        });
-        let result = match bad {
-            Some(_) if !job.parts.is_empty() && job.attempts < ATTEMPTS_MAX => {
-                return self.begin_read(job.tag, job.work, job.attempts + 1);
+        let again = failed.is_empty() && !job.parts.is_empty() && job.attempts < ATTEMPTS_MAX;
+        let mut bad = failed;
+        for (i, found) in job.found.iter().enumerate() {
+            if let Found::Data(crc, _) = found
+                && !bad.contains_key(&i)
+                && crc32fast::hash(&bytes[i * BLOCK..(i + 1) * BLOCK]) != *crc
+            {
+                bad.insert(i, "checksum mismatch".into());
             }
-            Some((at, _)) => {
-                self.checksum_errors += 1;
-                Err(unreadable(&job, at, "checksum mismatch".into()))
-            }
-            None => Ok(assemble(job.first, &job.found, buffer)),
-        };
-        self.finish(job.tag, job.done(result));
+        }
+        if bad.is_empty() {
+            let content = assemble(job.first, &job.found, buffer);
+            return self.finish(job.tag, job.done(Ok(content)));
+        }
+        if again {
+            return self.begin_read(job.tag, job.work, job.attempts + 1);
+        }
+        self.checksum_errors += 1;
+        let e = unreadable(&mut job, &bad, buffer);
+        self.finish(job.tag, job.done(Err(e)));
     }
 }
 
-fn unreadable(job: &ReadJob, at: usize, why: String) -> StoreError {
-    let layer = match job.found[at] {
-        Found::Data(_, layer) => layer,
-        _ => job.object.layer,
+fn unreadable(job: &mut ReadJob, bad: &BTreeMap<usize, String>, buffer: BlocksMut) -> StoreError {
+    let place = |at: usize| {
+        let Found::Data(crc, layer) = job.found[at] else { return None };
+        Some((ObjectId { layer, ..job.object }, job.first + at as u32, crc))
     };
-    StoreError::Unreadable { object: ObjectId { layer, ..job.object }, block: job.first + at as u32, why }
+    // Only of what is data anything is read.
+    let places: Vec<(ObjectId, u32, u32)> = bad.keys().filter_map(|at| place(*at)).collect();
+    let (object, block, _) = places.first().copied().unwrap_or((job.object, job.first, 0));
+    let why = bad.values().next().cloned().unwrap_or_default();
+    let wanted = matches!(job.work, Work::Read { pending: false, .. } | Work::ReadPiece { .. });
+    let rest = wanted.then(|| {
+        bad.keys().for_each(|at| job.found[*at] = Found::Absent);
+        let content = assemble(job.first, &job.found, buffer);
+        Box::new(Readable { state: job.state, content, bad: places })
+    });
+    StoreError::Unreadable { object, block, why, rest }
 }
 
 /// Content from what was found for each block; closes the gaps in the buffer. Of that nothing is shown but blocks whose checksums are right.

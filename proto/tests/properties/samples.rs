@@ -302,7 +302,7 @@ pub fn frame(seed: u64) -> Frame {
             let (deleted, over) = (n.flag(), n.flag().then(|| Version::from_raw(n.any())));
             let piece = n.flag().then(|| {
                 data = content.data.clone();
-                PieceImage { same: 0, extents: content.extents.clone(), end: n.any() as u32 }
+                PieceImage { same: 0, extents: content.extents.clone(), end: n.any() as u32, bad: Vec::new() }
             });
             let body = PeerBody::Push { tid: n.any(), object, version, deleted, over, piece };
             peer(n, body)
@@ -312,7 +312,9 @@ pub fn frame(seed: u64) -> Frame {
                 true => Err(SubResult::VersionMismatch),
                 false => {
                     data = content.data;
-                    Ok(PieceImage { same: n.any() as u32, extents: content.extents, end: n.any() as u32 })
+                    let (same, end) = (n.any() as u32, n.any() as u32);
+                    let bad = (0..n.below(4)).map(|_| (n.any() as u32, n.any() as u32)).collect();
+                    Ok(PieceImage { same, extents: content.extents, end, bad })
                 }
             };
             let first_block = n.any() as u32;

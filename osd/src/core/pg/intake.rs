@@ -15,6 +15,13 @@
 //! - *Nothing is seen before the end.* Chunks are placed in slots that nothing names; a crash, another interval or a newer attempt frees them.
 //! - *Piece by piece*, so that clients' operations get in between at every disk and on the link. The primary says when the next one goes.
 //! - If the own copy cannot be read, or is not what it was, the object comes whole.
+//!
+//! *Put together.* At the primary of whole copies, a piece of which the source cannot read some blocks is not given up: it says which these are, and they are
+//! asked of the next source, and of the next, and in the end of the own copy, if that is at the wanted version and misses only because a block of it could not be
+//! read. One version has one content (P2), and each answer names the version that was read, so it does not matter whose blocks they are; each has the checksum that who could not read it has on
+//! record. A copy that a scrub found wrong is
+//! no source. One piece is in memory at a time, and nobody is asked twice for it. What could not be read whole elsewhere is replaced once the object is here.
+//! A block that nobody could read ends it: the object is damaged if nobody else may have it (`recovery/lost.rs`), and reads are mended (`mend`).
 
 use super::member::sub_result;
 use super::pieces;
@@ -42,6 +49,8 @@ pub enum Step {
     /// At the primary: until it is its turn.
     Waiting,
     Asked,
+    /// At the primary: what nobody else can read, of the own copy.
+    ReadingRest,
     Placing,
     Storing,
 }
@@ -61,6 +70,10 @@ pub struct Intake {
     here: Content,
     kept: Vec<u32>,
     placed: Vec<Placed>,
+    /// What has come of the piece, which of its leaves are those of the own copy, and the blocks that nobody could read who was asked for it, with their checksums.
+    part: Option<(Content, u32)>,
+    lacking: BTreeMap<u32, u32>,
+    tried: BTreeSet<OsdId>,
     /// Erasure coding: it is to be stored beside what is here, which takes the whole shard.
     beside: Option<Vec<Content>>,
     pub step: Step,
@@ -83,6 +96,9 @@ impl Intake {
             here: Content::default(),
             kept: Vec::new(),
             placed: Vec::new(),
+            part: None,
+            lacking: BTreeMap::new(),
+            tried: BTreeSet::new(),
             beside: None,
             step: Step::Reading,
             since: now,
@@ -96,6 +112,7 @@ impl Intake {
         (self.first, self.own) = (0, Own::Nothing);
         (self.here, self.kept, self.placed) = (Content::default(), Vec::new(), Vec::new());
         self.beside.iter_mut().for_each(Vec::clear);
+        (self.part, self.lacking, self.tried) = (None, BTreeMap::new(), BTreeSet::new());
     }
 
     /// A piece of the own copy was read, or not. False: it is of no use.
@@ -121,6 +138,22 @@ impl Intake {
         self.own = Own::At(state.version);
         self.here = piece.content;
         true
+    }
+
+    /// What the own copy has of what nobody else could read.
+    fn take_rest(&mut self, result: Result<Piece, StoreError>) {
+        let Ok((piece, _)) = pieces::with_gaps(result) else { return };
+        let state = piece.state;
+        if state.version == self.version && !state.deleted && state.pending.is_none() {
+            self.take_part(&piece.content);
+        }
+    }
+
+    /// What somebody else has of what lacks.
+    fn take_part(&mut self, came: &Content) {
+        if let Some((part, _)) = &mut self.part {
+            *part = pieces::fill(part, came, &mut self.lacking);
+        }
     }
 }
 
@@ -188,6 +221,17 @@ impl Pg {
         result: Result<Piece, StoreError>,
     ) {
         let Some(intake) = self.intakes.get_mut(&object).filter(|i| i.tid == tid) else { return };
+        if intake.step == Step::ReadingRest {
+            intake.take_rest(result);
+            return match intake.lacking.is_empty() {
+                true => self.piece_complete(cx, object),
+                false => {
+                    let tried = std::mem::take(&mut intake.tried);
+                    self.intakes.remove(&object);
+                    self.assembly_failed(cx, object, tried);
+                }
+            };
+        }
         if intake.step != Step::Reading {
             return;
         }
@@ -217,7 +261,11 @@ impl Pg {
         }
         (intake.step, intake.since) = (Step::Asked, now);
         let (from, tid, version, first_block) = (intake.from, intake.tid, intake.version, intake.first);
-        let have = pieces::digests(&intake.here, first_block);
+        // A leaf is compared once.
+        let have = match intake.part {
+            None => pieces::digests(&intake.here, first_block),
+            Some(_) => Vec::new(),
+        };
         if from != cx.id {
             let body = PeerBody::Pull { tid, object, version, first_block, have };
             self.piece_asked(cx, object);
@@ -250,26 +298,91 @@ impl Pg {
             Err(why) => return self.source_refused(cx, object, why),
         };
         let came = Content { extents: image.extents, data };
-        let declared = if intake.here.extents.is_empty() { 0 } else { u32::MAX };
-        let valid = came.validate(true).is_ok() && pieces::fits(&came, first, image.same);
+        let comparable = !intake.here.extents.is_empty() && intake.part.is_none();
+        let declared = if comparable { u32::MAX } else { 0 };
+        let valid = came.validate(true).is_ok()
+            && pieces::fits(&came, first, image.same)
+            && pieces::gaps_fit(&came, &image.bad, first, image.same);
         if !valid || image.same & !declared != 0 {
             return self.source_refused(cx, object, SubResult::BadChecksum);
+        }
+        // Only a primary puts whole copies together.
+        let primary = matches!(self.phase, Phase::Active(_));
+        if !image.bad.is_empty() && (!primary || self.code.is_some()) {
+            return self.source_refused(cx, object, SubResult::Io);
         }
         if image.same != 0 {
             cx.takes(Branch::KeepLeaves);
         }
-        intake.end = image.end.min(blocks);
-        if from != cx.id && matches!(self.phase, Phase::Active(_)) {
+        let is_rest = intake.part.is_some();
+        if !is_rest {
+            intake.end = image.end.min(blocks);
+        }
+        if from != cx.id && primary {
             self.piece_arrived(cx, object);
             self.count_moved(cx, came.data.len() as u64);
+        }
+        if !image.bad.is_empty() {
+            self.partly_readable(cx, object, from);
         }
         let Some(intake) = self.intakes.get_mut(&object) else { return };
         if let Some(whole) = &mut intake.beside {
             whole.push(came);
             return self.piece_is_here(cx, object);
         }
+        match is_rest {
+            true => intake.take_part(&came),
+            false => {
+                (intake.part, intake.lacking) = (Some((came, image.same)), image.bad.into_iter().collect())
+            }
+        }
+        match intake.lacking.is_empty() {
+            true => self.piece_complete(cx, object),
+            false => self.ask_for_rest(cx, object),
+        }
+    }
+
+    /// Somebody else is asked for what lacks of a piece, or in the end the own copy.
+    fn ask_for_rest(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let (own, pg, now) = (cx.id, self.id, cx.now);
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        let Phase::Active(a) = &mut self.phase else { return };
+        cx.takes(Branch::AskForRest);
+        intake.tried.insert(intake.from);
+        if let Some(source) = a.recovery.source_but(&object, &intake.tried, cx.map) {
+            intake.from = source;
+            a.recovery.pull_from(&object, source, now);
+            return self.ask_for_piece(cx, object);
+        }
+        let (tid, first_block) = (intake.tid, intake.first);
+        if !a.recovery.partly.contains(&(object, own)) {
+            let tried = std::mem::take(&mut intake.tried);
+            self.intakes.remove(&object);
+            return self.assembly_failed(cx, object, tried);
+        }
+        intake.step = Step::ReadingRest;
+        let token = self.token(cx, What::OwnPiece { object, tid });
+        cx.out.push(Effect::ReadPiece { token, pg, object, first_block, block_count: PIECE_BLOCKS });
+    }
+
+    /// All of a piece has come.
+    fn piece_complete(&mut self, cx: &mut Cx<'_>, object: ObjectId) {
+        let (pg, now) = (self.id, cx.now);
+        let Some(intake) = self.intakes.get_mut(&object) else { return };
+        let Some((came, same)) = intake.part.take() else { return };
+        let (tid, first) = (intake.tid, intake.first);
+        // The next piece is asked of somebody who may have all of it.
+        if !std::mem::take(&mut intake.tried).is_empty() {
+            cx.takes(Branch::PutTogether);
+            if let Phase::Active(a) = &mut self.phase
+                && let Some(source) = a.recovery.source_but(&object, &BTreeSet::new(), cx.map)
+            {
+                intake.from = source;
+                a.recovery.pull_from(&object, source, now);
+            }
+        }
         let here = std::mem::take(&mut intake.here);
-        let (kept, content) = pieces::merge(&here, came, first, image.same);
+        let (kept, content) = pieces::merge(&here, came, first, same);
         intake.kept.extend(kept);
         if content.extents.is_empty() {
             return self.piece_is_here(cx, object);
@@ -368,6 +481,13 @@ impl Pg {
     }
 
     fn source_refused(&mut self, cx: &mut Cx<'_>, object: ObjectId, why: SubResult) {
+        if let Phase::Active(a) = &mut self.phase
+            && let Some(intake) = self.intakes.get(&object).filter(|i| i.part.is_some())
+        {
+            // Others may have the rest.
+            a.recovery.refused(object, intake.from, why);
+            return self.ask_for_rest(cx, object);
+        }
         let Some(intake) = self.intakes.remove(&object) else { return };
         match self.phase {
             Phase::Active(_) => self.pull_refused(cx, object, intake.from, why),

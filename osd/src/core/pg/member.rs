@@ -556,11 +556,11 @@ impl Pg {
         (to, tid): (OsdId, u64),
         (object, version): (ObjectId, Version),
         (first_block, have): (u32, &[LeafDigest]),
-        result: Result<Piece, SubResult>,
+        result: Result<(Piece, pieces::Gaps), SubResult>,
     ) -> u64 {
         let (piece, data) = match result {
-            Ok(piece) if piece.state.version == version && !piece.state.deleted => {
-                let (image, data) = piece_image(cx, piece.content, piece.end, first_block, have);
+            Ok((piece, bad)) if piece.state.version == version && !piece.state.deleted => {
+                let (image, data) = piece_image(cx, (piece.content, bad), piece.end, first_block, have);
                 (Ok(image), data)
             }
             Ok(_) => (Err(SubResult::VersionMismatch), Bytes::new()),
@@ -572,10 +572,10 @@ impl Pg {
     }
 }
 
-/// A piece as it travels to somebody who has these leaves.
+/// A piece as it travels to somebody who has these leaves. Of a leaf with a block that could not be read nobody can say that it is the same.
 pub(super) fn piece_image(
     cx: &Cx<'_>,
-    content: Content,
+    (content, bad): (Content, pieces::Gaps),
     end: u32,
     first_block: u32,
     have: &[LeafDigest],
@@ -584,8 +584,9 @@ pub(super) fn piece_image(
         true => pieces::same(&content, first_block, have),
         false => u32::MAX,
     };
+    let same = same & !pieces::leaves_of(&bad, first_block);
     let content = pieces::without(content, first_block, same);
-    (PieceImage { same, extents: content.extents, end }, content.data)
+    (PieceImage { same, extents: content.extents, end, bad }, content.data)
 }
 
 impl Index {

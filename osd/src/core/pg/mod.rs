@@ -43,6 +43,7 @@ mod history;
 mod intake;
 mod listing;
 mod member;
+mod mend;
 mod ops;
 mod peering;
 mod pieces;
@@ -561,6 +562,7 @@ impl Pg {
                 self.gather_again(cx);
                 self.pull_on(cx);
                 self.hedge(cx);
+                self.mend_again(cx);
                 self.commit_lazily(cx);
                 self.recover(cx);
                 self.resume(cx);
@@ -611,7 +613,10 @@ impl Pg {
             PeerBody::ActivateAck { page } => self.activate_ack(cx, from, page),
             PeerBody::SubWriteAck { tid, result } => self.sub_write_ack(cx, from, tid, result),
             PeerBody::PullReply { tid, object, version, first_block, piece } => {
-                self.piece_came(cx, from, (tid, object, version, first_block), piece, data)
+                let what = (tid, object, version, first_block);
+                if !self.mending_piece_came(cx, from, what, &piece, &data) {
+                    self.piece_came(cx, from, what, piece, data);
+                }
             }
             PeerBody::Full => self.member_full(cx, from),
             PeerBody::PushAck { tid, result } => self.push_ack(cx, from, tid, result),

@@ -76,8 +76,10 @@ pub struct Active {
     pub(super) hedges: BTreeMap<u64, hedge::Hedge>,
     /// Reads of the own store that nobody waits for any more: another member was faster.
     pub(super) overtaken: BTreeSet<ClientToken>,
+    /// Reads of which some blocks are asked of other members.
+    pub(super) mends: BTreeMap<ClientToken, mend::Mend>,
     pub(super) shards: shards::Shards,
-    next_tid: u64,
+    pub(super) next_tid: u64,
     pub recovery: recovery::Recovery,
     pub scrub: scrub::Scrub,
     /// Members that have too little room for clients' writes, and when they last said so (rule P7).
@@ -98,6 +100,7 @@ impl Active {
             reads: BTreeMap::new(),
             hedges: BTreeMap::new(),
             overtaken: BTreeSet::new(),
+            mends: BTreeMap::new(),
             shards: shards::Shards::new(pending, now),
             next_tid: 0,
             recovery,
@@ -344,7 +347,7 @@ impl Pg {
             return true;
         }
         let same = a.writes.values().filter(|w| w.object == op.object).count();
-        if a.scrub.holds(&op.object) {
+        if a.scrub.holds(&op.object) || a.mends.values().any(|m| m.asks_for(&op.object)) {
             return false;
         }
         if same >= WRITES_PER_OBJECT || a.writes.values().any(|w| overlaps(&w)) {
@@ -383,7 +386,7 @@ impl Pg {
         let overtaken = a.overtaken.remove(&token);
         let Some(read) = a.reads.remove(&token) else {
             // Nobody waits, but a bad block is a bad block.
-            if let (true, Err(StoreError::Unreadable { object, block, why })) = (overtaken, result)
+            if let (true, Err(StoreError::Unreadable { object, block, why, .. })) = (overtaken, result)
                 && !a.scrub.damaged.contains_key(&object)
                 && !a.has_writes(&object)
                 // Recovery has forgotten what was removed, and would wait for it for ever.
@@ -408,14 +411,13 @@ impl Pg {
         read: Read,
         result: Result<Content, StoreError>,
     ) {
-        let Read { op, arrived, .. } = read;
         // Rule P6: the lease was good when the bytes were read.
         if !cx.has_lease() {
             cx.takes(Branch::LeaseRanOut);
             return self.retry(cx, token, RetryWhy::NotActive);
         }
         // A layer that was removed meanwhile may have been purged before the bytes were read.
-        if let Err(reply) = self.fence(cx, &op) {
+        if let Err(reply) = self.fence(cx, &read.op) {
             return self.reply(cx, token, reply);
         }
         match result {
@@ -427,19 +429,27 @@ impl Pg {
             }
             // This OSD is about to stop; others have the bytes.
             Err(StoreError::Fatal(_)) => self.retry(cx, token, RetryWhy::NotActive),
-            Err(StoreError::Unreadable { object, block, why }) => {
-                tracing::warn!(pg = %self.id, osd = %cx.id, %object, block, why, "unreadable block, repairing from another copy");
-                cx.takes(Branch::RepairOnRead);
+            Err(StoreError::Unreadable { object: first, block, why, rest }) => {
                 let Phase::Active(a) = &self.phase else { return };
-                if a.scrub.damaged.contains_key(&object) {
-                    // Nobody has it: a scrub looked everywhere, or recovery did.
-                    self.reply(cx, token, OpReply::Failed(OpError::Io));
+                // What is known to be damaged cannot be repaired; other layers may be.
+                let known = |o: &ObjectId| a.scrub.damaged.contains_key(o);
+                let bad = rest.iter().flat_map(|r| r.bad.iter().map(|(o, ..)| *o));
+                let object = bad.chain([first]).find(|o| !known(o)).unwrap_or(first);
+                tracing::warn!(pg = %self.id, osd = %cx.id, object = %first, block, why, "unreadable block, repairing from another copy");
+                cx.takes(Branch::RepairOnRead);
+                if known(&object) {
+                    match rest.filter(|_| self.code.is_none()) {
+                        Some(rest) => self.mend(cx, token, read, *rest),
+                        // Nobody has it: a scrub looked everywhere, or recovery did.
+                        None => self.reply(cx, token, OpReply::Failed(OpError::Io)),
+                    }
                 } else if a.has_writes(&object) {
                     // The version that the others must have is not theirs yet: asked again when it is.
                     self.retry(cx, token, RetryWhy::Busy);
                 } else if !self.lose_own_copy(cx, object) {
                     self.reply(cx, token, OpReply::Failed(OpError::Io));
                 } else if self.index.missing.contains_key(&object) {
+                    let Read { op, arrived, .. } = read;
                     self.waiting.push_front(ClientWork { token, op, data: Bytes::new(), arrived });
                 } else {
                     // Nobody is known to have it: not read again before somebody was asked.

@@ -2,6 +2,7 @@
 //! two leaves for (SHA-256). That CRCs are equal proves nothing: among the pairs of blocks of a cluster some are.
 
 use crate::erasure::{Block, content_of};
+use crate::store::{Piece, StoreError};
 use gabion_proto::blocks::{Content, Extent, ExtentKind};
 use gabion_proto::limits::*;
 use gabion_proto::msg::LeafDigest;
@@ -85,6 +86,50 @@ pub fn without(content: Content, first: u32, leaves: u32) -> Content {
 pub fn fits(content: &Content, first: u32, but: u32) -> bool {
     let blocks = content.extents.iter().flat_map(|e| e.first_block..e.first_block + e.block_count);
     blocks.map(|b| leaf_bit(b, first)).all(|bit| bit & !but != 0)
+}
+
+/// Blocks of data that somebody cannot read, and the checksums that they should have.
+pub type Gaps = Vec<(u32, u32)>;
+
+/// The leaves of these blocks.
+pub fn leaves_of(blocks: &Gaps, first: u32) -> u32 {
+    blocks.iter().fold(0, |leaves, (b, _)| leaves | leaf_bit(*b, first))
+}
+
+/// Whether blocks that somebody cannot read may be those of the piece from `first` on of which all this could be read, without these leaves.
+pub fn gaps_fit(content: &Content, bad: &Gaps, first: u32, but: u32) -> bool {
+    let there =
+        |b: &u32| content.extents.iter().any(|e| (e.first_block..e.first_block + e.block_count).contains(b));
+    bad.is_sorted_by(|a, b| a.0 < b.0)
+        && bad.iter().all(|(b, _)| leaf_bit(*b, first) & !but != 0 && !there(b))
+}
+
+/// A piece, and the blocks of it that could not be read, if that is all that was wrong.
+pub fn with_gaps(result: Result<Piece, StoreError>) -> Result<(Piece, Gaps), StoreError> {
+    match result {
+        Ok(piece) => Ok((piece, Vec::new())),
+        Err(StoreError::Unreadable { object, block, why, rest: Some(rest) }) => match rest.state {
+            Some((state, end)) => {
+                let bad = rest.bad.iter().map(|(_, block, crc)| (*block, *crc)).collect();
+                Ok((Piece { state, content: rest.content, end }, bad))
+            }
+            None => Err(StoreError::Unreadable { object, block, why, rest: Some(rest) }),
+        },
+        Err(e) => Err(e),
+    }
+}
+
+/// The content with those of the `lacking` blocks that `other`, which was validated, has with the checksum that is expected; they are not lacking any more.
+pub fn fill(content: &Content, other: &Content, lacking: &mut BTreeMap<u32, u32>) -> Content {
+    let mut all = blocks_of(content);
+    for (number, block) in blocks_of(other) {
+        // Zeros are no data.
+        if block.as_ref().is_some_and(|b| lacking.get(&number) == Some(&b.crc)) {
+            lacking.remove(&number);
+            all.insert(number, block);
+        }
+    }
+    content_of(all)
 }
 
 /// What becomes of a piece of which `here` has the leaves `same`, and `came` the others: chunks that stay as they are, and what is
@@ -199,6 +244,40 @@ mod tests {
         assert!(!fits(&Content::zero(first, PIECE_BLOCKS + 1), first, 0));
         assert!(!fits(&Content::zero(first - 1, 1), first, 0));
         assert!(!fits(&Content::zero(first, 1), first, 1), "it is what the asker has");
+    }
+
+    #[test]
+    fn what_one_lacks_another_one_gives_and_nothing_else() {
+        let first = PIECE_BLOCKS;
+        let of = |fill: u8| Block::of(Bytes::from(vec![fill; BLOCK]));
+        let crc = |fill: u8| of(fill).expect("not zeros").crc;
+        let number = |b: u32| (b % 250) as u8 + 1;
+        let all = || (first..first + 30).map(|b| (b, of(number(b))));
+        let whole = content_of(all());
+        for gaps in [vec![], vec![first + 1], (first + 1..first + 9).collect(), vec![first + 2, first + 29]] {
+            let gaps: Gaps = gaps.into_iter().map(|b| (b, crc(number(b)))).collect();
+            let lacks = |b: &u32| gaps.iter().any(|(gap, _)| gap == b);
+            let part = content_of(all().filter(|(b, _)| !lacks(b)));
+            assert!(gaps_fit(&part, &gaps, first, 0), "{gaps:?}");
+            let mut lacking: BTreeMap<u32, u32> = gaps.iter().copied().collect();
+            // What should be other bytes is no gap filled, and zeros are not.
+            for other in [content_of(all().map(|(b, _)| (b, of(254)))), Content::zero(first, 30)] {
+                assert_eq!(fill(&part, &other, &mut lacking), part);
+                assert_eq!(lacking.len(), gaps.len());
+            }
+            // Nor is anything taken that is there already, or is not there at all.
+            let other = content_of(all().filter(|(b, _)| lacks(b)).chain([(first + 40, of(9))]));
+            assert_eq!(fill(&part, &other, &mut lacking), whole, "{gaps:?}");
+            assert!(lacking.is_empty());
+        }
+        assert!(!gaps_fit(&whole, &vec![(first + 1, 0)], first, 0), "it is there");
+        assert!(!gaps_fit(&Content::default(), &vec![(first + 1, 0), (first + 1, 1)], first, 0));
+        assert!(
+            !gaps_fit(&Content::default(), &vec![(first + 1, 0)], first, 1),
+            "of a leaf that the asker has"
+        );
+        assert!(!gaps_fit(&Content::default(), &vec![(2 * first, 0)], first, 0));
+        assert_eq!(leaves_of(&vec![(first, 0), (first + 3, 0), (first + 4, 0)], first), 0b11);
     }
 
     #[test]

@@ -50,7 +50,7 @@ fn unreadable_objects_give_way_to_readable_ones() {
     for _ in 0..20 {
         while let Some((_, object)) = rig.object_reads.front().copied() {
             *tried.entry(object).or_default() += 1;
-            let bad = StoreError::Unreadable { object, block: 0, why: "test".into() };
+            let bad = StoreError::Unreadable { object, block: 0, why: "test".into(), rest: None };
             rig.answer_object(Err(bad));
         }
         rig.tick(100);
@@ -66,7 +66,7 @@ fn a_bad_copy_is_replaced_from_a_member_of_the_past() {
     rig.tells(3, 5, &[has(0, version(5, 1))]);
     rig.tells(2, 0, &[]);
     rig.activates(2);
-    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "test".into() };
+    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "test".into(), rest: None };
     rig.answer_object(Err(bad));
     assert!(rig.sent.iter().any(|(to, b)| *to == OsdId(3) && matches!(b, PeerBody::Pull { .. })));
 }

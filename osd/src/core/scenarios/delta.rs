@@ -293,7 +293,7 @@ fn answers(rig: &mut Rig) -> Vec<(u64, SubResult)> {
 }
 
 fn unreadable() -> StoreError {
-    StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into() }
+    StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into(), rest: None }
 }
 
 const B: Version = Version::ZERO;

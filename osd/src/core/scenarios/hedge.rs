@@ -152,7 +152,8 @@ fn no_answer_without_a_lease() {
 #[test]
 fn the_same_read_once_more_is_another_one() {
     let (mut rig, read, asked) = late(&[1, 2]);
-    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into() };
+    let bad =
+        StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into(), rest: None };
     rig.answer_read(Err(bad));
     assert_eq!(told(&rig, read), None, "the own copy is fetched anew");
     blocks(&mut rig, asked, OLD);
@@ -165,7 +166,8 @@ fn a_bad_block_that_nobody_waits_for_any_more_is_repaired() {
     let (mut rig, read, asked) = late(&[1, 2]);
     blocks(&mut rig, asked, OLD);
     rig.take_sent();
-    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into() };
+    let bad =
+        StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into(), rest: None };
     rig.answer_read(Err(bad));
     assert!(shown(&rig, read, OLD));
     let pulls = rig.take_sent().into_iter().filter(|(_, b)| matches!(b, PeerBody::Pull { .. })).count();
@@ -182,7 +184,8 @@ fn a_bad_block_of_a_volume_that_was_removed_meanwhile_is_nobodys() {
     rig.map.epoch = Epoch(11);
     rig.publish();
     rig.take_sent();
-    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into() };
+    let bad =
+        StoreError::Unreadable { object: object(0), block: 0, why: "checksum mismatch".into(), rest: None };
     rig.answer_read(Err(bad));
     let pulls = rig.take_sent().into_iter().filter(|(_, b)| matches!(b, PeerBody::Pull { .. })).count();
     assert_eq!(pulls, 0);

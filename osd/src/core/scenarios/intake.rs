@@ -43,7 +43,7 @@ fn asked(rig: &mut Rig) -> Option<(u32, Vec<LeafDigest>)> {
 }
 
 fn gives(rig: &mut Rig, first_block: u32, same: u32, content: Content) {
-    let piece = Ok(PieceImage { same, extents: content.extents, end: 2 * PIECE });
+    let piece = Ok(PieceImage { same, extents: content.extents, end: 2 * PIECE, bad: Vec::new() });
     let (object, version) = (object(0), version(NEW, 1));
     rig.hear_data(2, PeerBody::PullReply { tid: 9, object, version, first_block, piece }, content.data);
 }
@@ -98,7 +98,8 @@ fn an_own_copy_that_changes_meanwhile_is_not_believed() {
 #[test]
 fn a_piece_that_cannot_be_read_here_comes_whole() {
     let mut rig = offered();
-    let bad = StoreError::Unreadable { object: object(0), block: 3, why: "checksum mismatch".into() };
+    let bad =
+        StoreError::Unreadable { object: object(0), block: 3, why: "checksum mismatch".into(), rest: None };
     rig.answer_object(Err(bad));
     assert_eq!(asked(&mut rig), Some((0, Vec::new())));
     // Nobody may say that something is the same that was not named.

@@ -15,6 +15,7 @@ mod hedge;
 mod intake;
 mod listed;
 mod maps;
+mod mend;
 mod noted;
 mod parity;
 mod pieces;

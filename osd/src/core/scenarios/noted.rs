@@ -213,7 +213,7 @@ fn note(rig: &mut Rig, counter: u32) -> Vec<(OsdId, PeerBody)> {
 }
 
 fn push(rig: &mut Rig, version: Version) -> Vec<(OsdId, PeerBody)> {
-    let piece = Some(PieceImage { same: 0, extents: Vec::new(), end: 0 });
+    let piece = Some(PieceImage { same: 0, extents: Vec::new(), end: 0, bad: Vec::new() });
     rig.hear(2, PeerBody::Push { tid: 99, object: object(0), version, deleted: false, over: None, piece });
     rig.take_sent()
 }

@@ -40,7 +40,8 @@ fn answer_all(rig: &mut Rig, shards: &BTreeMap<u8, Rows>, bad: &[(u8, usize)]) -
         }
         questions += asked.len() + rig.reads.len();
         while !rig.reads.is_empty() {
-            let unreadable = StoreError::Unreadable { object: object(0), block: 0, why: "rot".into() };
+            let unreadable =
+                StoreError::Unreadable { object: object(0), block: 0, why: "rot".into(), rest: None };
             let range = rig.ranges[rig.ranges.len() - rig.reads.len()];
             rig.answer_read(rows(0, range).ok_or(unreadable));
         }

@@ -31,7 +31,7 @@ fn rotten(index: u32, version: Version) -> ScrubEntry {
 }
 
 fn unreadable(index: u32) -> StoreError {
-    StoreError::Unreadable { object: object(index), block: 0, why: "checksum mismatch".into() }
+    StoreError::Unreadable { object: object(index), block: 0, why: "checksum mismatch".into(), rest: None }
 }
 
 impl Rig {
@@ -179,7 +179,7 @@ fn the_primarys_own_rotten_copy_comes_back_from_another() {
     let (from, tid) = pull.expect("pulls");
     assert_eq!(from, OsdId(3), "never from a rotten one");
     let c = content(1);
-    let piece = Ok(PieceImage { same: 0, extents: c.extents, end: 2 });
+    let piece = Ok(PieceImage { same: 0, extents: c.extents, end: 2, bad: Vec::new() });
     let body = PeerBody::PullReply { tid, object: object(0), version: version(5, 1), first_block: 0, piece };
     rig.hear_data(3, body, c.data);
     rig.own_copies(version(5, 1));
@@ -191,20 +191,32 @@ fn the_primarys_own_rotten_copy_comes_back_from_another() {
     assert_eq!((report.findings, report.repaired), (2, 2));
 }
 
-/// All copies rot: nothing is touched, reads of what is bad fail, others are served, and the monitors hear of it.
+/// All copies rot in the same place: no copy is touched, reads of what is bad fail, others are served, and the monitors hear of it.
 #[test]
 fn an_object_without_a_good_copy_is_damaged() {
     let mut rig = clean();
     rig.order(1, true);
     rig.answer_object(Err(unreadable(0)));
-    let before = rig.commits.len();
+    rig.commits.clear();
     for other in [2, 3] {
         rig.tell_copies(other, &[rotten(0, version(5, 1))]);
     }
+    for _ in 0..2 {
+        let pull = rig.take_sent().into_iter().find_map(|(to, b)| match b {
+            PeerBody::Pull { tid, .. } => Some((to, tid)),
+            _ => None,
+        });
+        let (from, tid) = pull.expect("asks whether somebody has it");
+        let piece = Ok(PieceImage { same: 0, extents: Vec::new(), end: 1, bad: vec![(0, 7)] });
+        let (object, version) = (object(0), version(5, 1));
+        rig.hear(from.0, PeerBody::PullReply { tid, object, version, first_block: 0, piece });
+    }
+    rig.answer_object(Err(unreadable(0)));
+    rig.tick(100);
     let report = rig.report().expect("reported");
     assert_eq!(report.damaged, [(object(0), Damage::Unreadable)]);
-    assert_eq!((report.findings, report.repaired, report.damaged_objects), (1, 0, 1));
-    assert_eq!(rig.commits.len(), before);
+    assert_eq!((report.findings, report.repaired, report.damaged_objects), (3, 0, 1));
+    assert!(rig.ops().all(|op| matches!(op, TxnOp::DropMissing { .. })), "{:?}", rig.commits);
     let bad = rig.read(0, 0);
     rig.answer_read(Err(unreadable(0)));
     assert_eq!(rig.reply(bad), Some(&OpReply::Failed(OpError::Io)));
@@ -370,7 +382,7 @@ fn a_member_takes_a_replacement_only_for_what_was_found() {
     let (_, answer) = rig.take_sent().pop().expect("answers");
     assert_eq!(answer, PeerBody::ScrubInfo { tid: 7, entries: vec![rotten(0, version(5, 1))], last: true });
     let c = content(1);
-    let image = PieceImage { same: 0, extents: c.extents, end: 2 };
+    let image = PieceImage { same: 0, extents: c.extents, end: 2, bad: Vec::new() };
     let push = |version, over| {
         let piece = Some(image.clone());
         PeerBody::Push { tid: 8, object: object(0), version, deleted: false, over, piece }

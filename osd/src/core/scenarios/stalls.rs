@@ -162,7 +162,7 @@ fn a_member_that_has_what_is_offered_again_says_so() {
     rig.hear(2, PeerBody::Activate { page: 0, missing, last: true });
     let (object, version, over) = (object(0), version(5, 1), None);
     let piece = Content::zero(0, 1);
-    let first = PieceImage { same: 0, extents: piece.extents, end: 1 };
+    let first = PieceImage { same: 0, extents: piece.extents, end: 1, bad: Vec::new() };
     let offer = |piece| PeerBody::Push { tid: 9, object, version, deleted: false, over, piece };
     rig.hear(2, offer(Some(first)));
     rig.take_sent();
@@ -191,7 +191,7 @@ fn an_own_piece_that_is_lost_is_asked_for_again() {
     let (from, tid, object, first_block) = first[0];
     let content = Content::data(0, vec![7; 4096].into());
     for _ in 0..2 {
-        let piece = Ok(PieceImage { same: 0, extents: content.extents.clone(), end: 1 });
+        let piece = Ok(PieceImage { same: 0, extents: content.extents.clone(), end: 1, bad: Vec::new() });
         let body = PeerBody::PullReply { tid, object, version: version(6, 1), first_block, piece };
         rig.hear_data(from, body, content.data.clone());
     }

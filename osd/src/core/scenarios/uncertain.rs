@@ -79,7 +79,7 @@ fn the_last_copy_of_a_doubtful_write_may_rot() {
     };
     tell(&mut rig, 5);
     rig.commits.clear();
-    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "test".into() };
+    let bad = StoreError::Unreadable { object: object(0), block: 0, why: "test".into(), rest: None };
     rig.answer_object(Err(bad));
     let needed = uncertain(version(5, 2), version(5, 1));
     assert_eq!(rig.commits, [[TxnOp::AddMissing { object: object(0), needed }]]);
@@ -100,7 +100,12 @@ fn the_last_copy_of_a_doubtful_write_may_rot() {
     rig.activates(3);
     assert_eq!(unfound(&rig), 0);
     // What is here of it cannot be read, so nothing of it stays.
-    rig.answer_object(Err(StoreError::Unreadable { object: object(0), block: 0, why: "test".into() }));
+    rig.answer_object(Err(StoreError::Unreadable {
+        object: object(0),
+        block: 0,
+        why: "test".into(),
+        rest: None,
+    }));
     let pulls =
         rig.sent.iter().any(|(_, b)| matches!(b, PeerBody::Pull { version: v, .. } if *v == version(5, 1)));
     assert!(pulls, "what the others have");

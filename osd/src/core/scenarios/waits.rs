@@ -194,6 +194,7 @@ fn a_bad_block_found_for_a_push_that_gave_way_waits_for_the_write() {
         object: object(0),
         block: 0,
         why: "checksum mismatch".into(),
+        rest: None,
     }));
     assert_eq!(rig.reply(write), None, "on its way to osd.2 and osd.3");
     let missed = rig.ops().find(|op| matches!(op, TxnOp::AddMissing { .. }));

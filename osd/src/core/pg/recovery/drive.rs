@@ -123,11 +123,8 @@ impl Pg {
         let stage = match own {
             Some(n) if n.deleted => Stage::Replacing,
             Some(_) => {
-                let source = r.sources.get(&object).and_then(|s| {
-                    s.iter().find(|o| !r.bad.contains(&(object, **o)) && cx.map.up_osd(**o).is_some())
-                });
-                match source {
-                    Some(from) => Stage::Pulling { from: *from },
+                match r.source_but(&object, &BTreeSet::new(), cx.map) {
+                    Some(from) => Stage::Pulling { from },
                     None => {
                         // Whoever is down or was late is nobody who can be reached, until strays are asked again.
                         let all: Vec<OsdId> = r.sources.get(&object).into_iter().flatten().copied().collect();
@@ -240,7 +237,7 @@ impl Pg {
     ) -> Option<(PieceImage, Bytes)> {
         let whole = self.recovery()?.work.get(&object)?.computed.get(&to)?;
         let (content, end) = (pieces::slice(whole, first_block, PIECE_BLOCKS), pieces::end_of(whole));
-        let (image, data) = piece_image(cx, content, end, first_block, have);
+        let (image, data) = piece_image(cx, (content, Vec::new()), end, first_block, have);
         self.count_moved(cx, data.len() as u64);
         Some((image, data))
     }
@@ -317,11 +314,8 @@ impl Pg {
     ) {
         let Some(r) = self.recovery() else { return };
         let Some(needed) = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied() else { return };
-        r.bad.insert((object, from));
+        r.refused(object, from, why);
         r.work.remove(&object);
-        if why == SubResult::Io {
-            r.unreadable.insert((object, from));
-        }
         tracing::warn!(pg = %self.id, source = %from, %object, "no good copy there");
         cx.takes(Branch::SourceBad);
         self.keep_if_damaged(cx, object, needed);
@@ -376,10 +370,12 @@ impl Pg {
         match result {
             Ok(()) => {
                 let needed = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
+                let partly = r.partly_read(&object);
                 let repaired = r.settle(cx.id, &object);
                 self.counters.scrub_repaired += u64::from(repaired);
                 self.index.missing.remove(&object);
                 if let Some(n) = needed {
+                    self.replace_partly_read(cx, object, n, partly);
                     self.index.hold(object, n);
                     if let Some(h) = self.index.objects.get_mut(&object) {
                         h.base = beside;
@@ -419,6 +415,11 @@ impl Pg {
         match what {
             What::OwnPiece { object, tid } => self.own_piece_read(cx, (object, tid), result),
             What::ServePull { to, tid, object, version, first_block, have } => {
+                // Of shards rows are read.
+                let result = match self.code {
+                    None => pieces::with_gaps(result),
+                    Some(_) => result.map(|piece| (piece, Vec::new())),
+                };
                 let result = result.map_err(|e| sub_result(&e));
                 self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
             }
@@ -429,6 +430,7 @@ impl Pg {
                 {
                     w.goes(first_block, piece.end);
                 }
+                let result = result.map(|piece| (piece, Vec::new()));
                 let bytes = self.send_piece(cx, (to, tid), (object, version), (first_block, &have), result);
                 if let Some(r) = self.recovery() {
                     r.asked(to, cx.now);
@@ -518,7 +520,12 @@ impl Pg {
         for (o, version) in lacking {
             let piece = first.as_ref().filter(|_| !older.contains(&o));
             let data = piece.map_or_else(Bytes::new, |p| p.content.data.clone());
-            let piece = piece.map(|p| PieceImage { same: 0, extents: p.content.extents.clone(), end: p.end });
+            let piece = piece.map(|p| PieceImage {
+                same: 0,
+                extents: p.content.extents.clone(),
+                end: p.end,
+                bad: Vec::new(),
+            });
             bytes += data.len() as u64;
             let over = repairs.get(&o).copied();
             self.send(cx, o, PeerBody::Push { tid, object, version, deleted, over, piece }, data);
@@ -584,6 +591,7 @@ impl Pg {
             r.repairs.retain(|(object, _), _| *object != o);
             r.unreadable.retain(|(object, _)| *object != o);
             r.damaged.retain(|(object, _)| *object != o);
+            r.partly.retain(|(object, _)| *object != o);
         }
     }
 }

@@ -11,6 +11,7 @@ impl Pg {
         let now = cx.now;
         let Phase::Active(a) = &mut self.phase else { return false };
         let r = &mut a.recovery;
+        r.partly.insert((object, cx.id));
         let sources = r.sources.get(&object).into_iter().flatten().copied().filter(|o| *o != cx.id);
         let holders: BTreeSet<OsdId> = others
             .into_iter()
@@ -40,20 +41,27 @@ impl Pg {
         true
     }
 
-    /// No acting member can read an object, and there is nobody else: it is damaged, and not missing any more, so that what can be
-    /// read of the own copy is served. That copy never left; it is at the version that was wanted.
-    pub(super) fn keep_if_damaged(&mut self, cx: &mut Cx<'_>, object: ObjectId, needed: Needed) {
+    /// Nobody but acting members can have the object, and the own copy is at the version that is wanted.
+    fn is_held_here_only(&self, object: &ObjectId, needed: Needed) -> bool {
         let strays = self.record.all_known().iter().any(|o| !self.record.acting.contains(o));
         let alone = !strays && needed.uncertain.is_none() && !needed.deleted;
-        let held = self.index.objects.get(&object).map(|h| h.version);
-        let held = held.or(self.index.beneath.get(&object).copied()) == Some(needed.version);
+        let held = self.index.objects.get(object).map(|h| h.version);
+        alone && held.or(self.index.beneath.get(object).copied()) == Some(needed.version)
+    }
+
+    /// No acting member can read some block of an object, and there is nobody else: it is damaged, and not missing any more, so that what can be
+    /// read of it is served (see `mend`). The own copy never left; it is at the version that was wanted.
+    pub(super) fn keep_if_damaged(&mut self, cx: &mut Cx<'_>, object: ObjectId, needed: Needed) {
+        let held = self.is_held_here_only(&object, needed);
         let others = self.others(cx);
         let Phase::Active(a) = &mut self.phase else { return };
         let r = &mut a.recovery;
+        // A scrub found that it is not what it should be.
+        let condemned = r.repairs.contains_key(&(object, cx.id)) && !r.partly.contains(&(object, cx.id));
         let cannot = |o: &OsdId| {
             r.unreadable.contains(&(object, *o)) || r.missing.get(o).is_some_and(|m| m.contains_key(&object))
         };
-        if !alone || !held || !others.iter().all(cannot) {
+        if !held || condemned || !others.iter().all(cannot) {
             return;
         }
         tracing::error!(pg = %self.id, %object, "no copy can be read whole");
@@ -68,6 +76,7 @@ impl Pg {
         r.repairs.remove(&(object, cx.id));
         r.bad.retain(|(o, _)| *o != object);
         r.unreadable.retain(|(o, _)| *o != object);
+        r.partly.retain(|(o, _)| *o != object);
         a.scrub.damaged.insert(object, Damage::Unreadable);
         self.index.missing.remove(&object);
         self.index.hold(object, needed);
@@ -81,9 +90,16 @@ impl Pg {
         object: ObjectId,
         holders: BTreeSet<OsdId>,
     ) {
-        let Some(held) = self.index.objects.get(&object).copied() else { return };
+        let Some(needed) = self.miss_own_copy(cx, object, holders) else { return };
+        self.submit(cx, What::Housekeeping, vec![TxnOp::AddMissing { object, needed }]);
+        self.recover(cx);
+    }
+
+    /// In this interval.
+    fn miss_own_copy(&mut self, cx: &Cx<'_>, object: ObjectId, holders: BTreeSet<OsdId>) -> Option<Needed> {
+        let held = self.index.objects.get(&object).copied()?;
         let own = cx.id;
-        let Phase::Active(a) = &mut self.phase else { return };
+        let Phase::Active(a) = &mut self.phase else { return None };
         let r = &mut a.recovery;
         // What was uncertain stays so.
         let uncertain = r.missing.values().find_map(|m| m.get(&object)).and_then(|n| n.uncertain);
@@ -95,7 +111,90 @@ impl Pg {
         r.demand(object);
         a.clean_reported = false;
         self.index.missing.insert(object, needed);
-        self.submit(cx, What::Housekeeping, vec![TxnOp::AddMissing { object, needed }]);
+        Some(needed)
+    }
+
+    /// A scrub has found a block of every copy unreadable; of these nothing else is known to be wrong. What can be read of them is put together.
+    pub(in super::super) fn assemble(&mut self, cx: &mut Cx<'_>, object: ObjectId, partly: BTreeSet<OsdId>) {
+        if !cx.rules.keep(Rule::ScrubRepairs) {
+            return;
+        }
+        let own = cx.id;
+        let held = self.index.objects.get(&object).map_or(Version::ZERO, |h| h.version);
+        let Some(r) = self.recovery() else { return };
+        r.replace_copy(own, object, held, None);
+        r.partly.extend(partly.iter().map(|o| (object, *o)));
+        let others: BTreeSet<OsdId> = partly.iter().copied().filter(|o| *o != own).collect();
+        match partly.contains(&own) {
+            // The next interval must find it: blocks may be in no other copy.
+            true => {
+                if self.miss_own_copy(cx, object, others).is_some() {
+                    self.recover(cx);
+                }
+            }
+            false => self.replace_own_copy(cx, object, others),
+        }
+    }
+
+    /// That is all that a scrub found wrong with it.
+    pub(in super::super) fn own_copy_is_partly_readable(&mut self, own: OsdId, object: ObjectId) {
+        if let Some(r) = self.recovery().filter(|r| r.lacks(own, &object)) {
+            r.partly.insert((object, own));
+        }
+    }
+
+    /// Some block of what was to replace the own copy cannot be read either: what is here may be needed, and the next interval must find
+    /// it. Unless somebody else may be heard of: then it waits for them instead.
+    pub(in super::super) fn partly_readable(&mut self, cx: &mut Cx<'_>, object: ObjectId, from: OsdId) {
+        let own = cx.id;
+        let Some(r) = self.recovery() else { return };
+        let first = r.partly.insert((object, from));
+        let here = r.partly.contains(&(object, own));
+        let Some(needed) = r.missing.get(&own).and_then(|m| m.get(&object)).copied() else { return };
+        if first && here && self.is_held_here_only(&object, needed) {
+            self.submit(cx, What::Housekeeping, vec![TxnOp::DropMissing { object }]);
+        }
+    }
+
+    /// Copies of other members of which some block could not be read, now that the own one is whole.
+    pub(super) fn replace_partly_read(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        needed: Needed,
+        partly: BTreeSet<OsdId>,
+    ) {
+        let others = self.others(cx);
+        let Phase::Active(a) = &mut self.phase else { return };
+        for member in others.into_iter().filter(|o| partly.contains(o)) {
+            if !a.recovery.lacks(member, &object) {
+                a.recovery.replace_copy(member, object, needed.version, Some(needed));
+                a.clean_reported = false;
+            }
+        }
+        a.recovery.partly.retain(|(o, _)| *o != object);
+    }
+
+    /// Some block of an object can be read nowhere, as far as members have answered.
+    pub(in super::super) fn assembly_failed(
+        &mut self,
+        cx: &mut Cx<'_>,
+        object: ObjectId,
+        asked: BTreeSet<OsdId>,
+    ) {
+        let own = cx.id;
+        let Some(r) = self.recovery() else { return };
+        let Some(needed) = r.missing.get(&own).and_then(|m| m.get(&object)).copied() else { return };
+        r.work.remove(&object);
+        for o in asked.into_iter().filter(|o| *o != own) {
+            r.bad.insert((object, o));
+            if r.partly.contains(&(object, o)) {
+                r.unreadable.insert((object, o));
+            }
+        }
+        tracing::warn!(pg = %self.id, %object, "a block cannot be read in any copy");
+        cx.takes(Branch::SourceBad);
+        self.keep_if_damaged(cx, object, needed);
         self.recover(cx);
     }
 

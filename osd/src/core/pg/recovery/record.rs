@@ -180,6 +180,8 @@ pub struct Recovery {
     pub(super) unreadable: BTreeSet<(ObjectId, OsdId)>,
     /// Erasure coding: shards of acting members of which some row could not be read.
     pub(super) damaged: BTreeSet<(ObjectId, OsdId)>,
+    /// Copies at the version that the object is to be at of which some block could not be read, and nothing else is known to be wrong.
+    pub(in super::super) partly: BTreeSet<(ObjectId, OsdId)>,
 }
 
 /// Erasure coding: who keeps which shard.
@@ -222,6 +224,7 @@ impl Recovery {
             repairs: BTreeMap::new(),
             unreadable: BTreeSet::new(),
             damaged: BTreeSet::new(),
+            partly: BTreeSet::new(),
         }
     }
 
@@ -346,6 +349,7 @@ impl Recovery {
     /// A member's copy is wrong, at whatever version it is held.
     pub fn replace_copy(&mut self, member: OsdId, object: ObjectId, held: Version, missing: Option<Needed>) {
         self.repairs.insert((object, member), held);
+        self.partly.remove(&(object, member));
         if let Some(needed) = missing {
             self.missing.entry(member).or_default().insert(object, needed);
         }
@@ -355,6 +359,40 @@ impl Recovery {
     pub fn repairs_of(&self, object: &ObjectId) -> BTreeMap<OsdId, Version> {
         let repairs = self.repairs.range((*object, OsdId(0))..=(*object, OsdId::NONE));
         repairs.map(|((_, o), v)| (*o, *v)).collect()
+    }
+
+    /// Whose copies of an object could be read in part.
+    pub(super) fn partly_read(&self, object: &ObjectId) -> BTreeSet<OsdId> {
+        let partly = self.partly.range((*object, OsdId(0))..=(*object, OsdId::NONE));
+        partly.map(|(_, o)| *o).collect()
+    }
+
+    /// Somebody else who has the object as it is to be, to be asked for a piece of it.
+    pub(in super::super) fn source_but(
+        &self,
+        object: &ObjectId,
+        but: &BTreeSet<OsdId>,
+        map: &ClusterMap,
+    ) -> Option<OsdId> {
+        let good = |o: &OsdId| !self.bad.contains(&(*object, *o)) && map.up_osd(*o).is_some();
+        self.sources.get(object)?.iter().copied().find(|o| good(o) && !but.contains(o))
+    }
+
+    /// A source has no good copy.
+    pub(in super::super) fn refused(&mut self, object: ObjectId, from: OsdId, why: SubResult) {
+        self.bad.insert((object, from));
+        if why == SubResult::Io {
+            self.unreadable.insert((object, from));
+        }
+    }
+
+    /// The object comes from somebody else from now on.
+    pub(in super::super) fn pull_from(&mut self, object: &ObjectId, source: OsdId, now: Millis) {
+        if let Some(w) = self.work.get_mut(object)
+            && let Stage::Pulling { from } = &mut w.stage
+        {
+            (*from, w.since) = (source, now);
+        }
     }
 
     /// Whether somebody misses an object that is not one of these.
@@ -570,6 +608,7 @@ impl Recovery {
             m.remove(object);
         }
         self.damaged.remove(&(*object, member));
+        self.partly.remove(&(*object, member));
         if !self.missing.values().any(|m| m.contains_key(object)) {
             self.uncertain.remove(object);
             self.demanded.remove(object);

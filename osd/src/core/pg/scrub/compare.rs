@@ -14,6 +14,10 @@ pub enum Verdict {
         bad: BTreeMap<OsdId, Version>,
         good: BTreeSet<OsdId>,
     },
+    /// Whole copies: none of them is. Those of these members are at the right version, and unreadable somewhere.
+    Assemble {
+        partly: BTreeSet<OsdId>,
+    },
     Damaged(Damage),
 }
 
@@ -56,7 +60,15 @@ pub fn judge(
         return Verdict::LookCloser;
     }
     if readable < enough {
-        return Verdict::Damaged(Damage::Unreadable);
+        let may_be_partly = |c: &Option<ScrubEntry>| {
+            c.is_some_and(|c| c.version == version && !c.deleted && c.unreadable.is_some())
+        };
+        let (partly, _) = split(&may_be_partly);
+        // Shards are put together row by row, when they are read.
+        return match enough == 1 && partly.len() > 1 {
+            true => Verdict::Assemble { partly },
+            false => Verdict::Damaged(Damage::Unreadable),
+        };
     }
     let majority = digests.iter().find(|(_, n)| digests.len() == 1 || **n * 2 > readable);
     let Some((digest, _)) = majority else { return Verdict::Damaged(Damage::Inconsistent) };
@@ -124,7 +136,13 @@ mod tests {
 
     #[test]
     fn nothing_is_replaced_by_what_cannot_be_read() {
-        assert_eq!(deep(&[bad(v(2)), bad(v(2)), copy(v(1), 7)]), Verdict::Damaged(Damage::Unreadable));
+        let lone = deep(&[bad(v(2)), None, copy(v(1), 7)]);
+        assert_eq!(lone, Verdict::Damaged(Damage::Unreadable));
+        // Nor is anything put together of another version.
+        let partly = [OsdId(1), OsdId(2)].into();
+        assert_eq!(deep(&[bad(v(2)), bad(v(2)), copy(v(1), 7)]), Verdict::Assemble { partly });
+        let older = deep(&[bad(v(2)), bad(v(1)), bad(v(1))]);
+        assert_eq!(older, Verdict::Damaged(Damage::Unreadable));
         let shards = of(&[bad(v(2)), copy(v(2), 0), None]);
         let coded = judge(Some((v(2), false)), &shards, true, 2);
         assert_eq!(coded, Verdict::Damaged(Damage::Unreadable));

@@ -19,8 +19,9 @@
 //! - *Within its rate*: every member reads only as its OSD's budget allows ([`super::super::scrub_budget`]), one object at a time, and
 //!   what is being read counts for what recovery may move.
 //! - *A copy is replaced only by what was read and is good*: at the version that the primary knows, matching its checksums, and with the
-//!   digest of all, or most, of the others. When no copy is left that is, the object is *damaged*: nothing is touched, what can be read of it is
-//!   still served, other reads fail, and the monitors hear of it.
+//!   digest of all, or most, of the others. When all are unreadable somewhere, those at that version are put together (see `intake`).
+//!   When a block is good in none, the object is *damaged*: nothing is touched, what can be read of it is still served (see `mend`), other reads fail, and the
+//!   monitors hear of it.
 //! - *An interval ends a pass.* The monitors name the group again until a pass was reported.
 
 mod compare;

@@ -311,8 +311,13 @@ impl Pg {
             let now = self.index.objects.get(&object).map(|h| (h.version, h.deleted));
             let began = batch.began.get(&object).map(|h| (h.version, h.deleted));
             let idle = now == began && !writing.contains(&object) && !batch.busy.contains(&object);
+            // Whoever misses it, of whole copies, has nothing to say: what is there may have been found wrong before.
+            let coded = self.code.is_some();
+            let Phase::Active(a) = &self.phase else { return };
+            let heard = |o: &OsdId| coded || !a.recovery.lacks(*o, &object);
+            let entry = |o: &OsdId, c: &Copies| c.entries.get(&object).copied().filter(|_| heard(o));
             let copies: BTreeMap<OsdId, Option<ScrubEntry>> =
-                batch.copies.iter().map(|(o, c)| (*o, c.entries.get(&object).copied())).collect();
+                batch.copies.iter().map(|(o, c)| (*o, entry(o, c))).collect();
             let Some(pass) = self.pass() else { return };
             if one.is_none() {
                 pass.objects += 1;
@@ -331,7 +336,12 @@ impl Pg {
                 true => Verdict::Good,
                 false => judge(now, &copies, deep, enough),
             };
+            let own = copies.get(&cx.id).copied().flatten();
+            let own_partly = own.is_some_and(|c| c.unreadable.is_some() && now == Some((c.version, false)));
             self.act_on(cx, object, now, verdict, batch.deep);
+            if own_partly && !coded {
+                self.own_copy_is_partly_readable(cx.id, object);
+            }
         }
     }
 
@@ -370,6 +380,16 @@ impl Pg {
                 tracing::warn!(pg = %self.id, %object, ?bad, ?good, "a scrub found copies to replace");
                 cx.takes(Branch::ScrubReplaces);
                 self.replace_copies(cx, object, wanted, bad, good);
+            }
+            Verdict::Assemble { partly } => {
+                let count = partly.len() as u64;
+                pass.findings += count;
+                self.counters.scrub_findings += count;
+                // Until it is known to be: see `keep_if_damaged`.
+                a.scrub.damaged.remove(&object);
+                tracing::warn!(pg = %self.id, %object, ?partly, "a scrub found no copy whole");
+                cx.takes(Branch::ScrubAssembles);
+                self.assemble(cx, object, partly);
             }
             Verdict::Damaged(damage) => {
                 pass.findings += 1;
