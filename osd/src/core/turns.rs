@@ -31,6 +31,7 @@ impl Turns {
         self.going_on.insert(pg);
     }
 
+    /// What it said before counts no more.
     pub fn begin(&mut self, pg: PgId, spare: usize) {
         self.to_begin.insert(pg, spare);
     }

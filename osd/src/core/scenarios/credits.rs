@@ -87,3 +87,41 @@ fn an_unanswered_write_is_sent_again_ever_more_rarely() {
     }
     assert_eq!(at, [0, 500, 1_000, 2_000, 4_000, 8_000]);
 }
+
+/// Three groups wait for their turn; of the last one a member goes away meanwhile, and one copy is left of what it is to bring.
+#[test]
+fn a_group_that_loses_a_copy_meanwhile_goes_first() {
+    let v = version(5, 1);
+    let mut rig = Rig::new(&[(0, v)]);
+    rig.map.pools.get_mut(&PoolId(1)).unwrap().pg_count = 3;
+    rig.step(Event::RebuildLimit { bytes_per_s: 1 });
+    rig.interval(10, &[1, 2, 3], vec![past(5, &[1, 2, 3])]);
+    for (index, lacks) in [(0, 2), (1, 2), (2, 3)] {
+        rig.pg.index = index;
+        for other in [2, 3] {
+            match other == lacks {
+                true => rig.tells(other, 0, &[]),
+                false => rig.tells(other, 5, &[has(0, v)]),
+            }
+        }
+        rig.activates(2);
+        rig.activates(3);
+    }
+    assert!(rig.object_reads.is_empty(), "as the limit has it");
+    let mut record = PgRecord::clone(&rig.map.pgs[&rig.pg]);
+    record.acting = vec![OsdId(1), OsdId(3)];
+    (record.interval, record.past) = (Epoch(11), vec![past(5, &[1, 2, 3]), past(10, &[1, 2, 3])]);
+    rig.map.epoch = Epoch(11);
+    rig.map.pgs.insert(rig.pg, Shared::from(record));
+    rig.publish();
+    rig.tells(3, 10, &[ObjectEntry { missing: true, ..has(0, v) }]);
+    rig.activates(3);
+    assert!(rig.object_reads.is_empty());
+    rig.take_sent();
+    rig.tick(1_000);
+    let state = ObjectState { version: v, deleted: false, pending: None };
+    rig.answer_object(Ok((state, Content::zero(0, 1))));
+    let pushes = |(to, b)| matches!(b, PeerBody::Push { .. }).then_some(to);
+    let first = rig.take_sent().into_iter().find_map(pushes);
+    assert_eq!(first, Some(OsdId(3)), "of the last group");
+}

@@ -83,9 +83,11 @@ impl Pg {
                 false => places >= AT_ONCE,
             };
             let next = r.next(cx.id, cx.now, taken || waits, &written);
-            if limited && next.is_none() && here.objects == 0 && !cx.throttle.turns.waits_to_begin(pg) {
+            let registered = cx.throttle.turns.waits_to_begin(pg) && r.spare_is_known;
+            if limited && next.is_none() && here.objects == 0 && !registered {
                 if let Some(spare) = r.next(cx.id, cx.now, false, &written).map(|o| r.spare(&o, members)) {
                     cx.throttle.turns.begin(pg, spare);
+                    r.spare_is_known = true;
                 }
                 if !allowed {
                     cx.takes(if cx.throttle.probes() { Branch::ThrottleProbes } else { Branch::Throttled });

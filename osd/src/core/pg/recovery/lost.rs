@@ -106,6 +106,7 @@ impl Pg {
         let needed = Needed { uncertain, ..Needed::certain(held.version, held.deleted) };
         r.missing.entry(own).or_default().insert(object, needed);
         r.sources.insert(object, holders);
+        r.spare_is_known = false;
         r.own_bad.remove(&object);
         r.not_before.remove(&object);
         r.demand(object);

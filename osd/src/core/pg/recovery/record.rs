@@ -180,6 +180,8 @@ pub struct Recovery {
     pub(super) unreadable: BTreeSet<(ObjectId, OsdId)>,
     /// Erasure coding: shards of acting members of which some row could not be read.
     pub(super) damaged: BTreeSet<(ObjectId, OsdId)>,
+    /// How few more copies may be lost is what this OSD's turns know of the group.
+    pub(super) spare_is_known: bool,
     /// Copies at the version that the object is to be at of which some block could not be read, and nothing else is known to be wrong.
     pub(in super::super) partly: BTreeSet<(ObjectId, OsdId)>,
 }
@@ -224,6 +226,7 @@ impl Recovery {
             repairs: BTreeMap::new(),
             unreadable: BTreeSet::new(),
             damaged: BTreeSet::new(),
+            spare_is_known: false,
             partly: BTreeSet::new(),
         }
     }
@@ -339,6 +342,7 @@ impl Recovery {
     pub fn lose_shard(&mut self, member: OsdId, object: ObjectId, version: Version) {
         match self.coded.as_ref().is_some_and(|c| c.acting.contains_key(&member)) {
             true => {
+                self.spare_is_known = false;
                 self.damaged.insert((object, member));
                 self.missing.entry(member).or_default().insert(object, Needed::certain(version, false));
             }
@@ -351,6 +355,7 @@ impl Recovery {
         self.repairs.insert((object, member), held);
         self.partly.remove(&(object, member));
         if let Some(needed) = missing {
+            self.spare_is_known = false;
             self.missing.entry(member).or_default().insert(object, needed);
         }
     }
