@@ -3,8 +3,9 @@
 //! - *Wrong bytes*: a copy, or shard, of an object at the right version has another byte than was written, under a checksum that fits, as firmware or
 //!   memory may make it. Until a scrub has compared it with the others it is believed, and the oracle is told of that one byte. Of three
 //!   copies, or with two parity shards, one that is wrong is replaced. Where a scrub can only say that they do not fit, the volume's holder writes the blocks again.
-//! - *Rot everywhere*: each copy, or shard, cannot be read in a place of its own. Of shards every row still decodes. Of whole copies
-//!   none is good: reads may fail, until the holder has written the blocks again.
+//! - *Rot everywhere*: each copy, or shard, cannot be read in a place of its own: every row still decodes, and every block is good in another copy. All must be
+//!   readable meanwhile, and be repaired by one scrub. Of whole copies there may be a block besides that is good in none: reads of that one may fail, until
+//!   the holder has written it again; then the next scrub must repair the others.
 //! - *A lone copy rots*: operators move a group away from all its members but one, whose copy cannot be read. Those that it leaves have good ones.
 
 use crate::client::{Kind, OBJECT_BLOCKS, Op, VOLUME_OBJECTS, start};
@@ -49,6 +50,8 @@ struct Spot {
     block: u32,
     /// What it is there that it should not be; none: unreadable.
     wrong: Option<Bytes>,
+    /// The holder does not write it again: a scrub repairs it.
+    stays: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -255,7 +258,7 @@ impl World {
                 continue;
             }
             self.log(|| format!("byte {at} of block {block} of {} is wrong on osd.{node}", sound.object));
-            spots.push(Spot { node: *node, block, wrong: Some(wrong) });
+            spots.push(Spot { node: *node, block, wrong: Some(wrong), stays: false });
             bytes.push(at);
         }
         if spots.is_empty() {
@@ -281,11 +284,31 @@ impl World {
         }
     }
 
-    /// Each copy, or shard, rots in another block, or row.
+    /// Each copy, or shard, rots in another block, or row; and maybe all copies in one that is the same.
     fn rot_everywhere(&mut self, sound: Sound) -> Option<Damage> {
         let coded = matches!(self.redundancy(), Redundancy::Erasure { .. });
         let mut taken = BTreeSet::new();
         let mut spots = Vec::new();
+        let mut rewrite = Vec::new();
+        if !coded && self.rng.chance(300) {
+            let blocks = data_blocks(&sound.copies[0].2);
+            let block = *blocks.get(self.rng.below(blocks.len().max(1) as u64) as usize)?;
+            taken.insert(block);
+            for (node, ..) in &sound.copies {
+                if self.nodes[*node].disk.rot_block(sound.pg, sound.object, block) {
+                    self.log(|| {
+                        format!("block {block} of {} rots on osd.{node}, as it does elsewhere", sound.object)
+                    });
+                    spots.push(Spot { node: *node, block, wrong: None, stays: false });
+                }
+            }
+            if spots.len() == sound.copies.len() {
+                let block = sound.first_block() + u64::from(block);
+                self.oracle.harm(BlockId { volume: sound.volume as u64, block }, Harm::Unreadable);
+                rewrite.push(block..block + 1);
+                *self.tally.work.entry("blocks that rot in all copies").or_default() += 1;
+            }
+        }
         for (node, _, content) in &sound.copies {
             let mut free = data_blocks(content);
             free.retain(|b| !taken.contains(b));
@@ -296,19 +319,11 @@ impl World {
             if self.nodes[*node].disk.rot_block(sound.pg, sound.object, block) {
                 self.log(|| format!("block {block} of {} rots on osd.{node}", sound.object));
                 taken.insert(block);
-                spots.push(Spot { node: *node, block, wrong: None });
+                spots.push(Spot { node: *node, block, wrong: None, stays: true });
             }
         }
         if spots.is_empty() {
             return None;
-        }
-        let good = spots.len() < sound.copies.len();
-        let mut rewrite = Vec::new();
-        if !coded && !good {
-            for block in taken.iter().map(|b| sound.first_block() + u64::from(*b)) {
-                self.oracle.harm(BlockId { volume: sound.volume as u64, block }, Harm::Unreadable);
-                rewrite.push(block..block + 1);
-            }
         }
         let (object, volume, stage) = (sound.object, sound.volume, self.unnoticed(true));
         Some(Damage { object, volume, spots, rewrite, held: 0..0, out: Vec::new(), stage })
@@ -336,7 +351,7 @@ impl World {
         for osd in &others {
             self.command(Command::OutOsd { osd: *osd, automatic: false });
         }
-        let spots = vec![Spot { node: *node, block, wrong: None }];
+        let spots = vec![Spot { node: *node, block, wrong: None, stays: true }];
         let (object, volume, rewrite) = (sound.object, sound.volume, Vec::new());
         Some(Damage { object, volume, spots, rewrite, held: 0..0, out: others, stage: Stage::Moves })
     }
@@ -402,7 +417,7 @@ impl World {
             Stage::Written { client, request, next } if !self.clients[client].ops.contains_key(&request) => {
                 damage.stage = Stage::Rewrite { next: next + 1 };
             }
-            Stage::Committed { by } => match self.is_damaged(damage) {
+            Stage::Committed { by } => match self.is_wrong(damage, |s| !s.stays) {
                 false => {
                     self.command(Command::RequestScrub { pool: None, pg: None, deep: true });
                     damage.stage = Stage::SoughtAgain;
@@ -428,9 +443,13 @@ impl World {
 
     /// Whether any of it is still as it should not be.
     fn is_damaged(&mut self, damage: &Damage) -> bool {
+        self.is_wrong(damage, |_| true)
+    }
+
+    fn is_wrong(&mut self, damage: &Damage, of: impl Fn(&Spot) -> bool) -> bool {
         let map = &self.monitor.state.map;
         let Some(pg) = map.pg_of(self.pool, damage.object.volume, damage.object.index) else { return false };
-        damage.spots.iter().any(|s| {
+        damage.spots.iter().filter(|s| of(s)).any(|s| {
             match (self.nodes[s.node].disk.block(pg, damage.object, s.block), &s.wrong) {
                 (Ok(bytes), Some(wrong)) => bytes == *wrong,
                 (Err(StoreError::Unreadable { .. }), None) => true,
