@@ -101,7 +101,13 @@ fn run(command: Command) -> Result<ExitCode> {
             runtime.block_on(async {
                 let metrics = Endpoint::bind(metrics, &data_dir, "osd").await?;
                 let config = server::Config { data_dir, monitors, host, rack, security, metrics };
-                Ok::<_, anyhow::Error>(server::start(config, listen, gossip).await?)
+                // As a task of its own: what it and others of this thread tell each other then costs no look at the reactor.
+                match tokio::spawn(server::start(config, listen, gossip)).await {
+                    Ok(ended) => Ok::<_, anyhow::Error>(ended?),
+                    Err(e) => Err(e
+                        .try_into_panic()
+                        .map_or_else(Into::into, |panic| std::panic::resume_unwind(panic))),
+                }
             })?;
         }
         Command::Format { data_dir, size, monitors, host, rack, weight, tls } => {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  clients --+                    +--> store thread --+
-//!            +-> inputs -> core --+                   +-> inputs
+//!            +-> inputs -> core --+                   +-> answers
 //!  peers ----+   (one task)       +--> peers, clients, monitors
 //! ```
 //!
@@ -11,6 +11,9 @@
 //! channels. That task never waits for a socket: what a peer's queue has no room for is dropped, as a
 //! network may drop it, and the core sends again; answers to a client always fit, because each
 //! connection may only have so many operations in flight.
+//!
+//! While little is asked of the store, that task drives it itself, without ever waiting for the disk
+//! ([`crate::store::driver`]).
 //!
 //! A run of the core lasts as long as one incarnation. When the monitors say that this OSD is no
 //! longer up, the core is thrown away, outstanding store work is awaited, and a new run boots with a new

@@ -6,8 +6,8 @@ use super::metrics::Figures;
 use super::monitors::Monitors;
 use super::peers::Peers;
 use crate::core::*;
-use crate::store::thread::{StoreHandle, StoreThread};
-use crate::store::{self, Identity, Store as _, StoreError, Usage};
+use crate::store::driver::{Answers, StoreDriver};
+use crate::store::{self, DirStore, Identity, Store as _, StoreError, Usage};
 use bytes::Bytes;
 use gabion_common::clock::boottime_ms;
 use gabion_common::metrics::Endpoint;
@@ -95,9 +95,10 @@ pub enum Input {
 /// Answers to effects, tagged with the run that asked: a later run ignores them.
 struct Answer {
     run: u64,
-    from_store: bool,
     event: Event,
 }
+
+type Driver = StoreDriver<DirStore, Answer>;
 
 enum End {
     /// Not up any more: boot again.
@@ -105,11 +106,11 @@ enum End {
     Stop,
 }
 
-/// Serves until `stop` turns true, the store fails for good or the monitors refuse this OSD.
+/// Serves until `stop` is cancelled, the store fails for good or the monitors refuse this OSD.
 pub async fn serve(
     config: Config,
     listener: TcpListener,
-    mut stop: watch::Receiver<bool>,
+    stop: CancellationToken,
 ) -> Result<(), ServerError> {
     let mut store = store::open(&config.data_dir)?;
     let identity = store.identity();
@@ -119,7 +120,7 @@ pub async fn serve(
         listener.local_addr().map_err(|source| ServerError::Io { context: "listening socket", source })?;
     let usage = store.usage();
     let (fatal_tx, fatal) = watch::channel(None::<String>);
-    let handle = StoreThread::spawn(store, STORE_REQUESTS_MAX + 16, move |why| {
+    let driver = Driver::spawn(store, STORE_REQUESTS_MAX + 16, move |why| {
         fatal_tx.send_replace(Some(why));
     });
     info!(osd = %identity.osd, cluster = %identity.cluster, %addr, pgs = pgs.len(), "store is open");
@@ -129,7 +130,7 @@ pub async fn serve(
     let (input_tx, inputs) = mpsc::channel(INPUTS_MAX);
     let listening = (identity.cluster, identity.osd, current.clone(), config.security.clone());
     tokio::spawn(clients::accept(listener, listening, input_tx));
-    let (answer_tx, answers) = mpsc::channel(STORE_REQUESTS_MAX + INPUTS_MAX);
+    let (answer_tx, answers) = mpsc::channel(INPUTS_MAX);
     let map = gabion_common::map_watch::follow(monitors.client());
 
     let boot = BootRequest {
@@ -150,7 +151,9 @@ pub async fn serve(
         figures,
         security: config.security,
         monitors,
-        store: handle,
+        store_answers: driver.answers(),
+        store: driver,
+        answered: Vec::new(),
         usage,
         map,
         inputs,
@@ -167,7 +170,7 @@ pub async fn serve(
     loop {
         let (incarnation, epoch) = tokio::select! {
             r = shell.monitors.boot(boot.clone()) => r?,
-            _ = stop.wait_for(|s| *s) => return Ok(()),
+            () = stop.cancelled() => return Ok(()),
         };
         info!(osd = %identity.osd, %incarnation, %epoch, "up");
         current.store(incarnation.0, Ordering::Relaxed);
@@ -177,7 +180,7 @@ pub async fn serve(
             return Err(ServerError::Forgotten { interval, epoch });
         }
         let span = info_span!("osd", osd = %identity.osd, %incarnation);
-        match shell.run(booted, start, &mut stop).instrument(span).await? {
+        match shell.run(booted, start, &stop).instrument(span).await? {
             End::Stop => {
                 shell.monitors.goodbye(identity.osd, incarnation).await;
                 shell.drain().await;
@@ -218,7 +221,10 @@ struct Shell {
     figures: Figures,
     security: Security,
     monitors: Monitors,
-    store: StoreHandle,
+    store: Driver,
+    store_answers: Answers<DirStore, Answer>,
+    /// Empty; kept for its memory.
+    answered: Vec<Answer>,
     usage: Usage,
     map: watch::Receiver<Arc<ClusterMap>>,
     inputs: mpsc::Receiver<Input>,
@@ -253,7 +259,7 @@ impl Shell {
         &mut self,
         boot: Boot,
         start: StartState,
-        stop: &mut watch::Receiver<bool>,
+        stop: &CancellationToken,
     ) -> Result<End, ServerError> {
         self.run += 1;
         let Boot { id, incarnation, .. } = boot;
@@ -276,7 +282,7 @@ impl Shell {
         loop {
             tokio::select! {
                 biased;
-                _ = stop.wait_for(|s| *s) => return Ok(End::Stop),
+                () = stop.cancelled() => return Ok(End::Stop),
                 _ = self.fatal.changed() => {
                     let why = self.fatal.borrow().clone().unwrap_or_default();
                     error!(osd = %id, %why, "the store stopped for good; replace the disk");
@@ -307,18 +313,20 @@ impl Shell {
                     let full = free < self.usage.capacity_bytes / 100 * FULL_FREE_PERCENT;
                     self.step(&mut run, Event::Full(full));
                 }
+                () = self.store.ready() => self.drive_store(&mut run),
                 Some(answer) = self.answers.recv() => {
-                    self.outstanding -= usize::from(answer.from_store);
                     if answer.run == self.run {
                         self.step(&mut run, answer.event);
                     }
-                    self.pump_backlog();
                 }
                 Ok(()) = self.map.changed() => {
                     let map = self.map.borrow_and_update().clone();
                     self.step(&mut run, Event::Map(map));
                 }
-                _ = tick.tick() => self.step(&mut run, Event::Tick),
+                _ = tick.tick() => {
+                    self.store.tick();
+                    self.step(&mut run, Event::Tick);
+                }
                 () = sleep_until(run.core.wake_at()), if run.core.wake_at().is_some() => self.step(&mut run, Event::Wake),
                 Some(input) = self.inputs.recv(), if self.backlog.len() < STORE_REQUESTS_MAX => self.input(&mut run, input),
             }
@@ -328,6 +336,19 @@ impl Shell {
                 self.beat(&mut run, beat_tx.clone());
             }
         }
+    }
+
+    fn drive_store(&mut self, run: &mut Run) {
+        let mut answered = std::mem::take(&mut self.answered);
+        self.store.turn(&mut answered);
+        self.outstanding -= answered.len();
+        for answer in answered.drain(..) {
+            if answer.run == self.run {
+                self.step(run, answer.event);
+            }
+        }
+        self.answered = answered;
+        self.pump_backlog();
     }
 
     fn input(&mut self, run: &mut Run, input: Input) {
@@ -406,7 +427,7 @@ impl Shell {
                     let _turn = turns.acquire().await;
                     let result = monitors.report(osd, incarnation, request, stats.unwrap_or_default()).await;
                     let event = Event::Monitor { token, result };
-                    let _ = tx.send(Answer { run: number, from_store: false, event }).await;
+                    let _ = tx.send(Answer { run: number, event }).await;
                 });
             }
             // The watch follows the monitors' newest map by itself.
@@ -423,45 +444,44 @@ impl Shell {
         while self.outstanding < STORE_REQUESTS_MAX {
             let Some(effect) = self.backlog.pop_front() else { return };
             self.outstanding += 1;
-            let (tx, run) = (self.answer_tx.clone(), self.run);
-            // Room for every outstanding store answer is reserved by the bound above; reports to the
-            // monitors are few and give way.
-            let answer = move |event| {
-                let _ = tx.blocking_send(Answer { run, from_store: true, event });
-            };
+            let (answers, run) = (self.store_answers.clone(), self.run);
+            let answer = move |event| answers.put(Answer { run, event });
             match effect {
                 Effect::Store { token, txn } => {
                     self.store.commit(txn, move |result| answer(Event::Committed { token, result }));
                 }
                 Effect::ReadPending { token, pg, object, first_block, block_count } => {
-                    self.store.read_pending(pg, object, first_block, block_count, move |result| {
+                    self.store.away().read_pending(pg, object, first_block, block_count, move |result| {
                         answer(Event::ReadDone { token, result });
                     });
                 }
                 Effect::Read { token, pg, object, below, first_block, block_count } => {
-                    self.store.read(pg, object, below, first_block, block_count, move |result| {
+                    self.store.away().read(pg, object, below, first_block, block_count, move |result| {
                         answer(Event::ReadDone { token, result });
                     });
                 }
                 Effect::ReadObject { token, pg, object } => {
                     self.store
+                        .away()
                         .read_object(pg, object, move |result| answer(Event::ObjectRead { token, result }));
                 }
                 Effect::ReadPiece { token, pg, object, first_block, block_count } => {
-                    self.store.read_piece(pg, object, (first_block, block_count), move |result| {
+                    self.store.away().read_piece(pg, object, (first_block, block_count), move |result| {
                         answer(Event::PieceRead { token, result });
                     });
                 }
                 Effect::Place { token, pg, object, content } => {
-                    self.store.place(pg, object, content, move |result| {
+                    self.store.away().place(pg, object, content, move |result| {
                         answer(Event::PiecePlaced { token, result });
                     });
                 }
                 Effect::Digest { token, pg, object } => {
-                    self.store.digest(pg, object, move |result| answer(Event::Digested { token, result }));
+                    self.store
+                        .away()
+                        .digest(pg, object, move |result| answer(Event::Digested { token, result }));
                 }
                 Effect::List { token, pg } => {
-                    self.store.list(pg, move |result| answer(Event::Listed { token, result }));
+                    self.store.away().list(pg, move |result| answer(Event::Listed { token, result }));
                 }
                 other => unreachable!("not a store effect: {other:?}"),
             }
@@ -501,16 +521,18 @@ impl Shell {
     /// Waits until the store has answered everything.
     async fn drain(&mut self) {
         self.backlog.clear();
+        self.store.away();
         while self.outstanding > 0 {
-            let Some(answer) = self.answers.recv().await else { return };
-            self.outstanding -= usize::from(answer.from_store);
+            self.store.ready().await;
+            self.store.turn(&mut self.answered);
+            self.outstanding -= self.answered.drain(..).len();
         }
     }
 
     /// The groups as the store has them now, for the next run.
     async fn reload(&mut self) -> Result<StartState, ServerError> {
         let (tx, rx) = tokio::sync::oneshot::channel();
-        self.store.pgs(move |result| {
+        self.store.away().pgs(move |result| {
             let _ = tx.send(result);
         });
         let pgs = rx.await.map_err(|_| ServerError::Other("the store's thread is gone".into()))?;

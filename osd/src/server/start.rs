@@ -5,7 +5,7 @@ use gabion_proto::limits::valid_name;
 use std::net::SocketAddr;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 /// Runs the daemon until SIGTERM or SIGINT.
@@ -28,7 +28,8 @@ pub async fn start(
     if let Some(gossip) = gossip {
         info!(%gossip, "gossip");
     }
-    let (stop_tx, stop) = watch::channel(false);
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
     let mut term = signal(SignalKind::terminate()).map_err(io("cannot catch SIGTERM"))?;
     let mut int = signal(SignalKind::interrupt()).map_err(io("cannot catch SIGINT"))?;
     tokio::spawn(async move {
@@ -36,9 +37,7 @@ pub async fn start(
             _ = term.recv() => info!("SIGTERM, stopping"),
             _ = int.recv() => info!("SIGINT, stopping"),
         }
-        stop_tx.send_replace(true);
-        // Keep the sender alive: a dropped one would end waits early.
-        std::future::pending::<()>().await;
+        stopping.cancel();
     });
     serve(config, listener, stop).await
 }

@@ -49,8 +49,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
     pub(super) fn advance_checkpoint(&mut self) -> Result<bool, StoreError> {
         let mut moved = false;
         if self.checkpoint.is_none() {
-            let due = self.ring.used() > self.ring.blocks() / START_SHARE;
-            if !due && !self.want_checkpoint {
+            if !self.checkpoint_is_due() && !self.want_checkpoint {
                 return Ok(false);
             }
             moved |= self.begin_checkpoint()?;
@@ -59,6 +58,10 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             moved = true;
         }
         Ok(moved)
+    }
+
+    pub(super) fn checkpoint_is_due(&self) -> bool {
+        self.ring.used() > self.ring.blocks() / START_SHARE
     }
 
     fn begin_checkpoint(&mut self) -> Result<bool, StoreError> {

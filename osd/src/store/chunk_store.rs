@@ -34,6 +34,8 @@ use gabion_proto::ids::*;
 use gabion_proto::limits::*;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
 
 /// What a device request was for. The number of the group, read or step is part of its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -616,5 +618,34 @@ impl<D: Device, K: Kv> ConcurrentStore for ChunkStore<D, K> {
 
     fn set_pulse(&mut self, pulse: Pulse) {
         self.index.pulse = pulse;
+    }
+
+    fn completions(&self) -> Option<io::Result<OwnedFd>> {
+        self.device.completions()
+    }
+
+    fn is_light(&self, work: &Work) -> bool {
+        match work {
+            Work::Commit(txns) => txns.iter().all(|txn| self.is_light_txn(txn)),
+            _ => false,
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        !self.is_busy() && self.commits.is_empty() && !self.is_laborious()
+    }
+
+    fn is_laborious(&self) -> bool {
+        self.dead.is_some()
+            || self.checkpoint.is_some()
+            || self.want_checkpoint
+            || self.checkpoint_is_due()
+            || !(self.reads.is_empty() && self.deferred.is_empty())
+            || !(self.placing.is_empty() && self.unplaced.is_empty())
+            || !self.settling.is_empty()
+    }
+
+    fn submit(&mut self) -> bool {
+        self.device.hand_over()
     }
 }

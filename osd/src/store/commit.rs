@@ -21,6 +21,9 @@ use gabion_proto::limits::*;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Blocks of what is light.
+const LIGHT_BLOCKS_MAX: u32 = 8;
+
 /// New content of one block: its CRC and bytes, or zeros.
 pub(super) type NewBlock = Option<DataBlock>;
 
@@ -244,6 +247,36 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             }
         }
         self.index.get(key)
+    }
+
+    /// A few blocks written over what is there, or may be put there, without a look into the index: see
+    /// [`super::ConcurrentStore::is_light`]. Small enough for the journal, so that nothing is copied either.
+    pub(super) fn is_light_txn(&self, txn: &Txn) -> bool {
+        let [TxnOp::Write { object, content, .. }] = &txn.ops[..] else { return false };
+        if content.extents.len() > LIGHT_BLOCKS_MAX as usize {
+            return false;
+        }
+        let blocks: u32 = content.extents.iter().map(|e| e.block_count.min(OBJECT_BLOCKS_MAX)).sum();
+        if blocks > LIGHT_BLOCKS_MAX.min(self.txn_blocks_max) {
+            return false;
+        }
+        let pg = self.homes.home(txn.pg, object);
+        let knows_chunk =
+            |number| self.known(&layout::numbered_key(kind::CHUNK, pg, *object, number)).is_some();
+        let chunks = content.extents.iter().flat_map(|e| {
+            let last = e.first_block.saturating_add(e.block_count.saturating_sub(1));
+            e.first_block / BLOCKS_PER_CHUNK..=last / BLOCKS_PER_CHUNK
+        });
+        match self.known(&layout::object_key(kind::OBJECT, pg, *object)) {
+            None => false,
+            Some(record) => !may_be_pending(record) && chunks.into_iter().all(knows_chunk),
+        }
+    }
+
+    /// A key as the next transaction sees it, where that is known without a look into the index.
+    fn known(&self, key: &Key) -> Option<&Option<Value>> {
+        let groups = self.groups.iter().rev();
+        groups.filter_map(|g| g.changes.keys.get(key)).next().or_else(|| self.index.remembered(key))
     }
 
     /// Everything in memory in front of the index, oldest first.
@@ -683,6 +716,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         };
         Ok(gone.into_iter().map(take).collect())
     }
+}
+
+/// Whether an object's record has a pending version, or may have.
+fn may_be_pending(record: &Option<Value>) -> bool {
+    let Some(value) = record else { return false };
+    let record = value.record().and_then(|bytes| layout::decode::<ObjectRecord>(bytes));
+    record.map_or(true, |r| r.pending.is_some())
 }
 
 /// The object that an operation is about.

@@ -10,6 +10,7 @@ use gabion_proto::limits::BLOCK_BYTES;
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use zerocopy::IntoBytes;
@@ -84,6 +85,14 @@ pub trait Device: Send {
     /// Waits until there is a completion or the waker was used.
     fn wait(&mut self);
     fn waker(&self) -> Waker;
+    /// As [`super::ConcurrentStore::completions`].
+    fn completions(&self) -> Option<io::Result<OwnedFd>> {
+        None
+    }
+    /// As [`super::ConcurrentStore::submit`].
+    fn hand_over(&mut self) -> bool {
+        true
+    }
     /// For a read of so many blocks, with anything in it.
     fn buffer(&mut self, count: usize) -> BlocksMut {
         BlocksMut::zeroed(count)

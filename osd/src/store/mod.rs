@@ -22,6 +22,9 @@ mod device;
 mod digest;
 #[cfg(test)]
 mod division_tests;
+pub mod driver;
+#[cfg(test)]
+mod driver_tests;
 mod dump;
 #[cfg(test)]
 mod fault_tests;
@@ -82,6 +85,8 @@ use bytes::Bytes;
 use gabion_proto::blocks::Content;
 use gabion_proto::ids::*;
 use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::OwnedFd;
 
 /// Who a store belongs to: a disk is never adopted by another cluster or OSD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -344,6 +349,29 @@ pub trait ConcurrentStore: Store {
     fn waker(&self) -> Waker;
     /// Called again and again while one call looks at very much of the index: the disk does answer.
     fn set_pulse(&mut self, pulse: Pulse);
+    /// A descriptor that becomes readable when [`ConcurrentStore::progress`] may have something of the disk; `None` where the disk
+    /// must be waited for.
+    fn completions(&self) -> Option<io::Result<OwnedFd>> {
+        None
+    }
+    /// Whether `work` is so small, and all that it needs of the index so certainly in memory, that nothing of it can wait for the
+    /// disk but its outcome. Holds as long as nothing else is started.
+    fn is_light(&self, _work: &Work) -> bool {
+        false
+    }
+    /// Nothing is going on and nothing is due.
+    fn is_at_rest(&self) -> bool {
+        false
+    }
+    /// There is something to do that may take long or wait for the disk.
+    fn is_laborious(&self) -> bool {
+        true
+    }
+    /// Hands the disk what [`ConcurrentStore::progress`] left for [`ConcurrentStore::wait`] to hand over; false when it takes no more
+    /// for now. Never waits.
+    fn submit(&mut self) -> bool {
+        false
+    }
 }
 
 /// See [`ConcurrentStore::set_pulse`].

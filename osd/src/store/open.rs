@@ -13,6 +13,7 @@ use super::{Identity, StoreError};
 use gabion_proto::limits::{BLOCK_BYTES, CHUNK_BYTES};
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// What the superblock says.
@@ -67,6 +68,12 @@ impl Device for LockedDevice {
     }
     fn waker(&self) -> Waker {
         self.device.waker()
+    }
+    fn completions(&self) -> Option<std::io::Result<OwnedFd>> {
+        self.device.completions()
+    }
+    fn hand_over(&mut self) -> bool {
+        self.device.hand_over()
     }
     fn buffer(&mut self, count: usize) -> BlocksMut {
         self.device.buffer(count)

@@ -4,10 +4,13 @@
 //! Requests wait in one bounded queue; callers keep to its length, otherwise they block. Every request is answered
 //! exactly once through its callback, on this thread (or on the caller's, with `Fatal`, once the thread is gone).
 //! A watchdog stops the OSD when the disk does not answer (rule S9).
+//!
+//! An OSD's store leaves the thread while little is asked of it: see [`super::driver`].
 
-use super::watchdog::{OnFatal, Watchdog};
+use super::watchdog::Watchdog;
 use super::{
-    ConcurrentStore, Done, ObjectState, PgMeta, Piece, Placed, Stats, StoreError, Txn, Usage, Waker, Work,
+    ConcurrentStore, Done, ObjectState, PgMeta, Piece, Placed, Stats, StoreError, Txn, TxnOp, Usage, Waker,
+    Work,
 };
 use crate::core::Listing;
 use gabion_proto::blocks::Content;
@@ -21,11 +24,13 @@ use std::time::Duration;
 /// Requests taken at a time, so that what has ended is not kept waiting.
 const TAKE_MAX: usize = 256;
 /// Idle for this long means that write-back disturbs nobody.
-const IDLE: Duration = Duration::from_secs(1);
+pub(super) const IDLE: Duration = Duration::from_secs(1);
+/// After so many writes that came one at a time a store is calm.
+const CALM_AFTER: u32 = 4;
 
-type Answer<T> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
+pub(super) type Answer<T> = Box<dyn FnOnce(Result<T, StoreError>) + Send>;
 
-enum Request {
+pub(super) enum Request {
     Commit(Txn, Answer<()>),
     Read {
         pg: PgId,
@@ -69,8 +74,16 @@ pub struct StoreHandle {
     usage: Arc<Mutex<(Usage, Stats)>>,
 }
 
+/// Why a worker stopped for now.
+pub(super) enum Pause {
+    /// Its handles are gone.
+    Closed,
+    /// So little is asked of it that whoever asks can do it.
+    Calm,
+}
+
 impl StoreHandle {
-    fn send(&self, request: Request) {
+    pub(super) fn send(&self, request: Request) {
         match self.requests.send(request) {
             Ok(()) => self.waker.wake(),
             Err(e) => e.0.fail(StoreError::Fatal("the store's thread is gone".into())),
@@ -186,18 +199,23 @@ enum Pending {
     Settle(Option<Answer<Stats>>),
 }
 
-struct Worker<S: ConcurrentStore> {
-    store: S,
+/// A store with who waits for it.
+pub(super) struct Worker<S: ConcurrentStore> {
+    pub store: S,
     requests: Receiver<Request>,
     usage: Arc<Mutex<(Usage, Stats)>>,
-    watchdog: Watchdog,
+    pub watchdog: Watchdog,
     pending: HashMap<u64, Pending>,
     next_tag: u64,
     /// Everything is in its final place.
-    settled: bool,
+    pub settled: bool,
     settling: bool,
     /// Its handles are gone.
     closed: bool,
+    /// It may pause when it is calm.
+    pauses: bool,
+    /// Writes in a row that may have been light and came when nothing else was asked.
+    calm: u32,
 }
 
 impl StoreThread {
@@ -208,34 +226,53 @@ impl StoreThread {
         queue_len: usize,
         on_fatal: impl FnOnce(String) + Send + 'static,
     ) -> StoreHandle {
-        let (tx, requests) = sync_channel(queue_len);
-        let usage = Arc::new(Mutex::new((store.usage(), store.stats())));
-        let handle = StoreHandle { requests: tx, waker: store.waker(), usage: usage.clone() };
-        let on_fatal: OnFatal = Box::new(on_fatal);
-        let (mut store, watchdog) = (store, Watchdog::new(on_fatal));
-        store.set_pulse(watchdog.pulse());
-        let thread = Worker {
-            store,
-            requests,
-            usage,
-            watchdog,
-            pending: HashMap::new(),
-            next_tag: 0,
-            settled: false,
-            settling: false,
-            closed: false,
-        };
-        let spawned = std::thread::Builder::new().name("store".into()).spawn(move || thread.run());
-        if let Err(e) = spawned {
-            // The closure, and with it the receiver, is gone: every request answers `Fatal`.
-            tracing::error!("cannot start the store's thread: {e}");
-        }
+        let (mut worker, handle) = worker(store, queue_len, Watchdog::new(Box::new(on_fatal)), false);
+        spawn(move || {
+            worker.run();
+        });
         handle
     }
 }
 
+/// Starts a thread for a store. Where that fails, what it would have run is gone, and with it the receiver of requests: every one
+/// answers `Fatal`.
+pub(super) fn spawn(run: impl FnOnce() + Send + 'static) {
+    if let Err(e) = std::thread::Builder::new().name("store".into()).spawn(run) {
+        tracing::error!("cannot start the store's thread: {e}");
+    }
+}
+
+/// A store that nobody drives yet.
+pub(super) fn worker<S: ConcurrentStore>(
+    mut store: S,
+    queue_len: usize,
+    watchdog: Watchdog,
+    pauses: bool,
+) -> (Worker<S>, StoreHandle) {
+    let (tx, requests) = sync_channel(queue_len);
+    let usage = Arc::new(Mutex::new((store.usage(), store.stats())));
+    let handle = StoreHandle { requests: tx, waker: store.waker(), usage: usage.clone() };
+    store.set_pulse(watchdog.pulse());
+    let worker = Worker {
+        store,
+        requests,
+        usage,
+        watchdog,
+        pending: HashMap::new(),
+        next_tag: 0,
+        settled: false,
+        settling: false,
+        closed: false,
+        pauses,
+        calm: 0,
+    };
+    (worker, handle)
+}
+
 impl<S: ConcurrentStore> Worker<S> {
-    fn run(mut self) {
+    /// Serves until its handles are gone, or until it is calm, if it pauses then.
+    pub fn run(&mut self) -> Pause {
+        self.calm = 0;
         let waker = self.store.waker();
         let mut done = Vec::new();
         loop {
@@ -272,10 +309,18 @@ impl<S: ConcurrentStore> Worker<S> {
                 continue;
             }
             self.watchdog.idle();
+            if self.is_calm() {
+                return Pause::Calm;
+            }
             if self.closed || !self.sleep() {
-                return;
+                return Pause::Closed;
             }
         }
+    }
+
+    /// It is idle: whether it may pause.
+    fn is_calm(&self) -> bool {
+        self.pauses && !self.closed && self.calm >= CALM_AFTER && self.store.is_at_rest()
     }
 
     /// Waits for a request, or, once nothing has come for a while, for write-back to do; false when the handles are
@@ -306,8 +351,12 @@ impl<S: ConcurrentStore> Worker<S> {
         self.store.start(self.next_tag, work);
     }
 
-    fn begin(&mut self, request: Request) {
+    pub fn begin(&mut self, request: Request) {
         self.watchdog.working();
+        // Others would send a store away that has just come.
+        let may_be_light =
+            matches!(&request, Request::Commit(txn, _) if matches!(txn.ops[..], [TxnOp::Write { .. }]));
+        self.calm = if may_be_light && self.pending.is_empty() { self.calm.saturating_add(1) } else { 0 };
         match request {
             Request::Commit(txn, answer) => {
                 self.settled = false;
@@ -342,7 +391,17 @@ impl<S: ConcurrentStore> Worker<S> {
         }
     }
 
-    fn hand_out(&mut self, done: &mut Vec<(u64, Done)>) {
+    /// Requests that were not answered.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// A request that came while nobody drove the store.
+    pub fn next_request(&self) -> Option<Request> {
+        self.requests.try_recv().ok()
+    }
+
+    pub fn hand_out(&mut self, done: &mut Vec<(u64, Done)>) {
         if !done.is_empty() {
             *self.usage.lock() = (self.store.usage(), self.store.stats());
         }

@@ -11,10 +11,12 @@ use io_uring::{IoUring, opcode, squeue, types};
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use zerocopy::IntoBytes;
 
 const ENTRIES: u32 = 256;
@@ -154,6 +156,12 @@ impl UringDevice {
     }
 }
 
+/// Tells the task that asks, within a runtime, when a ring has completions.
+pub fn watched(ring: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the descriptor is owned by what is answered, so it is open for as long as it is registered.
+    unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(io::Error::from)
+}
+
 /// Buffers that the kernel keeps mapped; a limit on locked memory may refuse them.
 fn registered(ring: &IoUring) -> io::Result<Arc<Pool>> {
     let pool = Pool::new();
@@ -271,6 +279,20 @@ impl Device for UringDevice {
 
     fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    fn completions(&self) -> Option<io::Result<OwnedFd>> {
+        // SAFETY: the ring is open as long as `self` is borrowed.
+        let ring = unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        Some(ring.try_clone_to_owned())
+    }
+
+    fn hand_over(&mut self) -> bool {
+        if !self.overflow.is_empty() || !self.ring.submission().is_empty() {
+            self.deferred = false;
+            self.enter(0);
+        }
+        self.overflow.is_empty() && self.ring.submission().is_empty()
     }
 
     fn buffer(&mut self, count: usize) -> BlocksMut {

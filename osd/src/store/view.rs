@@ -213,6 +213,12 @@ impl<K: Kv> Index<K> {
         self.dirty.get(key).or_else(|| self.frozen.get(key))
     }
 
+    /// What [`Index::get`] finds, where it finds it without a change of what is remembered. The outer `None`: it would have to ask
+    /// the index, or to move something.
+    pub fn remembered(&self, key: &Key) -> Option<&Option<Value>> {
+        self.in_memory(key).or_else(|| self.cache.get(key))
+    }
+
     fn keep(&mut self, key: Key, value: Option<Value>) {
         if self.cache.len() >= CACHED_MAX {
             self.cache_old = std::mem::take(&mut self.cache);
