@@ -12,7 +12,7 @@
 //!
 //! The task must never wait for the disk: heartbeats and leases depend on it. So the store leaves, whole and with what is in
 //! flight, before anything that could: a request that is not light (it may have to look into the index, or is large), more than
-//! [`HERE_MAX`] requests at a time, a checkpoint that is due, a submission queue that takes no more. The watchdog watches it in
+//! `HERE_MAX` requests at a time, a checkpoint that is due, a submission queue that takes no more. The watchdog watches it in
 //! both places. Without io_uring a disk can only be waited for, and the store stays away.
 
 use super::thread::{IDLE, Pause, Request, StoreHandle, Worker, spawn, worker};
