@@ -28,8 +28,8 @@ impl Disk {
     /// Opens the store; an error is a finding.
     pub fn mount(&mut self) -> Result<(), StoreError> {
         self.store = Some(self.machine.open()?);
-        if !self.filled {
-            self.unfill();
+        if !self.filled && !self.unfill() {
+            return Err(StoreError::Fatal("a disk that was just mounted fails".into()));
         }
         Ok(())
     }
@@ -110,10 +110,11 @@ impl Disk {
         matches!(read, Err(StoreError::Unreadable { .. }))
     }
 
-    /// Somebody else fills the disk, as far as clients (or recovery) could.
-    pub fn fill(&mut self, reserve: bool) {
+    /// Somebody else fills the disk, as far as clients (or recovery) could. False: it failed meanwhile.
+    #[must_use]
+    pub fn fill(&mut self, reserve: bool) -> bool {
         self.filled = true;
-        let Some(store) = self.store.as_mut() else { return };
+        let Some(store) = self.store.as_mut() else { return true };
         let content = Content::data(0, Bytes::from(vec![1; CHUNK_BYTES as usize]));
         for index in 0.. {
             let object = ObjectId { volume: VolumeId(u64::MAX), index, layer: LayerId(0) };
@@ -121,17 +122,21 @@ impl Disk {
             let op = TxnOp::Replace { object, version, deleted: false, content: content.clone() };
             let meta = TxnOp::SetMeta(PgMeta::default());
             let result = store.commit(vec![Txn { pg: BALLAST, ops: vec![meta, op], reserve }]).pop();
-            if !matches!(result, Some(Ok(()))) {
-                return;
+            match result {
+                Some(Ok(())) => {}
+                other => return !matches!(other, Some(Err(StoreError::Fatal(_)))),
             }
         }
+        true
     }
 
-    pub fn unfill(&mut self) {
+    /// False: it failed meanwhile.
+    #[must_use]
+    pub fn unfill(&mut self) -> bool {
         self.filled = false;
-        if let Some(store) = self.store.as_mut() {
-            store.commit(vec![Txn { pg: BALLAST, ops: vec![TxnOp::RemovePg], reserve: true }]);
-        }
+        let Some(store) = self.store.as_mut() else { return true };
+        let result = store.commit(vec![Txn { pg: BALLAST, ops: vec![TxnOp::RemovePg], reserve: true }]).pop();
+        !matches!(result, Some(Err(StoreError::Fatal(_))))
     }
 
     /// It is never mounted again.

@@ -236,7 +236,7 @@ impl World {
             "full disk" => {
                 let (reserve, ms) = (self.rng.chance(500), self.rng.range(1_000, 20_000));
                 self.log(|| format!("the disk of osd.{node} is full for {ms} ms"));
-                self.nodes[node].disk.fill(reserve);
+                self.fill(node, reserve);
                 self.at(ms, Ev::Unfill { node });
             }
             "slow policy" if self.monitor_runs() => {
@@ -302,6 +302,19 @@ impl World {
             _ => return false,
         }
         true
+    }
+
+    /// A disk that fails while somebody else fills it has failed for its OSD, too.
+    pub fn fill(&mut self, node: usize, reserve: bool) {
+        if !self.nodes[node].disk.fill(reserve) {
+            self.store_died(node);
+        }
+    }
+
+    pub fn unfill(&mut self, node: usize) {
+        if !self.nodes[node].disk.unfill() {
+            self.store_died(node);
+        }
     }
 
     /// Blocks that nobody reads rot, on as few disks that every object still has a good copy, and a scrub is asked for.
@@ -515,7 +528,7 @@ impl World {
             }
             // First: making room is a write, too, and nobody would notice that it failed.
             self.nodes[node].disk.fail_no_more();
-            self.nodes[node].disk.unfill();
+            self.unfill(node);
             let osd = self.nodes[node].id;
             self.command(Command::InOsd { osd });
             self.start(node);

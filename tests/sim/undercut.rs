@@ -30,7 +30,7 @@ impl World {
             (0..self.nodes.len()).partition(|n| before.contains(&self.nodes[*n].id));
         if self.rng.chance(700) {
             // What they lack they do not get before the others are lost.
-            spare.iter().for_each(|n| self.nodes[*n].disk.fill(true));
+            spare.iter().for_each(|n| self.fill(*n, true));
         }
         // What was being written when the first ones went away, and those that stood in did not get, is all that may be waited for.
         let quiet = self.rng.chance(600);

@@ -381,8 +381,9 @@ impl World {
             | Ev::Core { node, .. }
             | Ev::StoreRun { node, .. }
             | Ev::StoreRead { node, .. }
-            | Ev::Map { node, .. }
-            | Ev::Op { node, .. } => self.nodes[*node].paused_until,
+            | Ev::Map { node, .. } => self.nodes[*node].paused_until,
+            // On one connection nothing overtakes what came while it was paused, also if it was woken before.
+            Ev::Op { node, .. } => self.nodes[*node].asleep_until,
             Ev::Client { client, .. } => self.clients[*client].paused_until,
             _ => return None,
         };
@@ -421,7 +422,7 @@ impl World {
             Ev::DamageSomething if self.faults_on => self.damage_again(),
             Ev::GoAway { slow } => self.go_away(slow),
             Ev::Restart { node } => self.start(node),
-            Ev::Unfill { node } => self.nodes[node].disk.unfill(),
+            Ev::Unfill { node } => self.unfill(node),
             _ => {}
         }
     }
