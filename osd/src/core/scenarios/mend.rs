@@ -396,3 +396,15 @@ fn a_member_sends_what_it_can_read() {
     rig.own_piece_at(version(4, 9), &[1, 5]);
     assert_eq!(rig.take_sent(), [(OsdId(2), reply(8, Err(SubResult::VersionMismatch)))]);
 }
+
+/// A scrub read the own copy when all of it was readable. Then it is to replace the other one, and is not any more.
+#[test]
+fn a_copy_that_was_to_be_replaced_gives_what_the_own_one_lost() {
+    let mut rig = two();
+    rig.deep_scrub(1, Some(1), &[(2, None)]);
+    rig.own_piece_at(at(), &[3]);
+    rig.pulls(2, &[5]);
+    rig.own_piece_at(at(), &[3]);
+    assert_eq!(rig.placed, [without(&[])]);
+    rig.brings_it_to(&[2]);
+}

@@ -9,8 +9,17 @@ impl Pg {
         let others = self.others(cx);
         let strays = self.record.all_known().iter().any(|o| *o != cx.id && !others.contains(o));
         let now = cx.now;
+        let held = self.index.objects.get(&object).map(|h| h.version);
         let Phase::Active(a) = &mut self.phase else { return false };
         let r = &mut a.recovery;
+        // Copies that were to be replaced by this one, because a block of them cannot be read.
+        let partly = |o: &&OsdId| {
+            r.partly.contains(&(object, **o))
+                && held.is_some()
+                && r.repairs.get(&(object, **o)).copied() == held
+        };
+        let partly: BTreeSet<OsdId> =
+            others.iter().filter(partly).copied().filter(|_| r.coded.is_none()).collect();
         r.partly.insert((object, cx.id));
         let sources = r.sources.get(&object).into_iter().flatten().copied().filter(|o| *o != cx.id);
         let holders: BTreeSet<OsdId> = others
@@ -26,6 +35,14 @@ impl Pg {
             cx.takes(Branch::LastOfDoubtLost);
             self.wants_interval = true;
             self.replace_own_copy(cx, object, holders);
+            return true;
+        }
+        if holders.is_empty() && !partly.is_empty() {
+            // They have what they have.
+            for member in &partly {
+                r.settle(*member, &object);
+            }
+            self.assemble(cx, object, partly.into_iter().chain([cx.id]).collect());
             return true;
         }
         if holders.is_empty() {
@@ -138,9 +155,9 @@ impl Pg {
     }
 
     /// That is all that a scrub found wrong with it.
-    pub(in super::super) fn own_copy_is_partly_readable(&mut self, own: OsdId, object: ObjectId) {
-        if let Some(r) = self.recovery().filter(|r| r.lacks(own, &object)) {
-            r.partly.insert((object, own));
+    pub(in super::super) fn copy_is_partly_readable(&mut self, member: OsdId, object: ObjectId) {
+        if let Some(r) = self.recovery().filter(|r| r.lacks(member, &object)) {
+            r.partly.insert((object, member));
         }
     }
 

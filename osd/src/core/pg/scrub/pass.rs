@@ -336,11 +336,12 @@ impl Pg {
                 true => Verdict::Good,
                 false => judge(now, &copies, deep, enough),
             };
-            let own = copies.get(&cx.id).copied().flatten();
-            let own_partly = own.is_some_and(|c| c.unreadable.is_some() && now == Some((c.version, false)));
+            let partly = |c: &ScrubEntry| c.unreadable.is_some() && now == Some((c.version, false));
+            let partly = copies.iter().filter(|(_, c)| c.as_ref().is_some_and(partly));
+            let partly: Vec<OsdId> = partly.map(|(o, _)| *o).filter(|_| !coded).collect();
             self.act_on(cx, object, now, verdict, batch.deep);
-            if own_partly && !coded {
-                self.own_copy_is_partly_readable(cx.id, object);
+            for member in partly {
+                self.copy_is_partly_readable(member, object);
             }
         }
     }
