@@ -10,20 +10,20 @@ use gabion_proto::limits::*;
 const PG: PgId = PGS[0];
 const JOURNAL: u32 = 256;
 
-fn txn(ops: Vec<TxnOp>) -> Txn {
+pub fn txn(ops: Vec<TxnOp>) -> Txn {
     Txn { pg: PG, ops, reserve: false }
 }
 
-fn blocks(first: u32, count: u32, stamp: u32) -> ModelBlocks {
+pub fn blocks(first: u32, count: u32, stamp: u32) -> ModelBlocks {
     (first..first + count).map(|b| (b, stamp)).collect()
 }
 
-fn write(index: u32, prev: u64, first: u32, count: u32, stamp: u32) -> TxnOp {
+pub fn write(index: u32, prev: u64, first: u32, count: u32, stamp: u32) -> TxnOp {
     let content = content(&blocks(first, count, stamp));
     TxnOp::Write { object: object(index, 0), prev: v(prev), version: v(prev + 1), content }
 }
 
-fn read(store: &mut impl Store, index: u32, first: u32, count: u32) -> Result<ModelBlocks, StoreError> {
+pub fn read(store: &mut impl Store, index: u32, first: u32, count: u32) -> Result<ModelBlocks, StoreError> {
     store.read(PG, object(index, 0), &[], first, count).map(|c| stamps(&c))
 }
 

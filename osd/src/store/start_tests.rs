@@ -2,31 +2,13 @@
 //! fail one after the other.
 
 use super::crash_tests::small_disk;
-use super::model::*;
+use super::fault_tests::{blocks, read, txn, write};
 use super::sim::SimDisk;
 use super::*;
 
-const PG: PgId = PGS[0];
 const JOURNAL: u32 = 256;
 /// First block of the journal.
 const FIRST: u64 = super::layout::JOURNAL_FIRST;
-
-fn txn(ops: Vec<TxnOp>) -> Txn {
-    Txn { pg: PG, ops, reserve: false }
-}
-
-fn blocks(first: u32, count: u32, stamp: u32) -> ModelBlocks {
-    (first..first + count).map(|b| (b, stamp)).collect()
-}
-
-fn write(index: u32, prev: u64, first: u32, count: u32, stamp: u32) -> TxnOp {
-    let content = content(&blocks(first, count, stamp));
-    TxnOp::Write { object: object(index, 0), prev: v(prev), version: v(prev + 1), content }
-}
-
-fn read(store: &mut impl Store, index: u32, first: u32, count: u32) -> Result<ModelBlocks, StoreError> {
-    store.read(PG, object(index, 0), &[], first, count).map(|c| stamps(&c))
-}
 
 /// Most of what it says is right, and every block that it names has the bytes of its checksum or a newer one's.
 #[test]

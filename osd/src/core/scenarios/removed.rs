@@ -28,6 +28,20 @@ fn member() -> Rig {
     rig
 }
 
+/// An active one that has purged volume 3.
+fn purged_member() -> Rig {
+    let mut rig = member();
+    rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes = [VolumeId(3)].into();
+    rig.publish();
+    for _ in 0..3 {
+        rig.tick(100);
+    }
+    assert_eq!(purged(&mut rig).len(), 2);
+    rig
+}
+
 #[test]
 fn only_removed_volumes_are_purged_and_all_of_them() {
     let mut rig = member();
@@ -54,15 +68,7 @@ fn only_removed_volumes_are_purged_and_all_of_them() {
 /// The primary has not heard of the removal.
 #[test]
 fn a_late_write_to_a_removed_volume_is_purged_again() {
-    let mut rig = member();
-    rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
-    rig.map.epoch = Epoch(11);
-    rig.map.removed_volumes = [VolumeId(3)].into();
-    rig.publish();
-    for _ in 0..3 {
-        rig.tick(100);
-    }
-    assert_eq!(purged(&mut rig).len(), 2);
+    let mut rig = purged_member();
     let write = SubWriteKind::Zero { first_block: 0, block_count: 1, discard: false };
     let (object, prev) = (foreign(3, 0), Version::ZERO);
     rig.hear(2, PeerBody::SubWrite { tid: 1, object, version: version(10, 1), prev, write });
@@ -85,15 +91,7 @@ fn a_read_of_a_layer_that_is_removed_meanwhile_says_so() {
 /// It had the object until it heard of the removal, before the write came that the primary had sent earlier.
 #[test]
 fn a_write_of_what_was_purged_is_answered() {
-    let mut rig = member();
-    rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
-    rig.map.epoch = Epoch(11);
-    rig.map.removed_volumes = [VolumeId(3)].into();
-    rig.publish();
-    for _ in 0..3 {
-        rig.tick(100);
-    }
-    assert_eq!(purged(&mut rig).len(), 2);
+    let mut rig = purged_member();
     let write = SubWriteKind::Zero { first_block: 0, block_count: 1, discard: false };
     let (object, prev) = (foreign(3, 0), version(5, 1));
     rig.take_sent();
