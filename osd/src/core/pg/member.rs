@@ -175,6 +175,8 @@ impl Pg {
         back: impl Iterator<Item = (ObjectId, Version)>,
     ) {
         self.index.missing = missing.collect();
+        // What others have not purged yet may be among it.
+        self.purged = (0, 0);
         let mut rollbacks = Vec::new();
         for (object, version) in back {
             let pending = self.index.objects.get(&object).is_some_and(|h| h.base == Some(version));
@@ -321,9 +323,7 @@ impl Pg {
         m.in_flight.insert((object, version), tid);
         let needed = Needed::certain(version, false);
         self.index.missing.insert(object, needed);
-        if is_removed(cx.map, &object) {
-            self.purged = (0, 0);
-        }
+        self.comes(cx, &object);
         self.submit(cx, What::SubWrite { tid, object, version }, vec![TxnOp::AddMissing { object, needed }]);
     }
 
@@ -386,10 +386,7 @@ impl Pg {
         (prev, version): (Version, Version),
         ops: Vec<TxnOp>,
     ) {
-        if is_removed(cx.map, &object) {
-            // The primary does not know yet.
-            self.purged = (0, 0);
-        }
+        self.comes(cx, &object);
         let deleted = matches!(ops[..], [TxnOp::Delete { .. }]);
         let base = self.code.is_some().then_some(prev);
         self.index.objects.insert(object, Held { version, deleted, base });
@@ -511,6 +508,7 @@ impl Pg {
         let result = match result {
             Ok(()) => {
                 self.index.missing.remove(&object);
+                self.comes(cx, &object);
                 self.index.hold(object, Needed::certain(version, deleted));
                 if let Some(h) = self.index.objects.get_mut(&object).filter(|h| h.version == version) {
                     h.base = beside;

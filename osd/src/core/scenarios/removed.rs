@@ -76,6 +76,24 @@ fn a_late_write_to_a_removed_volume_is_purged_again() {
     assert_eq!(purged(&mut rig), [object]);
 }
 
+/// Others still have the object, and this member should.
+#[test]
+fn what_an_activation_names_of_a_removed_volume_is_purged_again() {
+    let mut rig = member();
+    rig.map.epoch = Epoch(11);
+    rig.map.removed_volumes = [VolumeId(3)].into();
+    rig.publish();
+    for _ in 0..3 {
+        rig.tick(100);
+    }
+    assert_eq!(purged(&mut rig).len(), 2);
+    let lacks = foreign(3, 5);
+    let entry = ObjectEntry { missing: true, ..ObjectEntry::here(lacks, version(5, 1), false) };
+    rig.hear(2, PeerBody::Activate { page: 0, missing: vec![entry], last: true });
+    rig.tick(100);
+    assert_eq!(purged(&mut rig), [lacks]);
+}
+
 /// Its blocks may have been purged before they were read: what lies below is not what the snapshot held.
 #[test]
 fn a_read_of_a_layer_that_is_removed_meanwhile_says_so() {
