@@ -7,7 +7,7 @@ use gabion_proto::map::Redundancy;
 use std::num::NonZero;
 use std::thread;
 
-const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short | --too-few-members | --scenario NAME] [--jobs N] [--trace]
+const USAGE: &str = "usage: gabion-sim [--seeds N] [--minutes M] [--from S] [--pool COPIES|K+M] [--short | --too-few-members | --scenario NAME] [--jobs N] [--trace | --keep-going]
        gabion-sim --mutants [--rule NAME] [--seeds N] [--jobs N]";
 const SEEDS: u64 = 100;
 
@@ -34,6 +34,8 @@ pub struct Args {
     scenario_text: &'static str,
     pub jobs: usize,
     pub trace: bool,
+    /// Other seeds are run after one with a finding.
+    pub keep_going: bool,
 }
 
 /// `3` is three copies, `4+2` an erasure code.
@@ -59,6 +61,7 @@ impl Args {
             scenario_text: "",
             jobs: thread::available_parallelism().map_or(1, NonZero::get),
             trace: false,
+            keep_going: false,
         };
         let mut only = None;
         let mut words = words.iter();
@@ -75,6 +78,7 @@ impl Args {
                 "--short" => args.form = SHORT,
                 "--too-few-members" => (args.too_few_members, args.form) = (true, SHORT),
                 "--trace" => (args.trace, args.jobs) = (true, 1),
+                "--keep-going" => args.keep_going = true,
                 "--mutants" => args.what = What::Mutants(None),
                 "--rule" => {
                     let name = value()?;
@@ -145,6 +149,7 @@ mod tests {
         assert_eq!(few.replay(9), "cargo xtask sim --seeds 1 --from 9 --pool 2+1 --too-few-members");
         assert_eq!(parse(&[]).unwrap().seeds, Some(SEEDS));
         assert_eq!(parse(&["--minutes", "3"]).unwrap().seeds, None);
+        assert!(parse(&["--keep-going"]).unwrap().keep_going && !few.keep_going);
         let args = parse(&["--scenario", "slow-disk"]).unwrap();
         assert_eq!(args.scenario, Scenario::SlowDisks { all: false });
         assert_eq!(args.replay(9), "cargo xtask sim --seeds 1 --from 9 --scenario slow-disk");

@@ -70,11 +70,14 @@ pub struct Op {
     issued: u64,
     /// Issued when somebody else held the volume already, or the layer was frozen: it must be refused.
     fenced: bool,
+    /// Why it was sent again.
+    answer: Option<OpReply>,
 }
 
 impl Op {
     pub fn new(of: u64, layers: Vec<LayerId>, (first, count): (u64, u64), kind: Kind) -> Op {
-        Op { of, layers, first, count, kind, attempt: 0, sent_to: None, issued: 0, fenced: false }
+        let answer = None;
+        Op { of, layers, first, count, kind, attempt: 0, sent_to: None, issued: 0, fenced: false, answer }
     }
 
     pub fn fenced(self, fenced: bool) -> Op {
@@ -83,6 +86,14 @@ impl Op {
 
     pub fn overlaps(&self, first: u64, count: u64) -> bool {
         self.first < first + count && first < self.first + self.count
+    }
+
+    pub fn describe(&self) -> String {
+        let what = if self.kind.is_write() { "write" } else { "read" };
+        let Op { of, first, count, issued, attempt, sent_to, answer, .. } = self;
+        format!(
+            "{what} {of} blocks {first}+{count} since {issued}, attempt {attempt} to {sent_to:?}, last answer {answer:?}"
+        )
     }
 }
 
@@ -487,6 +498,7 @@ fn reply_came(w: &mut World, i: usize, connection: u64, request: u64, reply: OpR
         if let Some(op) = w.clients[i].ops.get_mut(&request) {
             op.attempt += 1;
             op.sent_to = None;
+            op.answer = Some(reply);
         }
         return;
     }

@@ -226,7 +226,9 @@ impl World {
                 let away = members.any(|o| lost.contains(o));
                 // Nor that one has not answered for so long that it will be left out.
                 let owed = self.nodes.iter().filter_map(|n| n.core.as_ref()).any(|c| c.client_ops() > 0);
-                if !all_well || away || owed || !self.monitor_runs() || !self.all_clean() {
+                // What just rotted is repaired first.
+                let repaired = self.all_clean() && self.scrubs_done();
+                if !all_well || away || owed || !self.monitor_runs() || !repaired {
                     return false;
                 }
                 self.rotting = self.rot_cold();
@@ -323,6 +325,8 @@ impl World {
             Redundancy::Replicated { size } => size - 1,
             Redundancy::Erasure { m, .. } => m,
         };
+        // Reads of another disk must find what they look for.
+        self.nodes[0].disk.rot_under_reads(0);
         let disks = self.rng.range(1, u64::from(spare) + 1) as usize;
         let mut rots = false;
         for node in self.some_running(disks) {

@@ -28,6 +28,7 @@ mod wire;
 mod world;
 
 use args::{Args, What};
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -63,15 +64,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs seeds, several at once, until there were enough, the time is over, or one has a finding.
+/// Runs seeds, several at once, until there were enough, the time is over, or one has a finding; then only if it is to keep going.
 fn seeds(args: &Args) -> ExitCode {
     let started = Instant::now();
     let until = args.minutes.map(|m| started + Duration::from_secs(60 * m));
-    let (next, failed) = (AtomicU64::new(args.from), AtomicBool::new(false));
+    let (next, stop) = (AtomicU64::new(args.from), AtomicBool::new(false));
     let end = args.seeds.map_or(u64::MAX, |n| args.from.saturating_add(n));
     let sum = Mutex::new((Report::default(), started));
+    let failed = Mutex::new(BTreeSet::new());
     let work = || {
-        while !failed.load(Ordering::Relaxed) && until.is_none_or(|t| Instant::now() < t) {
+        while !stop.load(Ordering::Relaxed) && until.is_none_or(|t| Instant::now() < t) {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= end {
                 return;
@@ -92,19 +94,25 @@ fn seeds(args: &Args) -> ExitCode {
                     }
                 }
                 Err(finding) => {
-                    failed.store(true, Ordering::Relaxed);
+                    stop.fetch_or(!args.keep_going, Ordering::Relaxed);
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).insert(seed);
                     println!("seed {seed}: {finding}\nreplay: {}", args.replay(seed));
                 }
             }
         }
     };
     thread::scope(|s| (0..args.jobs).for_each(|_| _ = s.spawn(work)));
-    if failed.into_inner() {
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let clean = failed.is_empty();
+    if clean || args.keep_going {
+        let (report, _) = sum.into_inner().unwrap_or_else(PoisonError::into_inner);
+        report.print();
+        println!("took {} s", started.elapsed().as_secs());
+    }
+    if !clean {
+        println!("seeds with a finding: {failed:?}");
         return ExitCode::FAILURE;
     }
-    let (report, _) = sum.into_inner().unwrap_or_else(PoisonError::into_inner);
-    report.print();
-    println!("took {} s", started.elapsed().as_secs());
     ExitCode::SUCCESS
 }
 

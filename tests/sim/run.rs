@@ -204,7 +204,6 @@ fn scrub_all(w: &mut World) -> Result<(), String> {
     // What was paused when everything healed sleeps on: nobody may be away when only one good copy is left.
     go_on(w, QUIET_MS)?;
     wait_until(w, HEAL_MS, |w| w.all_clean())?;
-    w.nodes[0].disk.rot_under_reads(0);
     w.rot_cold();
     match wait_until(w, HEAL_MS, |w| w.scrubs_done())? {
         true => w.nothing_is_damaged(),

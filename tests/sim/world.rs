@@ -437,6 +437,11 @@ impl World {
             out +=
                 &format!("  {} lost={} run={} epoch={} {:?}\n", n.id, n.lost, n.run, n.map.epoch, statuses);
         }
+        for (i, c) in self.clients.iter().enumerate() {
+            for op in c.ops.values() {
+                out += &format!("  client {i}, v{}, waits: {}\n", c.volume, op.describe());
+            }
+        }
         out
     }
 }

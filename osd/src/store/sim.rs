@@ -7,11 +7,12 @@
 //! Everything that changes the disk is an event. A recording disk keeps them all, so that a test can build, for any
 //! prefix of them, what a crash at that point may leave ([`SimDisk::crashed_at`]).
 
-use super::buffer::Block;
+use super::buffer::{Block, BlocksMut};
 use super::chunk_store::ChunkStore;
 use super::device::{Completion, Device, Request, Traffic};
 use super::kv::{Batch, Kv, Pair};
 use super::layout::{BLOCK, Geometry};
+use super::pool::Pool;
 use super::recover::format_parts;
 use super::wake::Waker;
 use super::{Identity, StoreError};
@@ -25,6 +26,11 @@ use zerocopy::IntoBytes;
 
 const SECTOR: usize = 512;
 const SECTORS: usize = BLOCK / SECTOR;
+
+thread_local! {
+    /// Buffers for reads, as a real device has them: with what reads before left in them.
+    static POOL: Arc<Pool> = Arc::new(Pool::new());
+}
 
 /// A block that is on the disk: in what was written, from a byte on. Nothing is copied until something changes in it.
 #[derive(Clone)]
@@ -501,6 +507,10 @@ impl Device for SimDevice {
             read => Pending::Read(read),
         };
         state.pending.push((tag, pending));
+    }
+
+    fn buffer(&mut self, count: usize) -> BlocksMut {
+        POOL.with(|pool| pool.lend(count)).unwrap_or_else(|| BlocksMut::zeroed(count))
     }
 
     /// One or several of what is in flight end, in any order.
