@@ -103,19 +103,23 @@ impl Volatile {
         }
     }
 
-    /// The first OSD that is up and has not said that `epoch` is in force, of those that `counts` picks.
+    /// The first OSD that is up and has not said that `epoch` is in force, of those that `counts` picks. Whom it picks is asked of a state that
+    /// is at that epoch: an OSD may know of it before this monitor, a new leader maybe, has carried out itself what the log says.
     pub fn behind(
         &self,
         state: &MonitorState,
         epoch: Epoch,
         counts: impl Fn(&MonitorState, OsdId) -> bool,
-    ) -> Option<OsdId> {
+    ) -> Option<String> {
+        if state.map.epoch < epoch {
+            return Some("this monitor".to_owned());
+        }
         let behind = state.map.osds.iter().filter(|(osd, _)| counts(state, **osd)).find(|(osd, info)| {
             let acked =
                 self.osds.get(osd).is_some_and(|r| r.incarnation == info.incarnation && r.acked >= epoch);
             info.up && !acked
         });
-        behind.map(|(osd, _)| *osd)
+        behind.map(|(osd, _)| osd.to_string())
     }
 }
 
@@ -123,6 +127,16 @@ impl Volatile {
 mod tests {
     use super::*;
     use gabion_proto::map::{FailureDomain, Pool, Redundancy};
+
+    /// Rule P6: a new leader that has not carried out yet what began the interval knows of no earlier primaries of it.
+    #[test]
+    fn what_this_monitor_does_not_know_of_is_not_in_force() {
+        let mut state = MonitorState::default();
+        let (volatile, epoch) = (Volatile::default(), state.map.epoch.next());
+        assert!(volatile.behind(&state, epoch, |_, _| false).is_some());
+        state.map.epoch = epoch;
+        assert!(volatile.behind(&state, epoch, |_, _| false).is_none());
+    }
 
     #[test]
     fn groups_are_merged_only_up_to_a_size() {
