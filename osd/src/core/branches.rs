@@ -82,10 +82,14 @@ branches! {
     PushRefused,
     /// Recovery: the own disk did not take what was recovered.
     OwnRefused,
+    /// Scrub: writes have waited long enough for it.
+    ScrubLetsGo,
     /// Recovery: members of earlier intervals are asked for what is unfound.
     AskStrays,
     /// Recovery: one of them has it.
     LateSource,
+    /// Recovery: one of them has another version of what nobody has, which it may become.
+    LateInstead,
     /// Throttle: clients leave no room now.
     Throttled,
     /// Throttle: recovery pauses, so that what is healthy can be measured.

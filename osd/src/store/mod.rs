@@ -126,8 +126,9 @@ pub struct ObjectState {
 pub struct Needed {
     pub version: Version,
     pub deleted: bool,
-    /// The authority disagreed: `version` was never acknowledged or read, and this is the lowest one that somebody
-    /// of the authority held instead. When `version` is lost, the object goes back (see [`Needed::may_go_back_to`]).
+    /// Nobody was shown `version` since its interval ended. If this is a lower one, the authority disagreed: `version` was never acknowledged or read,
+    /// and this is the lowest one that somebody of the authority held instead. When `version` is lost, the object becomes another one
+    /// (see [`Needed::may_become`]).
     pub uncertain: Option<Version>,
 }
 
@@ -137,14 +138,17 @@ impl Needed {
         Needed { version, deleted, uncertain: None }
     }
 
-    /// Whether a copy at `version` is an older state of this object's one history. A member may also hold
-    /// a version that the history left behind; those between the lowest and the needed one are of another interval.
-    pub fn may_go_back_to(&self, version: Version) -> bool {
+    /// It was never acknowledged, nor read.
+    pub fn may_be_given_up(&self) -> bool {
+        self.uncertain.is_some_and(|lowest| lowest < self.version)
+    }
+
+    /// Whether a copy at `version` is an older state of this object's one history, or a later one of the same interval: all in which nothing lacks
+    /// that was acknowledged. A member may also hold a version that the history left behind; those between the lowest and the needed one are of another interval.
+    pub fn may_become(&self, version: Version) -> bool {
         self.uncertain.is_some_and(|lowest| {
-            version == lowest
-                || (lowest < version
-                    && version < self.version
-                    && version.interval() == self.version.interval())
+            let same = version.interval() == self.version.interval();
+            version == lowest || (lowest < version && version != self.version && same)
         })
     }
 }

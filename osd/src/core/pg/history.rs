@@ -4,7 +4,11 @@
 //! knows is rolled forward. If another one of them held something else instead, the write was never acknowledged: the
 //! version is *uncertain*, is not shown before everybody has it, and every member that lacks it records so. When all copies
 //! of an uncertain version are lost, the object goes back to an older state that somebody still holds. Without that
-//! mark it must not: what is lost may have been acknowledged, and only a holder of it can help.
+//! mark it must not: what is lost may have been acknowledged, and only a holder of it, or of what was written over it, can help.
+//!
+//! Who holds a later version of the same interval holds the lost one, and more: writes that nobody was told of. The object may *go on* to
+//! that if nobody was shown it without them since that interval ended. The mark says that, too, with the version itself as the lowest one: it is made when nobody
+//! holds what the last interval that served knew of, and keeps the object hidden until every acting member has it.
 //!
 //! That nobody of the authority disagreed is no proof that a version was acknowledged: who could have disagreed may have been away.
 //! While no later interval has served, they can still deny it when they are back (see [`denied`]).
@@ -43,14 +47,22 @@ fn needed(
             *slot = Some(n);
         }
     }
-    let Some(best) = best else { return go_back(told, object, lost?) };
+    let Some(best) = best else { return instead(told, object, lost?) };
     let doubts = authority().filter_map(|t| match t.entries.get(object) {
         None if best.deleted => None,
         None => Some(Version::ZERO),
         Some(e) if e.missing => e.uncertain.filter(|_| e.version == best.version),
         Some(e) => Some(e.version).filter(|v| *v != best.version),
     });
-    Some(Needed { uncertain: doubts.chain(best.uncertain).min(), ..best })
+    let best = Needed { uncertain: doubts.chain(best.uncertain).min(), ..best };
+    let held = best.deleted || told.values().any(|t| t.has(object, &best));
+    match best.uncertain {
+        _ if held => Some(best),
+        Some(_) => instead(told, object, best),
+        // Nobody can have been shown it since.
+        None if highest == best.version.interval() => Some(Needed { uncertain: Some(best.version), ..best }),
+        None => Some(best),
+    }
 }
 
 /// The proof that a version was neither acknowledged nor shown, from members that were active in the last interval that may have served, and
@@ -81,16 +93,18 @@ fn denied(
 }
 
 /// Nobody holds the uncertain version that was to be rolled forward.
-fn go_back(told: &BTreeMap<OsdId, Told>, object: &ObjectId, lost: Needed) -> Option<Needed> {
+fn instead(told: &BTreeMap<OsdId, Told>, object: &ObjectId, lost: Needed) -> Option<Needed> {
     let lowest = lost.uncertain?;
     let copies = told.values().filter_map(|t| t.entries.get(object)?.copy());
-    match copies.filter(|(v, _)| lost.may_go_back_to(*v)).max() {
+    match copies.filter(|(v, _)| lost.may_become(*v)).max() {
         Some((version, deleted)) => {
-            let uncertain = Some(lowest).filter(|l| *l < version);
+            // What an earlier interval left was shown.
+            let hidden = version.interval() == lost.version.interval();
+            let uncertain = Some(lowest.min(version)).filter(|l| hidden || *l < version);
             Some(Needed { version, deleted, uncertain })
         }
         None if lowest == Version::ZERO => None,
-        // Whoever holds an older state may come back.
+        // Whoever holds an older state, or a later one, may come back.
         None => Some(lost),
     }
 }

@@ -7,6 +7,8 @@
 //!                                              answered: all is there, or nobody has it (EIO) ◀──────┘
 //! ```
 //!
+//! EIO says that everybody who may have the block has answered, and has not. While somebody is silent the read waits, and in the end is sent back.
+//!
 //! What is damaged is not brought to anybody: it has no copy that is whole, and recovery (`intake`) has found that none can be put together. Whole copies only; of shards rows are
 //! decoded (`shards/gather.rs`). Why what others answer may be shown:
 //!
@@ -23,8 +25,10 @@ use crate::store::Readable;
 use gabion_proto::blocks::Content;
 use gabion_proto::limits::PIECE_BLOCKS;
 
-/// Somebody who does not answer for this long is not waited for.
+/// After this long without an answer somebody else is asked besides, or everybody once more.
 const PATIENCE_MS: Millis = 2_000;
+/// After this long the client is told to come again. That somebody says nothing does not mean that it has nothing.
+const GIVE_UP_MS: Millis = 20_000;
 
 /// See the module docs.
 #[derive(Debug)]
@@ -35,7 +39,9 @@ pub struct Mend {
     lacking: BTreeMap<(ObjectId, u32), u32>,
     /// Of the piece that is asked for.
     tried: BTreeSet<OsdId>,
-    asked: Option<Question>,
+    /// Those of them that have not answered.
+    asked: Vec<Question>,
+    began: Millis,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +74,7 @@ impl Mend {
         self.content = pieces::fill(&self.content, came, &mut lacking);
         if lacking.is_empty() {
             self.tried.clear();
+            self.asked.clear();
         }
         self.lacking.extend(lacking.into_iter().map(|(b, crc)| ((object, b), crc)));
     }
@@ -78,7 +85,8 @@ impl Pg {
     pub(super) fn mend(&mut self, cx: &mut Cx<'_>, token: ClientToken, read: Read, rest: Readable) {
         let Phase::Active(a) = &mut self.phase else { return };
         let lacking = rest.bad.into_iter().map(|(object, block, crc)| ((object, block), crc)).collect();
-        let mend = Mend { content: rest.content, lacking, tried: BTreeSet::new(), asked: None };
+        let mend =
+            Mend { content: rest.content, lacking, tried: BTreeSet::new(), asked: Vec::new(), began: cx.now };
         a.mends.insert(token, mend);
         // Writes of these blocks wait for it.
         a.reads.insert(token, read);
@@ -89,7 +97,6 @@ impl Pg {
         let others = self.others(cx);
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(mend) = a.mends.get_mut(&token) else { return };
-        mend.asked = None;
         let Some((object, block)) = mend.lacking.keys().next().copied() else {
             let content = std::mem::take(&mut mend.content);
             cx.takes(Branch::Mended);
@@ -98,9 +105,13 @@ impl Pg {
         let version = self.index.objects.get(&object).map(|h| h.version);
         let may_have = |o: &OsdId| cx.map.up_osd(*o).is_some() && !a.recovery.lacks(*o, &object);
         let differ = a.scrub.damaged.get(&object) == Some(&Damage::Inconsistent);
+        mend.asked.retain(|q| may_have(&q.member) && !differ);
         let member = others.into_iter().find(|o| may_have(o) && !mend.tried.contains(o) && !differ);
         let (Some(member), Some(version)) = (member, version) else {
-            return self.mend_ends(cx, token, Err(OpReply::Failed(OpError::Io)));
+            if mend.asked.is_empty() {
+                self.mend_ends(cx, token, Err(OpReply::Failed(OpError::Io)));
+            }
+            return;
         };
         // Others may not be at the version that it has here. It goes on when they are.
         if a.writes.values().any(|w| w.object == object) {
@@ -109,7 +120,7 @@ impl Pg {
         a.next_tid += 1;
         let (tid, first) = (a.next_tid, piece_of(block));
         mend.tried.insert(member);
-        mend.asked = Some(Question { member, tid, object, version, first, since: cx.now });
+        mend.asked.push(Question { member, tid, object, version, first, since: cx.now });
         cx.takes(Branch::MendRead);
         let body = PeerBody::Pull { tid, object, version, first_block: first, have: Vec::new() };
         self.send(cx, member, body, Bytes::new());
@@ -140,10 +151,9 @@ impl Pg {
         let is_it = |q: &Question| {
             (q.member, q.tid, q.object, q.version, q.first) == (from, tid, object, version, first)
         };
-        let found = a.mends.iter_mut().find(|(_, m)| m.asked.as_ref().is_some_and(is_it));
-        let Some((token, mend)) = found else { return false };
-        let token = *token;
-        mend.asked = None;
+        let found = a.mends.iter_mut().find_map(|(t, m)| Some((*t, m.asked.iter().position(is_it)?, m)));
+        let Some((token, place, mend)) = found else { return false };
+        mend.asked.remove(place);
         // What a scrub has found out about that copy meanwhile counts.
         let doubted =
             a.recovery.lacks(from, &object) || a.scrub.damaged.get(&object) == Some(&Damage::Inconsistent);
@@ -158,15 +168,33 @@ impl Pg {
         true
     }
 
-    /// Who does not answer is passed over; what nobody waits for any more is forgotten.
+    /// Who does not answer is not waited for alone; what nobody waits for any more is forgotten.
     pub(super) fn mend_again(&mut self, cx: &mut Cx<'_>) {
+        let now = cx.now;
         let Phase::Active(a) = &mut self.phase else { return };
         let reads = &a.reads;
         a.mends.retain(|token, _| reads.contains_key(token));
-        let late = |m: &Mend| m.asked.is_none_or(|q| cx.now >= q.since + PATIENCE_MS);
+        let late = |m: &Mend| m.asked.iter().all(|q| now >= q.since + PATIENCE_MS);
         let late: Vec<ClientToken> = a.mends.iter().filter(|(_, m)| late(m)).map(|(t, _)| *t).collect();
         for token in late {
             self.mend_on(cx, token);
+            let Phase::Active(a) = &mut self.phase else { return };
+            let Some(mend) = a.mends.get_mut(&token) else { continue };
+            if now >= mend.began + GIVE_UP_MS {
+                let again = OpReply::Retry { epoch: cx.map.epoch, why: RetryWhy::NotActive };
+                self.mend_ends(cx, token, Err(again));
+                continue;
+            }
+            // The question may be lost, or the answer.
+            let mut again = Vec::new();
+            for q in mend.asked.iter_mut().filter(|q| now >= q.since + PATIENCE_MS) {
+                q.since = now;
+                again.push(*q);
+            }
+            for Question { member, tid, object, version, first, .. } in again {
+                let body = PeerBody::Pull { tid, object, version, first_block: first, have: Vec::new() };
+                self.send(cx, member, body, Bytes::new());
+            }
         }
     }
 }

@@ -205,6 +205,14 @@ impl Held {
     pub fn committed(version: Version, deleted: bool) -> Held {
         Held { version, deleted, base: None }
     }
+
+    /// What of it must stay beneath the version that is needed.
+    fn beneath(&self, needed: &Needed) -> Version {
+        match needed.uncertain == Some(self.version) {
+            true => self.version,
+            false => self.base.unwrap_or(self.version),
+        }
+    }
 }
 
 /// What the store has, or will have once everything submitted is done.
@@ -650,6 +658,13 @@ impl Pg {
             self.index.missing.remove(o);
         }
         self.submit(cx, What::Housekeeping, ops);
+    }
+
+    /// Something of the object enters the index. Who sent it may not know yet that it was removed: then it is purged again.
+    fn comes(&mut self, cx: &Cx<'_>, object: &ObjectId) {
+        if is_removed(cx.map, object) {
+            self.purged = (0, 0);
+        }
     }
 
     fn pool_min_size(&self, cx: &Cx<'_>) -> Option<usize> {

@@ -37,11 +37,13 @@ pub(super) struct Read {
     pub own: bool,
     /// The number under which another member was asked.
     pub hedge: Option<u64>,
+    /// The own copy of what it reads was replaced since it began: what it could not read may be readable now.
+    stale: bool,
 }
 
 impl Read {
     pub(super) fn of(work: &ClientWork, now: Millis) -> Read {
-        Read { op: work.op.clone(), arrived: work.arrived, since: now, own: false, hedge: None }
+        Read { op: work.op.clone(), arrived: work.arrived, since: now, own: false, hedge: None, stale: false }
     }
 
     pub(super) fn op(&self) -> &ClientOp {
@@ -114,6 +116,14 @@ impl Active {
     pub fn next_tid(&mut self) -> u64 {
         self.next_tid += 1;
         self.next_tid
+    }
+
+    /// The own copy of the object was replaced: what reads that began before say about it is not true any more.
+    pub(super) fn own_copy_is_new(&mut self, object: &ObjectId) {
+        let reads = self.reads.values_mut();
+        let of = |r: &&mut Read| (r.op.object.volume, r.op.object.index) == (object.volume, object.index);
+        reads.filter(of).for_each(|r| r.stale = true);
+        self.overtaken.clear();
     }
 
     /// Everybody who waits for an answer.
@@ -429,6 +439,7 @@ impl Pg {
             }
             // This OSD is about to stop; others have the bytes.
             Err(StoreError::Fatal(_)) => self.retry(cx, token, RetryWhy::NotActive),
+            Err(StoreError::Unreadable { .. }) if read.stale => self.retry(cx, token, RetryWhy::Busy),
             Err(StoreError::Unreadable { object: first, block, why, rest }) => {
                 let Phase::Active(a) = &self.phase else { return };
                 // What is known to be damaged cannot be repaired; other layers may be.

@@ -370,10 +370,8 @@ impl Pg {
         let base =
             |o: &ObjectId, n: &Needed| self.index.objects.get(o).filter(|h| h.version == n.version)?.base;
         // From here on the index is what the objects should be; what is left of removed volumes is purged from it.
-        let beneath = own_missing.keys().filter_map(|o| {
-            let held = self.index.objects.get(o)?;
-            Some((*o, held.base.unwrap_or(held.version)))
-        });
+        let beneath = own_missing.iter();
+        let beneath = beneath.filter_map(|(o, n)| Some((*o, self.index.objects.get(o)?.beneath(n))));
         let beneath = beneath.collect();
         let kept = wanted.iter().filter(|(o, _)| !own_missing.contains_key(o) && !own_back.contains_key(o));
         let kept: Vec<(ObjectId, Held)> = kept

@@ -247,17 +247,102 @@ fn a_read_that_is_mended_waits_for_writes_in_flight() {
     assert_eq!(asked, Some(written));
 }
 
-/// Nobody answers: the others are asked, and then it fails.
+/// A member that does not answer: others are asked, and it is asked again. That it is silent does not mean that it has nothing.
 #[test]
-fn a_member_that_does_not_answer_is_passed_over() {
+fn a_member_that_does_not_answer_is_asked_again() {
     let mut rig = damaged();
     let read = rig.read(0, 1);
     rig.own_fails_at(1);
-    for from in [2, 3] {
-        assert_eq!(rig.pulled().map(|(o, _)| o), Some(OsdId(from)));
+    let (first, tid) = rig.pulled().expect("asks");
+    assert_eq!(first, OsdId(2));
+    rig.tick(2_000);
+    rig.pulls(3, &[1, 5]);
+    assert_eq!(rig.reply(read), None, "osd.2 may have it");
+    rig.tick(2_000);
+    assert_eq!(rig.pulled(), Some((first, tid)));
+    rig.gives_all_but(2, tid, &[5]);
+    rig.shows(read, &Content::data(1, vec![2; 4096].into()));
+    // Once somebody has said nothing for long, the client comes again. An error is for what nobody has.
+    let read = rig.read(0, 1);
+    rig.own_fails_at(1);
+    for _ in 0..12 {
         rig.tick(2_000);
     }
-    rig.fails(read);
+    assert!(matches!(rig.reply(read), Some(OpReply::Retry { .. })));
+}
+
+/// Two reads find the same block bad: what the second one makes of it would outlive the repair that the first one began.
+#[test]
+fn a_copy_that_is_being_replaced_is_not_lost_again() {
+    let mut rig = three();
+    rig.hold_pushes = true;
+    let whole = OpKind::Read { first_block: 0, block_count: BLOCKS, below: Vec::new() };
+    let reads = [(); 3].map(|()| rig.client(0, whole.clone(), Bytes::new()));
+    rig.own_fails(&[1]);
+    rig.pulls(2, &[]);
+    assert!(rig.assembled());
+    rig.commits.clear();
+    rig.own_fails(&[1]);
+    rig.hold_pushes = false;
+    let token = rig.held.pop_front().expect("is being stored");
+    rig.step(Event::Committed { token, result: Ok(()) });
+    // It was read before the copy was replaced.
+    rig.own_fails(&[1]);
+    assert!(!rig.ops().any(|op| matches!(op, TxnOp::AddMissing { .. })), "it would be missed for ever");
+    assert!(matches!(rig.reply(reads[2]), Some(OpReply::Retry { .. })));
+    assert_eq!(rig.core.pg_statuses()[0].degraded_objects, 0);
+    // These have waited for it, and are read again.
+    (0..2).for_each(|_| rig.answer_read(Ok(without(&[]))));
+    (0..2).for_each(|n| rig.shows(reads[n], &without(&[])));
+}
+
+/// The same, of a scrub that began before.
+#[test]
+fn a_copy_that_is_being_replaced_is_not_found_wrong() {
+    let mut rig = three();
+    rig.hold_pushes = true;
+    let (number, deep) = (1, true);
+    rig.step(Event::Scrub { orders: vec![ScrubOrder { pg: PG, number, deep }], rate_bytes_per_s: 64 << 20 });
+    let asked = |(_, b): &(OsdId, PeerBody)| match b {
+        PeerBody::ScrubRead { tid, .. } => Some(*tid),
+        _ => None,
+    };
+    let tid = rig.sent.iter().find_map(asked).expect("asks members");
+    let state = ObjectState { version: at(), deleted: false, pending: None };
+    rig.answer_object(Ok((state, without(&[]))));
+    rig.read_all(&[1]);
+    rig.pulls(2, &[]);
+    assert!(rig.assembled());
+    rig.commits.clear();
+    for from in [2, 3] {
+        let digest = digest_of(&without(&[]));
+        let entry = ScrubEntry { object: object(0), version: at(), deleted: false, digest, unreadable: None };
+        rig.hear(from, PeerBody::ScrubInfo { tid, entries: vec![entry], last: true });
+    }
+    assert!(!rig.ops().any(|op| matches!(op, TxnOp::AddMissing { .. })), "it would be missed for ever");
+    let token = rig.held.pop_front().expect("is being stored");
+    rig.step(Event::Committed { token, result: Ok(()) });
+    assert_eq!(rig.core.pg_statuses()[0].degraded_objects, 0);
+}
+
+/// Somebody lacks what is damaged: it cannot be brought to them, and nobody tries all the time.
+#[test]
+fn what_is_damaged_is_brought_to_nobody() {
+    let mut rig = Rig::new(&[(0, at())]);
+    rig.interval(10, &[1, 2, 3], vec![past(5, &[1, 2])]);
+    rig.tells(2, 5, &[has(0, at())]);
+    rig.tells(3, 0, &[]);
+    rig.activates(2);
+    rig.activates(3);
+    rig.own_piece_at(at(), &[5]);
+    rig.pulls(2, &[5]);
+    rig.own_piece_at(at(), &[5]);
+    assert_eq!(rig.core.pg_statuses()[0].damaged_objects, 1);
+    rig.take_sent();
+    for _ in 0..90 {
+        rig.tick(100);
+        assert!(rig.object_reads.is_empty() && rig.pulled().is_none());
+    }
 }
 
 /// An answer that is not what was asked for, or whose bytes changed on the way, is none.

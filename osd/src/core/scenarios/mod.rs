@@ -11,6 +11,7 @@ mod division;
 mod fills;
 mod frozen;
 mod full;
+mod goes_on;
 mod hedge;
 mod intake;
 mod listed;

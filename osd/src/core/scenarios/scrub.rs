@@ -344,6 +344,45 @@ fn an_object_that_is_always_written_is_scrubbed_all_the_same() {
     panic!("never looked at");
 }
 
+/// As above, but somebody does not say what it has: the writes have waited long enough.
+#[test]
+fn writes_do_not_wait_for_a_scrub_for_ever() {
+    let mut rig = clean();
+    rig.order(1, false);
+    for n in 1..100 {
+        let before = rig.sent.len();
+        let write = rig.write(0, 0);
+        let sub_write = |(_, b): &(OsdId, PeerBody)| match b {
+            PeerBody::SubWrite { tid, .. } => Some(*tid),
+            _ => None,
+        };
+        let Some(tid) = rig.sent[before..].iter().find_map(sub_write) else {
+            for _ in 0..9 {
+                assert!(rig.sent[before..].iter().find_map(sub_write).is_none());
+                rig.tick(350);
+            }
+            // It was sent back by then.
+            assert!(matches!(rig.reply(write), Some(OpReply::Retry { .. })));
+            rig.write(0, 0);
+            assert!(rig.sent[before..].iter().find_map(sub_write).is_some(), "it waits for the silent one");
+            assert!(rig.report().is_none(), "it is looked at again later");
+            return;
+        };
+        for other in [2, 3] {
+            rig.hear(other, PeerBody::SubWriteAck { tid, result: SubResult::Ok });
+        }
+        assert!(matches!(rig.reply(write), Some(OpReply::Done { .. })));
+        let newest = version(10, n);
+        rig.own_copies(newest);
+        for other in [2, 3] {
+            rig.tell_copies(other, &[copy(0, newest)]);
+        }
+        rig.own_copies(newest);
+        rig.tick(250 * u64::from(n));
+    }
+    panic!("never looked at");
+}
+
 /// What the members have beside what the primary knows, and what they lack.
 #[test]
 fn objects_that_are_lacking_come_and_others_go() {

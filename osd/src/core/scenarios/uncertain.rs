@@ -241,3 +241,33 @@ fn what_it_goes_back_to_may_be_pending() {
     assert!(ops.iter().any(|op| **op == TxnOp::CommitPending { object: object(0), version: w }), "{ops:?}");
     assert!(ops.iter().any(|op| matches!(op, TxnOp::Prepare { base, .. } if *base == w)), "{ops:?}");
 }
+
+/// Shards: a member that holds w beside b is brought v, which may have to go back to w. Then w is what stays, and is certain: every member had it.
+/// Of its four shards b would be the only thing left here.
+#[test]
+fn what_it_may_go_back_to_stays_when_it_is_pending() {
+    let (b, w, v) = (version(5, 1), version(5, 2), version(7, 1));
+    let mut rig = Rig::new(&[]);
+    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+    }
+    let shard = Some(crate::erasure::ShardId { number: 1, k: 2, m: 2, matrix: crate::erasure::MATRIX });
+    rig.listing.meta = Some(PgMeta { promised: Epoch(5), activated: Epoch(5), shard, pg_count: 0 });
+    rig.listing.objects = vec![(object(0), ObjectState { version: b, deleted: false, pending: Some(w) })];
+    rig.interval(11, &[2, 1, 3, 4], vec![past(5, &[2, 1, 3, 4]), past(7, &[2, 3, 4])]);
+    rig.hear(2, PeerBody::Query);
+    let lacks = ObjectEntry { missing: true, uncertain: Some(w), ..has(0, v) };
+    rig.hear(2, PeerBody::Activate { page: 0, missing: vec![lacks], last: true });
+    rig.commits.clear();
+    rig.take_sent();
+    let (object, over) = (object(0), None);
+    let content = Content::data(0, vec![3; 4096].into());
+    let piece = PieceImage { same: 0, extents: content.extents, end: 1, bad: Vec::new() };
+    let push = PeerBody::Push { tid: 9, object, version: v, deleted: false, over, piece: Some(piece) };
+    rig.hear_data(2, push, content.data);
+    let acknowledged = (OsdId(2), PeerBody::PushAck { tid: 9, result: SubResult::Ok });
+    assert_eq!(rig.take_sent(), [acknowledged]);
+    let ops: Vec<&TxnOp> = rig.ops().collect();
+    assert_eq!(ops[0], &TxnOp::CommitPending { object, version: w });
+    assert!(matches!(ops[1], TxnOp::Prepare { base, version, .. } if (*base, *version) == (w, v)), "{ops:?}");
+}

@@ -43,8 +43,15 @@ impl Pg {
             Stage::Pulling { .. } => self.intakes.get(o).is_none_or(|i| i.step == Step::Asked),
             _ => !a.recovery.wishes_for(o),
         };
+        // The only source may need long for a disk that is failing: it is asked again and again, and not from the beginning.
+        let alone = |o: &ObjectId, w: &Work| match w.stage {
+            Stage::Pulling { from } => {
+                cx.map.up_osd(from).is_some() && a.recovery.source_but(o, &[from].into(), cx.map).is_none()
+            }
+            _ => false,
+        };
         let is_stale = |o: &ObjectId, w: &Work| {
-            patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms) && owes(o, w)
+            patience(&w.stage).is_some_and(|ms| cx.now >= w.since + ms) && owes(o, w) && !alone(o, w)
         };
         let stale: Vec<ObjectId> =
             a.recovery.work.iter().filter(|(o, w)| is_stale(o, w)).map(|(o, _)| *o).collect();
@@ -371,17 +378,21 @@ impl Pg {
         }
         match result {
             Ok(()) => {
-                let needed = r.missing.get(&cx.id).and_then(|m| m.get(&object)).copied();
+                let needed = r.missing.get(&own).and_then(|m| m.get(&object)).copied();
                 let partly = r.partly_read(&object);
                 let repaired = r.settle(cx.id, &object);
                 self.counters.scrub_repaired += u64::from(repaired);
                 self.index.missing.remove(&object);
+                self.comes(cx, &object);
                 if let Some(n) = needed {
                     self.replace_partly_read(cx, object, n, partly);
                     self.index.hold(object, n);
                     if let Some(h) = self.index.objects.get_mut(&object) {
                         h.base = beside;
                     }
+                }
+                if let Phase::Active(a) = &mut self.phase {
+                    a.own_copy_is_new(&object);
                 }
                 self.commit_recovered(cx, object);
                 self.count_recovered();

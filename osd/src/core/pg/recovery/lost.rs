@@ -6,6 +6,11 @@ impl Pg {
     /// The own copy cannot be read: it is missing from now on, durably, and comes back from another holder.
     /// While none is known, members of earlier intervals are asked. False when nobody else can have it.
     pub(in super::super) fn lose_own_copy(&mut self, cx: &mut Cx<'_>, object: ObjectId) -> bool {
+        let own = cx.id;
+        if self.recovery().is_some_and(|r| r.lacks(own, &object)) {
+            // It is on its way, or even being stored: a second note would outlive it.
+            return true;
+        }
         let others = self.others(cx);
         let strays = self.record.all_known().iter().any(|o| *o != cx.id && !others.contains(o));
         let now = cx.now;
@@ -29,7 +34,7 @@ impl Pg {
             .chain(sources)
             .filter(|o| !r.bad.contains(&(object, *o)))
             .collect();
-        let doubt = r.missing.values().find_map(|m| m.get(&object)).is_some_and(|n| n.uncertain.is_some());
+        let doubt = r.missing.values().find_map(|m| m.get(&object)).is_some_and(Needed::may_be_given_up);
         if holders.is_empty() && doubt {
             // Nobody was told of this version, and nobody can have it now: the next interval gives it up (rule P3g).
             cx.takes(Branch::LastOfDoubtLost);
@@ -61,7 +66,7 @@ impl Pg {
     /// Nobody but acting members can have the object, and the own copy is at the version that is wanted.
     fn is_held_here_only(&self, object: &ObjectId, needed: Needed) -> bool {
         let strays = self.record.all_known().iter().any(|o| !self.record.acting.contains(o));
-        let alone = !strays && needed.uncertain.is_none() && !needed.deleted;
+        let alone = !strays && !needed.may_be_given_up() && !needed.deleted;
         let held = self.index.objects.get(object).map(|h| h.version);
         alone && held.or(self.index.beneath.get(object).copied()) == Some(needed.version)
     }
@@ -69,7 +74,7 @@ impl Pg {
     /// No acting member can read some block of an object, and there is nobody else: it is damaged, and not missing any more, so that what can be
     /// read of it is served (see `mend`). The own copy never left; it is at the version that was wanted.
     pub(super) fn keep_if_damaged(&mut self, cx: &mut Cx<'_>, object: ObjectId, needed: Needed) {
-        let held = self.is_held_here_only(&object, needed);
+        let (held, now) = (self.is_held_here_only(&object, needed), cx.now);
         let others = self.others(cx);
         let Phase::Active(a) = &mut self.phase else { return };
         let r = &mut a.recovery;
@@ -89,7 +94,8 @@ impl Pg {
         r.work.remove(&object);
         r.sources.remove(&object);
         r.demanded.remove(&object);
-        r.not_before.remove(&object);
+        // Others may lack it: nothing can be brought to them.
+        r.not_before.insert(object, now + UNREADABLE_AGAIN_MS);
         r.repairs.remove(&(object, cx.id));
         r.bad.retain(|(o, _)| *o != object);
         r.unreadable.retain(|(o, _)| *o != object);
@@ -275,12 +281,21 @@ impl Pg {
         for object in repairable {
             self.replace_own_copy(cx, object, [from].into());
         }
-        let Some(r) = self.recovery() else { return };
+        let Phase::Active(a) = &mut self.phase else { return };
+        let r = &mut a.recovery;
         for e in &entries {
             let wanted = match r.coded.is_some() {
                 true => r.missing.values().find_map(|m| m.get(&e.object)),
                 false => r.missing.get(&own).and_then(|m| m.get(&e.object)),
             };
+            // Nobody has it. This it may be instead, which the next interval decides (rule P3g).
+            if r.coded.is_none()
+                && r.is_unfound(own, &e.object)
+                && wanted.zip(e.copy()).is_some_and(|(n, (version, _))| n.may_become(version))
+            {
+                cx.takes(Branch::LateInstead);
+                self.wants_interval = true;
+            }
             let beside = |n: &Needed| !e.missing && e.base == Some(n.version);
             if wanted.is_some_and(|n| e.copy() == Some((n.version, n.deleted)) || beside(n)) {
                 cx.takes(Branch::LateSource);

@@ -13,6 +13,9 @@ const ASK_AGAIN_MS: Millis = 5_000;
 const PUT_OFF_MS: Millis = 200;
 /// After so many tries its writes wait meanwhile.
 const TRIES_MAX: u32 = 5;
+/// But no longer than this: then they have this long to themselves.
+const HOLD_MS: Millis = 3_000;
+const LET_GO_MS: Millis = 30_000;
 
 #[derive(Debug, Default)]
 pub struct Scrub {
@@ -38,8 +41,8 @@ struct Pass {
     again: BTreeMap<ObjectId, Again>,
     /// Erasure coding: objects whose parity is to be computed, next.
     unread: VecDeque<ObjectId>,
-    /// Its new writes wait.
-    held: Option<ObjectId>,
+    /// Its new writes wait, since then.
+    held: Option<(ObjectId, Millis)>,
     objects: u64,
     findings: u64,
     repaired_before: u64,
@@ -82,7 +85,7 @@ impl Scrub {
 
     /// Whether new writes of the object wait.
     pub fn holds(&self, object: &ObjectId) -> bool {
-        self.pass.as_ref().is_some_and(|p| p.held == Some(*object))
+        self.pass.as_ref().is_some_and(|p| p.held.is_some_and(|(o, _)| o == *object))
     }
 
     /// Everybody has a good copy again.
@@ -167,6 +170,15 @@ impl Pg {
     pub(in super::super) fn scrub_on(&mut self, cx: &mut Cx<'_>) {
         let Phase::Active(a) = &mut self.phase else { return };
         let Some(pass) = a.scrub.pass.as_mut().filter(|p| !p.reporting) else { return };
+        if let Some((object, _)) = pass.held.take_if(|(_, since)| cx.now >= *since + HOLD_MS) {
+            // Somebody does not answer, or its writes do not end.
+            cx.takes(Branch::ScrubLetsGo);
+            pass.unread.retain(|o| *o != object);
+            pass.again.insert(object, Again { tries: 0, due: cx.now + LET_GO_MS, deep: pass.deep });
+            pass.batch = None;
+            (a.scrub.own, a.scrub.parity) = (None, None);
+            return self.resume(cx);
+        }
         if let Some(batch) = &mut pass.batch {
             if cx.now >= batch.asked + ASK_AGAIN_MS {
                 batch.asked = cx.now;
@@ -184,7 +196,7 @@ impl Pg {
         let its_turn =
             |o: &ObjectId| pass.unread.front() == Some(o) || again.get(o).is_some_and(|a| now >= a.due);
         let waits = a.recovery.misses_more_than(&a.scrub.damaged);
-        if pass.held.is_some_and(|o| waits || !its_turn(&o)) {
+        if pass.held.is_some_and(|(o, _)| waits || !its_turn(&o)) {
             pass.held = None;
             // Its writes go on.
             self.resume(cx);
@@ -222,7 +234,7 @@ impl Pg {
             return;
         }
         if again.tries >= TRIES_MAX {
-            pass.held = Some(object);
+            pass.held.get_or_insert((object, cx.now));
             cx.takes(Branch::ScrubHoldsWrites);
             if a.writes.values().any(|w| w.object == object) {
                 // They end first, new ones wait.
@@ -418,6 +430,9 @@ impl Pg {
         }
         let (version, deleted) = wanted.unwrap_or((Version::ZERO, true));
         let needed = Needed::certain(version, deleted);
+        // Whoever misses it gets another one anyway: a second note would outlive that.
+        let bad: BTreeMap<OsdId, Version> =
+            bad.into_iter().filter(|(o, _)| coded || !a.recovery.lacks(*o, &object)).collect();
         for (member, held) in &bad {
             // The own copy is lost below, durably: it serves nothing until it is replaced.
             let missing = (*member != cx.id || coded).then_some(needed);

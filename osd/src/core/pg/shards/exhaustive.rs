@@ -419,9 +419,18 @@ impl State {
                     if self.decodes(*version, l) {
                         let mut s = self.clone();
                         let disk = &mut s.disks[*i];
-                        let kept = disk.held.map_or(Version::ZERO, |(v, base)| base.unwrap_or(v));
-                        let beside = disk.missing.is_some_and(|(_, u)| u.is_some() && l.beside);
+                        let before = disk.missing.and_then(|(_, before)| before);
+                        let needed = Needed { uncertain: before, ..Needed::certain(*version, false) };
+                        let kept = disk.held.map_or(Version::ZERO, |(version, base)| {
+                            Held { version, deleted: false, base }.beneath(&needed)
+                        });
+                        let beside = before.is_some() && l.beside;
                         (disk.held, disk.missing) = (Some((*version, beside.then_some(kept))), None);
+                        if let Some(before) = before.filter(|_| beside)
+                            && s.shards(before, Set::MAX) < self.shards(before, Set::MAX)
+                        {
+                            return Err(format!("a shard of {before} is dropped"));
+                        }
                         out.push(s);
                     }
                 }
@@ -521,6 +530,12 @@ fn two_and_one_never_drops_what_was_promised() {
 #[test]
 fn two_and_two_never_drops_what_was_promised() {
     is_searched(&TWO_AND_TWO);
+}
+
+/// What is written over what is not committed yet.
+#[test]
+fn two_and_two_never_drops_what_was_promised_and_written_over() {
+    is_searched(&Limits { writes: 2, ..TWO_AND_TWO });
 }
 
 #[test]

@@ -41,7 +41,7 @@ fn needed(
     let committed = held().any(|e| e.base.unwrap_or(e.version) == version);
     let sure = entries().any(|e| e.missing && e.version == version && e.uncertain.is_none());
     let before = held().filter(|e| e.version == version).filter_map(|e| e.base).max();
-    let doubt = entries().filter(|e| e.missing && e.version == version).find_map(|e| e.uncertain);
+    let doubt = entries().filter(|e| e.missing && e.version == version).filter_map(|e| e.uncertain).max();
     if committed || sure {
         return Some(Needed::certain(version, newest.deleted));
     }

@@ -230,14 +230,14 @@ impl Pg {
         }
     }
 
-    /// The committed version that a recovered shard must not replace: the recovered one may have to go back, or is itself
-    /// not committed yet.
+    /// The version that a recovered shard must not replace: the recovered one may have to go back to it, or is itself
+    /// not committed yet. What it goes back to may be here beside a committed one: then it takes that one's place, since every member had it.
     pub(in super::super) fn kept_beside(&self, object: &ObjectId) -> Option<Version> {
         let held = self.index.objects.get(object);
         match self.index.missing.get(object) {
             _ if self.code.is_none() => None,
             Some(needed) if needed.uncertain.is_some() => {
-                let held = held.map(|h| h.base.unwrap_or(h.version));
+                let held = held.map(|h| h.beneath(needed));
                 held.or(self.index.beneath.get(object).copied()).or(Some(Version::ZERO))
             }
             Some(_) => None,
@@ -257,7 +257,10 @@ impl Pg {
         let blocks = cx.map.pools.get(&self.id.pool).map_or(OBJECT_BLOCKS, |p| p.object_bytes / BLOCK_BYTES);
         let rows = self.geometry().map_or(blocks, |g| g.all_rows(blocks));
         let content = content_of((0..).zip(crate::erasure::rows_of(&content, 0, rows)));
-        vec![TxnOp::Prepare { object, base, version, content }, TxnOp::DropMissing { object }]
+        // It may be pending. Nothing happens if it is committed.
+        let commit = (base != Version::ZERO).then_some(TxnOp::CommitPending { object, version: base });
+        let prepare = [TxnOp::Prepare { object, base, version, content }, TxnOp::DropMissing { object }];
+        commit.into_iter().chain(prepare).collect()
     }
 
     /// A shard was recovered. When nobody lacks the object any more, what is pending of it may be committed.
@@ -345,6 +348,9 @@ impl Pg {
         if !self.member().is_some_and(|m| m.active) || objects.len() > COMMITS_AT_ONCE {
             return;
         }
+        // What is being stored is what it was when it was offered: it is told again.
+        let mut objects = objects;
+        objects.retain(|(o, _)| !self.member().is_some_and(|m| m.applying.contains(o)));
         for (object, version) in &objects {
             if !self.index.missing.contains_key(object) {
                 self.commit_held(cx, *object, *version);
