@@ -2,6 +2,7 @@
 
 use super::state::*;
 
+#[derive(Clone, Copy)]
 struct Entry {
     activated: u8,
     /// What it has or should have.
@@ -40,6 +41,8 @@ pub struct Choice {
     pub forward: bool,
     /// An uncertain version was given up.
     pub back: bool,
+    /// It goes on to a later version of the interval in which it was written.
+    pub on: bool,
     /// It was a member of the last interval that may have served that raised the doubt.
     pub denied: bool,
 }
@@ -95,22 +98,39 @@ pub fn choose(
         false => Some(e.version).filter(|v| *v != best.version),
     });
     let uncertain = doubts.chain(best.uncertain).min();
+    let hidden = highest == best.version.interval();
+    let uncertain = match (holders(best.version), uncertain) {
+        (false, Some(_)) => {
+            let lost = Entry { uncertain, ..*best };
+            let back = go_back(&all, &lost, only_doubt_goes_back)?;
+            return Some(Choice { denied, ..back });
+        }
+        (false, None) if hidden => Some(best.version),
+        (_, uncertain) => uncertain,
+    };
     let needed = Needed { version: best.version, uncertain };
-    Some(Choice { needed, forward: uncertain.is_some(), back: newest(true).is_some(), denied })
+    let forward = uncertain.is_some_and(|lowest| lowest < best.version);
+    Some(Choice { needed, forward, back: newest(true).is_some(), on: false, denied })
 }
 
 fn go_back(all: &[Entry], lost: &Entry, only_doubt: bool) -> Option<Choice> {
     let lowest = lost.uncertain.or((!only_doubt).then_some(Version::NONE))?;
     let may = |v: Version| {
-        let between = lowest < v && v < lost.version && v.interval() == lost.version.interval();
-        v == lowest || between || (!only_doubt && v < lost.version)
+        // Also later ones, which have in them what is lost.
+        let same = lowest < v && v != lost.version && v.interval() == lost.version.interval();
+        v == lowest || same || (!only_doubt && v < lost.version)
     };
     let needed = match all.iter().filter_map(|e| e.copy).filter(|v| may(*v)).max() {
-        Some(version) => Needed { version, uncertain: Some(lowest).filter(|l| *l < version) },
-        // Whoever holds an older state may come back.
+        Some(version) => {
+            let hidden = version.interval() == lost.version.interval();
+            let uncertain = Some(lowest.min(version)).filter(|l| hidden || *l < version);
+            Needed { version, uncertain }
+        }
+        // Whoever holds another state of it may come back.
         None => Needed { version: lost.version, uncertain: lost.uncertain },
     };
-    Some(Choice { needed, back: needed.version != lost.version, ..Choice::default() })
+    let (back, on) = (needed.version < lost.version, needed.version > lost.version);
+    Some(Choice { needed, back, on, ..Choice::default() })
 }
 
 /// Whether a member that told so has the object as it should be.

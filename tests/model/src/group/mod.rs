@@ -39,6 +39,8 @@ pub enum Event {
     WentBack,
     /// So was one that nobody of the authority had doubted.
     Denied,
+    /// Nobody has an acknowledged version any more, but somebody a later one.
+    WentOn,
     /// A primary peers after an activation that did not reach the monitors.
     HalfActivated,
     /// Members of an interval before the last one are needed to go on.
@@ -72,10 +74,11 @@ pub enum Event {
 }
 
 impl Event {
-    pub const ALL: [Event; 18] = [
+    pub const ALL: [Event; 19] = [
         Event::RolledForward,
         Event::WentBack,
         Event::Denied,
+        Event::WentOn,
         Event::HalfActivated,
         Event::OldIntervalNeeded,
         Event::FencedRefused,

@@ -133,6 +133,7 @@ impl Group {
             (choice.forward, Event::RolledForward),
             (choice.back, Event::WentBack),
             (choice.denied && choice.back, Event::Denied),
+            (choice.on, Event::WentOn),
             (highest > newest_past && newest_past != 0, Event::HalfActivated),
             (record.past.count_ones() > 1, Event::OldIntervalNeeded),
         ] {
