@@ -20,7 +20,7 @@ pub fn run(args: &[&str]) -> Result<()> {
 /// As many seeds as there is time for.
 pub fn soak(args: &[&str]) -> Result<()> {
     let bounded = args.iter().any(|a| ["--minutes", "--seeds"].contains(a));
-    run(&[&["--keep-going"], args, if bounded { &[] } else { &SOAK }].concat())
+    run(&[&["--keep-going"][..], args, if bounded { &[] } else { &SOAK }].concat())
 }
 
 /// Each rule of the core is switched off in turn: the simulator must notice.
