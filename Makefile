@@ -1,6 +1,6 @@
 # Entry points for people; `cargo xtask` and `.ci/` do the work.
 
-.PHONY: build demo test soak test-vm test-ansible packages deb
+.PHONY: build demo test soak test-faults test-vm test-ansible packages deb
 
 # Without the tests, which switch on what only they may have (the simulator's mutations).
 build:
@@ -23,6 +23,10 @@ test: packages
 # The simulator, for as long as you like: make soak MINUTES=60
 soak:
 	cargo xtask soak $(if $(MINUTES),--minutes $(MINUTES))
+
+# Real daemons that stand still for 80 s, and networks that fall apart; the latter as root.
+test-faults: packages
+	cargo xtask test-faults
 
 # Guests of a stock kernel in gabion-vmm, in a nested machine with real KVM.
 test-vm: packages

@@ -5,6 +5,7 @@ pub mod guest_disk;
 pub mod guest_driver;
 pub mod history;
 pub mod mirror;
+pub mod net;
 pub mod scrape;
 pub mod slow_disk;
 pub mod workload;

@@ -1,8 +1,9 @@
-//! `cargo xtask verify`, `sim`, `soak`, `mutants` and `test-vm`: what the repository checks about itself.
+//! `cargo xtask verify`, `sim`, `soak`, `mutants`, `test-faults` and `test-vm`: what the repository checks about itself.
 
 mod licences;
 mod sim;
 mod step;
+mod test_faults;
 mod test_vm;
 mod verify;
 
@@ -13,6 +14,7 @@ const USAGE: &str = "usage: cargo xtask verify
        cargo xtask sim --seeds N [--from S] [--pool COPIES|K+M] [--short | --too-few-members | --scenario NAME]
        cargo xtask soak [--minutes M | --seeds N] [--from S] [--pool COPIES|K+M]
        cargo xtask mutants [--rule NAME] [--seeds N]
+       cargo xtask test-faults
        cargo xtask test-vm [--compare]";
 
 fn main() -> ExitCode {
@@ -21,6 +23,7 @@ fn main() -> ExitCode {
     let result = match args[..] {
         ["verify"] => verify::run(),
         ["licences"] => licences::run().map(|summary| println!("{summary}")),
+        ["test-faults"] => test_faults::run(),
         ["test-vm"] => test_vm::run(),
         ["test-vm", "--compare"] => test_vm::compare(),
         ["sim", ref rest @ ..] => sim::run(rest),

@@ -16,6 +16,7 @@ pub struct Configuration {
 const ONE_WRITE: &[(u8, u8)] = &[(0, 0)];
 /// One after the other.
 const TWO_WRITES: &[(u8, u8)] = &[(0, 0), (0, 0)];
+const THREE_WRITES: &[(u8, u8)] = &[(0, 0), (0, 0), (0, 0)];
 /// At the same time.
 const TWO_BLOCKS: &[(u8, u8)] = &[(0, 0), (0, 1)];
 const TWO_HOLDERS: &[(u8, u8)] = &[(0, 0), (1, 0)];
@@ -30,6 +31,9 @@ pub fn all() -> Vec<Configuration> {
     let long = |name, group| Configuration { name, group, reaches: &[], long: true };
     let three = |changes, script, sends| Group { changes, script, sends, ..Group::THREE };
     let two = |changes, script, sends| Group { changes, script, sends, ..Group::TWO };
+    // A new member misses the first write and notes the second; the third is on one disk.
+    let moving = Group { changes: 3, script: THREE_WRITES, ..MOVING };
+    let noted = Configuration { reaches: &[WentOn], ..long("moves, three writes", moving) };
     let held = |changes, next_holders| Group { next_holders, ..three(changes, TWO_HOLDERS, 2) };
     vec![
         short(
@@ -84,6 +88,7 @@ pub fn all() -> Vec<Configuration> {
         long("three copies, longer retries", three(3, TWO_WRITES, 2)),
         long("three copies, longer two blocks", three(3, TWO_BLOCKS, 1)),
         long("two copies, longer", two(5, ONE_WRITE, 2)),
+        noted,
         long("moves, longer", Group { changes: 3, script: ONE_WRITE, ..MOVING }),
         long("take-over, longer", held(2, &[Next::TakeOver])),
         long("restart, longer", held(2, &[Next::Restart])),
