@@ -5,12 +5,12 @@
 //! nobody takes them.
 
 use anyhow::{Context, Result, ensure};
-use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 const HOSTS_MAX: u8 = 32;
 /// Nobody has it.
@@ -21,7 +21,7 @@ pub struct Net {
     name: String,
     hosts: u8,
     /// From whom nothing comes to whom.
-    cut: RefCell<BTreeSet<(u8, u8)>>,
+    cut: Mutex<BTreeSet<(u8, u8)>>,
 }
 
 fn ip<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(args: I) -> Result<()> {
@@ -38,7 +38,7 @@ impl Net {
         static MADE: AtomicU32 = AtomicU32::new(0);
         ensure!(hosts <= HOSTS_MAX, "too many hosts");
         let name = format!("gab{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
-        let net = Net { name, hosts, cut: RefCell::default() };
+        let net = Net { name, hosts, cut: Mutex::default() };
         if let Err(why) = ip(["netns", "add", &net.bridge()]) {
             println!("SKIPPED: no network namespaces can be made here (root, iproute2): {why:#}");
             return Ok(None);
@@ -85,7 +85,7 @@ impl Net {
     pub fn cut(&self, from: &[u8], to: &[u8]) -> Result<()> {
         for (from, to) in pairs(from, to) {
             self.neighbour(from, to, &["replace"], &["lladdr", NOWHERE, "nud", "permanent"])?;
-            self.cut.borrow_mut().insert((from, to));
+            self.cut.lock().unwrap_or_else(PoisonError::into_inner).insert((from, to));
         }
         Ok(())
     }
@@ -104,7 +104,8 @@ impl Net {
 
     /// Everybody hears everybody again.
     pub fn heal(&self) -> Result<()> {
-        for (from, to) in self.cut.take() {
+        let cut = std::mem::take(&mut *self.cut.lock().unwrap_or_else(PoisonError::into_inner));
+        for (from, to) in cut {
             self.neighbour(from, to, &["del"], &[])?;
         }
         Ok(())
