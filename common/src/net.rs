@@ -31,6 +31,8 @@ const SLICES_MAX: usize = 128;
 const ALERT: [u8; 2] = [0x15, 0x03];
 /// Both sides must have said hello by then.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// A side that is silent for longer is taken for gone.
+const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// Why a connection is over.
 #[derive(Debug, thiserror::Error)]
@@ -300,14 +302,19 @@ fn framed((read, write): (ReadHalf, WriteHalf)) -> (FrameReader<ReadHalf>, Frame
 }
 
 fn prepared(stream: TcpStream) -> io::Result<TcpStream> {
+    watched(stream, SILENCE_MAX)
+}
+
+/// A machine that is gone closes nothing: gives up on a side that is silent, or takes nothing, for longer than `silence_max`.
+pub fn watched(stream: TcpStream, silence_max: Duration) -> io::Result<TcpStream> {
     use rustix::net::sockopt;
     stream.set_nodelay(true)?;
-    // A machine that is gone closes nothing: give up on a silent other side.
     sockopt::set_socket_keepalive(&stream, true)?;
     sockopt::set_tcp_keepidle(&stream, Duration::from_secs(5))?;
     sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(2))?;
     sockopt::set_tcp_keepcnt(&stream, 3)?;
-    sockopt::set_tcp_user_timeout(&stream, 15_000)?;
+    // Where it is set, it also decides when unanswered probes are too many.
+    sockopt::set_tcp_user_timeout(&stream, silence_max.as_millis().try_into().unwrap_or(u32::MAX))?;
     Ok(stream)
 }
 

@@ -18,6 +18,9 @@ pub const NAME_BYTES_MAX: usize = 4096;
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the requests of a client that left may still run on its connection.
 pub const LEFT_BEHIND: Duration = Duration::from_secs(30);
+/// How long a client's machine may be silent before its connection is given up, and how long a client may leave its answers in
+/// the network: the kernel counts both alike, so this is longer than a client that is merely stopped for a moment needs.
+pub const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long the last answers of a closing export may take to leave.
 pub const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// Connections of all exports of one listener.

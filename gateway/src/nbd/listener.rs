@@ -1,7 +1,9 @@
 //! Accepts NBD connections.
 
-use super::limits::CONNECTIONS_MAX;
+use super::connection::Connection;
+use super::limits::{CONNECTIONS_MAX, SILENCE_MAX};
 use super::{Export, Names, NbdError, Table, serve};
+use gabion_common::net;
 use std::fmt::Display;
 use std::future::Future;
 use std::io;
@@ -9,7 +11,6 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 
@@ -17,8 +18,7 @@ use tokio::sync::Semaphore;
 pub async fn listen_tcp(listener: TcpListener, table: Arc<Table>) {
     accept_all(Names::Table(table), || async {
         let (stream, peer) = listener.accept().await?;
-        stream.set_nodelay(true)?;
-        Ok((stream, peer))
+        Ok((net::watched(stream, SILENCE_MAX)?, peer))
     })
     .await;
 }
@@ -57,7 +57,7 @@ pub fn remove_socket(path: &Path) -> io::Result<()> {
 
 async fn accept_all<S, P, F, Fut>(names: Names, mut accept: F)
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Connection,
     P: Display + Send + 'static,
     F: FnMut() -> Fut,
     Fut: Future<Output = io::Result<(S, P)>>,

@@ -8,6 +8,7 @@
 //! Whatever is not the protocol closes that one connection, with one line in the log that names the
 //! peer.
 
+mod connection;
 mod handshake;
 pub mod limits;
 mod listener;
@@ -19,11 +20,11 @@ mod wire;
 pub use listener::{listen_tcp, listen_unix, remove_socket};
 
 use crate::volume::Volume;
+use connection::Connection;
 use parking_lot::RwLock;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -126,10 +127,7 @@ impl Names {
 }
 
 /// Serves one connection from its first byte to its last.
-pub async fn serve<S>(mut stream: S, names: Names) -> Result<(), NbdError>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+async fn serve<S: Connection>(mut stream: S, names: Names) -> Result<(), NbdError> {
     let negotiated =
         tokio::time::timeout(limits::HANDSHAKE_TIMEOUT, handshake::negotiate(&mut stream, &names));
     let Some(export) = negotiated.await.map_err(|_| NbdError::HandshakeTimeout)?? else {

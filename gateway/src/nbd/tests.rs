@@ -1,17 +1,73 @@
-//! Handshakes and requests by hand, over a pipe in memory.
+//! Handshakes and requests by hand, over a pipe in memory or a pair of sockets.
 
+use super::connection::Incoming;
 use super::limits::*;
 use super::wire::*;
 use super::*;
-use crate::volume::Volume;
+use crate::volume::{Backend, MemoryBackend, Shape, Volume, VolumeError};
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use gabion_proto::blocks::Content;
+use gabion_proto::ids::VolumeId;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 const SIZE: u64 = 8 << 20;
+const OBJECT_BYTES: u32 = 4 << 20;
 
-struct Client {
-    s: DuplexStream,
+/// Who leaves a pipe in memory is only seen once everything is read.
+impl Connection for DuplexStream {
+    type Read = ReadHalf<DuplexStream>;
+    type Write = WriteHalf<DuplexStream>;
+
+    fn halves(self) -> (Self::Read, Self::Write) {
+        tokio::io::split(self)
+    }
+}
+
+impl Incoming for ReadHalf<DuplexStream> {
+    async fn left(&self) {
+        std::future::pending().await
+    }
+    fn has_left(&self) -> bool {
+        false
+    }
+}
+
+/// In memory; writes of object 0 wait while it is held.
+struct Held {
+    memory: MemoryBackend,
+    held: watch::Receiver<bool>,
+}
+
+impl Backend for Held {
+    fn read(&self, o: u32, f: u32, n: u32) -> BoxFuture<'_, Result<Content, VolumeError>> {
+        self.memory.read(o, f, n)
+    }
+    fn write(&self, o: u32, c: Content) -> BoxFuture<'_, Result<(), VolumeError>> {
+        async move {
+            if o == 0 {
+                let mut held = self.held.clone();
+                held.wait_for(|held| !held).await.map_err(|_| VolumeError::Io)?;
+            }
+            self.memory.write(o, c).await
+        }
+        .boxed()
+    }
+    fn zero(&self, o: u32, f: u32, n: u32, d: bool) -> BoxFuture<'_, Result<(), VolumeError>> {
+        self.memory.zero(o, f, n, d)
+    }
+    fn check(&self) -> Result<(), VolumeError> {
+        self.memory.check()
+    }
+}
+
+struct Client<S = DuplexStream> {
+    s: S,
     server: JoinHandle<Result<(), NbdError>>,
 }
 
@@ -23,7 +79,28 @@ fn table(read_only: bool) -> Names {
 
 impl Client {
     async fn greet(names: Names, flags: u32) -> Client {
-        let (mut s, other) = tokio::io::duplex(64 << 10);
+        let (s, other) = tokio::io::duplex(64 << 10);
+        Client::greet_over(s, other, names, flags).await
+    }
+    async fn go(names: Names) -> Client {
+        let (s, other) = tokio::io::duplex(64 << 10);
+        Client::go_over(s, other, names).await
+    }
+}
+
+impl Client<UnixStream> {
+    async fn go(names: Names) -> Client<UnixStream> {
+        let (s, other) = UnixStream::pair().unwrap();
+        Client::go_over(s, other, names).await
+    }
+    async fn write(&mut self, cookie: u64, offset: u64, data: &[u8]) {
+        self.request(command::WRITE, 0, cookie, offset, data.len() as u32).await;
+        self.s.write_all(data).await.unwrap();
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    async fn greet_over(mut s: S, other: impl Connection, names: Names, flags: u32) -> Client<S> {
         let server = tokio::spawn(serve(other, names));
         assert_eq!(s.read_u64().await.unwrap(), NBDMAGIC);
         assert_eq!(s.read_u64().await.unwrap(), IHAVEOPT);
@@ -44,8 +121,8 @@ impl Client {
         self.s.read_exact(&mut data).await.unwrap();
         (option, kind, data)
     }
-    async fn go(names: Names) -> Client {
-        let mut c = Client::greet(names, 3).await;
+    async fn go_over(s: S, other: impl Connection, names: Names) -> Client<S> {
+        let mut c = Client::greet_over(s, other, names, 3).await;
         c.option(option::GO, &info_request("vol")).await;
         while c.reply().await.1 == reply::INFO {}
         c
@@ -136,14 +213,14 @@ async fn garbage_closes_the_connection() {
     c.s.write_u64(IHAVEOPT).await.unwrap();
     c.s.write_u64(u64::MAX).await.unwrap();
     protocol(c.closed().await);
-    let mut c = Client::go(table(false)).await;
+    let mut c = Client::<DuplexStream>::go(table(false)).await;
     c.s.write_all(&[0x55; REQUEST_BYTES]).await.unwrap();
     protocol(c.closed().await);
-    let mut c = Client::go(table(false)).await;
+    let mut c = Client::<DuplexStream>::go(table(false)).await;
     c.request(command::WRITE, 0, 1, 0, REQUEST_BYTES_MAX + 1).await;
     protocol(c.closed().await);
     // Cut in the middle of a write's payload.
-    let mut c = Client::go(table(false)).await;
+    let mut c = Client::<DuplexStream>::go(table(false)).await;
     c.request(command::WRITE, 0, 1, 0, 4096).await;
     c.s.write_all(&[0; 100]).await.unwrap();
     c.s.shutdown().await.unwrap();
@@ -152,7 +229,7 @@ async fn garbage_closes_the_connection() {
 
 #[tokio::test]
 async fn refused_requests_leave_the_connection_open() {
-    let mut c = Client::go(table(false)).await;
+    let mut c = Client::<DuplexStream>::go(table(false)).await;
     let cases: [(u16, u16, u64, u32, u32); 9] = [
         (command::READ, 0, SIZE - 1, 2, errno::EINVAL),
         (command::READ, 0, 0, REQUEST_BYTES_MAX + 1, errno::EINVAL),
@@ -180,7 +257,7 @@ async fn refused_requests_leave_the_connection_open() {
     c.s.read_exact(&mut got).await.unwrap();
     assert_eq!(&got, b"\0ab\0");
 
-    let mut c = Client::go(table(true)).await;
+    let mut c = Client::<DuplexStream>::go(table(true)).await;
     for command in [command::TRIM, command::WRITE_ZEROES] {
         c.request(command, 0, 9, 0, 4096).await;
         assert_eq!(c.answer().await, (errno::EPERM, 9));
@@ -190,7 +267,41 @@ async fn refused_requests_leave_the_connection_open() {
 #[tokio::test]
 async fn closing_an_export_ends_its_connections() {
     let export = Export::new(Volume::in_memory(SIZE), false);
-    let c = Client::go(Names::One(export.clone())).await;
+    let c = Client::<DuplexStream>::go(Names::One(export.clone())).await;
     tokio::time::timeout(Duration::from_secs(10), export.close()).await.unwrap();
     c.closed().await.unwrap();
+}
+
+/// A volume of two objects, of which the first one waits.
+fn half_waiting() -> (Arc<Volume>, Arc<Export>, watch::Sender<bool>) {
+    let (hold, held) = watch::channel(true);
+    let backend = Held { memory: MemoryBackend::default(), held };
+    let shape = Shape { id: VolumeId(1), name: "vol".into(), size_bytes: SIZE, object_bytes: OBJECT_BYTES };
+    let volume = Volume::new(shape, Box::new(backend));
+    (volume.clone(), Export::new(volume, false), hold)
+}
+
+#[tokio::test]
+async fn what_a_client_gave_up_unread_does_not_run_after_what_it_did_instead() {
+    let (volume, export, hold) = half_waiting();
+    let at = u64::from(OBJECT_BYTES);
+    let mut first = Client::<UnixStream>::go(Names::One(export.clone())).await;
+    let much = vec![7; OBJECT_BYTES as usize];
+    for cookie in 0..(PAYLOAD_BYTES_MAX / much.len()) as u64 {
+        first.write(cookie, 0, &much).await;
+    }
+    first.write(99, at, &[1; 4096]).await;
+    // As a TCP client does, whose machine has not refused an answer yet: those that come still leave.
+    first.s.shutdown().await.unwrap();
+
+    let mut second = Client::<UnixStream>::go(Names::One(export.clone())).await;
+    for (cookie, byte) in [(1, 1), (2, 2)] {
+        second.write(cookie, at, &[byte; 4096]).await;
+        assert_eq!(second.answer().await, (errno::OK, cookie));
+    }
+    hold.send_replace(false);
+    tokio::time::timeout(Duration::from_secs(10), first.server).await.expect("it ends").unwrap().unwrap();
+    volume.drain().await;
+    assert_eq!(volume.read(at, 4096).await.unwrap(), Bytes::from(vec![2; 4096]));
+    assert_eq!(volume.read(0, 1).await.unwrap(), Bytes::from(vec![7]), "what had begun runs to its end");
 }

@@ -3,7 +3,13 @@
 //! The reader stops reading while the connection has [`REQUESTS_MAX`] requests or
 //! [`PAYLOAD_BYTES_MAX`] bytes in flight; a permit is given back when the answer has been written. A
 //! client that leaves does not stop its writes: they run to their end in the volume.
+//!
+//! Requests that had to wait in the socket for such a permit are a danger: their client may have given
+//! them up meanwhile and made them again on another connection, and written something newer since. So
+//! who waits for permits also waits for the client to leave, and after such a wait nothing is begun
+//! whose client has left.
 
+use super::connection::{Connection, Incoming};
 use super::limits::*;
 use super::wire::*;
 use super::{Export, NbdError};
@@ -29,11 +35,8 @@ struct Reply {
 type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
 
 /// Serves until the client leaves; every request that came is answered or the connection is broken.
-pub async fn serve<S>(stream: S, export: Arc<Export>) -> Result<(), NbdError>
-where
-    S: AsyncRead + AsyncWrite + Send + 'static,
-{
-    let (read, write) = tokio::io::split(stream);
+pub async fn serve<S: Connection>(stream: S, export: Arc<Export>) -> Result<(), NbdError> {
+    let (read, write) = stream.halves();
     let (replies, queue) = mpsc::channel(REQUESTS_MAX);
     let mut writer = tokio::spawn(answer(write, queue));
     let mut running = JoinSet::new();
@@ -68,14 +71,38 @@ fn flatten(r: Result<Result<(), NbdError>, tokio::task::JoinError>) -> Result<()
     r.unwrap_or_else(|e| Err(NbdError::Protocol(format!("the writer failed: {e}"))))
 }
 
-async fn requests<R: AsyncRead + Unpin>(
+/// What one connection may have in flight.
+struct Room {
+    slots: Arc<Semaphore>,
+    payload: Arc<Semaphore>,
+}
+
+impl Room {
+    fn new() -> Room {
+        let payload = Arc::new(Semaphore::new(PAYLOAD_BYTES_MAX / UNIT_BYTES));
+        Room { slots: Arc::new(Semaphore::new(REQUESTS_MAX)), payload }
+    }
+
+    fn now(&self, units: u32) -> Option<Permits> {
+        let slot = self.slots.clone().try_acquire_owned().ok()?;
+        Some((slot, self.payload.clone().try_acquire_many_owned(units).ok()?))
+    }
+
+    async fn wait(&self, units: u32) -> Permits {
+        let slot = self.slots.clone().acquire_owned().await.expect("never closed");
+        (slot, self.payload.clone().acquire_many_owned(units).await.expect("never closed"))
+    }
+}
+
+async fn requests<R: Incoming>(
     reader: &mut BufReader<R>,
     export: &Arc<Export>,
     replies: &mpsc::Sender<Reply>,
     running: &mut JoinSet<()>,
 ) -> Result<(), NbdError> {
-    let slots = Arc::new(Semaphore::new(REQUESTS_MAX));
-    let payload = Arc::new(Semaphore::new(PAYLOAD_BYTES_MAX / UNIT_BYTES));
+    let room = Room::new();
+    // Whether what is read now may have lain unread for long.
+    let mut has_waited = false;
     loop {
         // Leaves nothing behind of those that have ended.
         while running.try_join_next().is_some() {}
@@ -98,9 +125,21 @@ async fn requests<R: AsyncRead + Unpin>(
         }
         let moves = carries || (request.command == command::READ && request.len <= REQUEST_BYTES_MAX);
         let units = if moves { (request.len as usize).div_ceil(UNIT_BYTES) as u32 } else { 0 };
-        let slot = slots.clone().acquire_owned().await.expect("never closed");
-        let permits = (slot, payload.clone().acquire_many_owned(units).await.expect("never closed"));
+        let permits = match room.now(units) {
+            Some(permits) => permits,
+            None => {
+                has_waited = true;
+                tokio::select! {
+                    biased;
+                    () = reader.get_ref().left() => return Ok(()),
+                    permits = room.wait(units) => permits,
+                }
+            }
+        };
         let data = if carries { read_payload(reader, request.len as usize).await? } else { Bytes::new() };
+        if has_waited && reader.get_ref().has_left() {
+            return Ok(());
+        }
         let (export, replies) = (export.clone(), replies.clone());
         running.spawn(async move {
             let result = perform(&export, request, data).await;
