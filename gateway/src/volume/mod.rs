@@ -37,7 +37,7 @@ use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 /// Pieces of one request that are in flight together.
 const PIECES_IN_FLIGHT: usize = 16;
@@ -167,9 +167,7 @@ impl Volume {
         let inner = self.inner.clone();
         let blocks = blocks_touched(offset, data.len() as u64);
         let size = blocks.end - blocks.start;
-        let size =
-            u32::try_from(size).unwrap_or(u32::MAX).min((WRITE_BYTES_MAX / BLOCK_BYTES as usize) as u32);
-        let room = inner.room.clone().acquire_many_owned(size).await.expect("never closed");
+        let room = inner.room(size).await;
         let turn = inner.lock.acquire(blocks.clone());
         let bytes = data.len() as u64;
         let written = self.to_the_end(async move {
@@ -187,9 +185,10 @@ impl Volume {
         }
         let inner = self.inner.clone();
         let touched = blocks_touched(offset, len);
+        let place = inner.room(1).await;
         let turn = inner.lock.acquire(touched.clone());
         self.to_the_end(async move {
-            let _held = turn.await;
+            let _held = (turn.await, place);
             let whole = blocks_inside(offset, len);
             if whole.is_empty() {
                 // Within one block, or across the border of two.
@@ -217,9 +216,10 @@ impl Volume {
             return Ok(());
         }
         let inner = self.inner.clone();
+        let place = inner.room(1).await;
         let turn = inner.lock.acquire(whole.clone());
         self.to_the_end(async move {
-            let _held = turn.await;
+            let _held = (turn.await, place);
             inner.zero_locked(whole, true).await
         })
         .await
@@ -257,6 +257,14 @@ impl Volume {
 }
 
 impl Inner {
+    /// Room for a write of so many blocks. What has no data asks for one: who waits for room has asked for no turn of its range yet,
+    /// and nothing that came later may pass it.
+    async fn room(&self, blocks: u64) -> OwnedSemaphorePermit {
+        let all = WRITE_BYTES_MAX / BLOCK_BYTES as usize;
+        let share = usize::try_from(blocks).map_or(all, |blocks| blocks.min(all));
+        self.room.clone().acquire_many_owned(share as u32).await.expect("never closed")
+    }
+
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, VolumeError> {
         if len == 0 {
             return Ok(Bytes::new());

@@ -1,6 +1,7 @@
 //! Byte-granular I/O against a plain vector, and what happens to the lock when callers leave.
 
 use super::*;
+use futures::future::BoxFuture;
 use proptest::prelude::*;
 
 const SIZE: u64 = 3 << 20;
@@ -115,7 +116,6 @@ async fn limits_and_fences() {
 async fn trimmed_space_comes_back() {
     let backend = Arc::new(MemoryBackend::default());
     struct Shared(Arc<MemoryBackend>);
-    use futures::future::BoxFuture;
     impl Backend for Shared {
         fn read(&self, o: u32, f: u32, n: u32) -> BoxFuture<'_, Result<Content, VolumeError>> {
             self.0.read(o, f, n)
@@ -137,4 +137,59 @@ async fn trimmed_space_comes_back() {
     v.trim(100, 3 * 4096).await.unwrap();
     assert_eq!(backend.block_count(), 2, "the partial edges stay");
     assert!(v.read(4096, 8192).await.unwrap().iter().all(|b| *b == 0));
+}
+
+/// Writes of object 0 wait while it is held.
+struct Waits(MemoryBackend, watch::Receiver<bool>);
+
+impl Backend for Waits {
+    fn read(&self, o: u32, f: u32, n: u32) -> BoxFuture<'_, Result<Content, VolumeError>> {
+        self.0.read(o, f, n)
+    }
+    fn write(&self, o: u32, c: Content) -> BoxFuture<'_, Result<(), VolumeError>> {
+        Box::pin(async move {
+            if o == 0 {
+                self.1.clone().wait_for(|held| !held).await.map_err(|_| VolumeError::Io)?;
+            }
+            self.0.write(o, c).await
+        })
+    }
+    fn zero(&self, o: u32, f: u32, n: u32, d: bool) -> BoxFuture<'_, Result<(), VolumeError>> {
+        self.0.zero(o, f, n, d)
+    }
+    fn check(&self) -> Result<(), VolumeError> {
+        self.0.check()
+    }
+}
+
+#[tokio::test]
+async fn zeroes_do_not_pass_a_write_that_waits_for_room() {
+    let (hold, held) = watch::channel(true);
+    let object_bytes = 16 << 20;
+    let shape =
+        Shape { id: VolumeId(5), name: "t".into(), size_bytes: 2 * u64::from(object_bytes), object_bytes };
+    let v = Volume::new(shape, Box::new(Waits(MemoryBackend::default(), held)));
+    let at = u64::from(object_bytes);
+    let begin = |offset, data: Bytes| {
+        let v = v.clone();
+        tokio::spawn(async move { v.write(offset, data).await })
+    };
+    let much = Bytes::from(vec![1u8; object_bytes as usize]);
+    let mut writes: Vec<_> = (0..WRITE_BYTES_MAX / much.len()).map(|_| begin(0, much.clone())).collect();
+    writes.push(begin(at, Bytes::from(vec![7u8; 8192])));
+    // On one thread they have all come to where they wait.
+    tokio::task::yield_now().await;
+    let zeroed = v.clone();
+    writes.push(tokio::spawn(async move { zeroed.write_zeroes(at, 4096, true).await }));
+    let trimmed = v.clone();
+    writes.push(tokio::spawn(async move { trimmed.trim(at + 4096, 4096).await }));
+    // Long enough for both, if nothing kept them.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    hold.send_replace(false);
+    for write in writes {
+        write.await.unwrap().unwrap();
+    }
+    assert!(v.read(at, 8192).await.unwrap().iter().all(|b| *b == 0));
 }
