@@ -2,7 +2,13 @@
 
 mod vhost_frontend;
 
-use gabion_gateway::vhost::serve;
+use bytes::Bytes;
+use gabion_gateway::vhost::{Disk, serve};
+use parking_lot::Mutex;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use vhost_frontend::*;
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -107,4 +113,81 @@ fn a_broken_ring_stops_alone_and_comes_back_after_a_reset() {
     guest.queues[0].avail_idx = 0;
     let _front = guest.connect(&socket);
     assert_eq!(guest.request(0, FLUSH, 0, &[], 0).0, OK);
+}
+
+/// A disk whose guest is as fast as can be: whatever was answered is offered again before the next request is.
+struct Tireless {
+    guest: Mutex<Option<Guest>>,
+    asked: AtomicU64,
+    tired: AtomicBool,
+}
+
+impl Disk for Tireless {
+    type Error = io::Error;
+
+    fn size_bytes(&self) -> u64 {
+        DISK_BYTES
+    }
+    fn serial(&self) -> String {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if let Some(guest) = &mut *self.guest.lock() {
+            while !self.tired.load(Ordering::SeqCst) && guest.used_idx(0) != guest.queues[0].used_seen {
+                let (head, _) = guest.wait(0);
+                guest.offer(0, head as u16);
+            }
+        }
+        String::new()
+    }
+    async fn read(&self, _: u64, _: u32) -> io::Result<Bytes> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    async fn write(&self, _: u64, _: Bytes) -> io::Result<()> {
+        Ok(())
+    }
+    async fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Ok(())
+    }
+    async fn trim(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_guest_that_always_has_something_more_does_not_keep_the_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("v.sock");
+    let disk = Arc::new(Tireless {
+        guest: Mutex::default(),
+        asked: AtomicU64::new(0),
+        tired: AtomicBool::new(false),
+    });
+    // The gateway has one thread, too.
+    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let handle = rt.handle().clone();
+    std::thread::spawn(move || rt.block_on(std::future::pending::<()>()));
+    let _export = serve(disk.clone(), socket.clone(), false, 1, handle.clone()).unwrap();
+    let mut guest = Guest::new(1);
+    let _front = guest.connect(&socket);
+    for head in [0, 3, 6] {
+        guest.lay_out(0, head, GET_ID, 0, &[], 20);
+    }
+    {
+        let mut kept = disk.guest.lock();
+        let guest = kept.insert(guest);
+        for head in [0, 3, 6] {
+            guest.offer(0, head);
+        }
+    }
+    until("the guest is at it", || disk.asked.load(Ordering::SeqCst) > 1000);
+    let (rang, bell) = std::sync::mpsc::channel();
+    handle.spawn(async move {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        rang.send(()).unwrap();
+    });
+    let rung = bell.recv_timeout(Duration::from_secs(1));
+    disk.tired.store(true, Ordering::SeqCst);
+    rung.expect("other tasks have their turn");
 }

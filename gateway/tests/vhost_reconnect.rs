@@ -4,9 +4,11 @@ mod vhost_frontend;
 
 use std::sync::atomic::Ordering;
 
+use gabion_gateway::vhost::limits::RING_BYTES_MAX;
 use gabion_gateway::vhost::serve;
 use vhost::VhostBackend;
 use vhost_frontend::*;
+use vm_memory::{Bytes as _, GuestAddress};
 
 #[test]
 fn the_socket_listens_again_after_a_disconnect() {
@@ -82,6 +84,64 @@ fn a_new_gateway_replays_what_was_in_flight_and_repeats_nothing() {
     assert_eq!(fresh.writes.load(Ordering::SeqCst), 3);
     assert_eq!(guest.request(0, IN, 24, &[], 512), (OK, vec![4; 512]));
     second.block_on(export.stop());
+}
+
+/// One request of one descriptor at `head`, through an indirect table: so a queue holds as many as it has entries.
+fn lay_out_indirect(guest: &Guest, head: u16, data_bytes: u32) {
+    let at = guest.scratch(0, head);
+    let table = at + 0x1000;
+    let data = guest.scratch(0, QUEUE_SIZE);
+    let mut header = OUT.to_le_bytes().to_vec();
+    header.extend([0; 12]);
+    guest.mem.write_slice(&header, GuestAddress(at)).unwrap();
+    guest.put_descriptor(table, 0, at, 16, NEXT, 1);
+    guest.put_descriptor(table, 1, data, data_bytes, NEXT, 2);
+    guest.put_descriptor(table, 2, at + 0x100, 1, WRITE, 0);
+    guest.put_descriptor(guest.table(0), head, table, 48, INDIRECT, 0);
+}
+
+#[test]
+fn a_replay_of_more_than_a_ring_may_hold_takes_it_bit_by_bit() {
+    let (dir, disk) = (tempfile::tempdir().unwrap(), MemoryDisk::new());
+    let socket = dir.path().join("v.sock");
+    let mut guest = Guest::new(1);
+    let first = runtime();
+    let export = serve(disk.clone(), socket.clone(), false, 1, first.handle().clone()).unwrap();
+    let front = guest.connect(&socket);
+    disk.hold_writes();
+    for head in 0..QUEUE_SIZE {
+        lay_out_indirect(&guest, head, 512);
+        guest.offer(0, head);
+    }
+    until("all are under way", || disk.waiting.load(Ordering::SeqCst) == u64::from(QUEUE_SIZE));
+    first.shutdown_timeout(std::time::Duration::from_secs(5));
+    std::mem::forget(export);
+    drop(front);
+
+    let bytes = 4u32 << 20;
+    for head in 0..QUEUE_SIZE {
+        lay_out_indirect(&guest, head, bytes);
+    }
+    let fresh = MemoryDisk::new();
+    fresh.hold_writes();
+    let second = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let handle = second.handle().clone();
+    std::thread::spawn(move || second.block_on(std::future::pending::<()>()));
+    let _export = serve(fresh.clone(), socket.clone(), false, 1, handle.clone()).unwrap();
+    let _front = guest.connect(&socket);
+    until("some are under way", || fresh.waiting.load(Ordering::SeqCst) > 0);
+    // Another task of the only thread has its turn when the ring has taken what it takes.
+    let (turn, came) = std::sync::mpsc::channel();
+    handle.spawn(async move { turn.send(()) });
+    came.recv().unwrap();
+    let held = fresh.waiting.load(Ordering::SeqCst) * u64::from(bytes);
+    assert!(held <= RING_BYTES_MAX, "{held} bytes are held");
+
+    fresh.release_writes();
+    let mut answered: Vec<u32> = (0..QUEUE_SIZE).map(|_| guest.wait(0).0).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, (0..u32::from(QUEUE_SIZE)).collect::<Vec<_>>());
+    assert_eq!(fresh.writes.load(Ordering::SeqCst), u64::from(QUEUE_SIZE), "each once");
 }
 
 #[test]

@@ -6,11 +6,14 @@
 //! ```
 //!
 //! Requests run concurrently inside the task and complete in any order. A head that is in flight cannot be fetched again, so
-//! a ring holds at most its size in requests, and it stops fetching above `RING_BYTES_MAX` of payload. A malformed chain is
-//! answered with an error; a malformed ring (indices or a head out of range) stops fetching until the front end resets it.
+//! a ring holds at most its size in requests, and it stops fetching, what is replayed too, above `RING_BYTES_MAX` of payload. A
+//! malformed chain is answered with an error; a malformed ring (indices or a head out of range) stops fetching until the front
+//! end resets it. A guest that always has something more cannot keep the thread that all exports share: after `TURN_EVENTS`
+//! others have their turn.
 //! Stopping drains; when the whole export stops, draining has a deadline, and what is open then stays recorded in the
 //! in-flight region for the next start.
 
+use std::collections::VecDeque;
 use std::num::Wrapping;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -32,6 +35,8 @@ use super::request::{Geometry, Request};
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 /// How long the end of an export waits for I/O that is still running.
 const STOP_DRAIN: Duration = Duration::from_secs(5);
+/// Completions and kicks that a ring takes before other tasks have their turn.
+const TURN_EVENTS: usize = 64;
 
 pub type GuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
@@ -43,7 +48,7 @@ pub struct Ring {
     pub call: Arc<Call>,
     pub inflight: Option<InflightQueue>,
     /// Heads to run before anything is fetched.
-    pub replay: Vec<u16>,
+    pub replay: VecDeque<u16>,
     pub read_only: bool,
     /// Ends this ring's run after draining.
     pub stop: CancellationToken,
@@ -63,28 +68,24 @@ struct State {
 impl Ring {
     /// Runs until stopped; returns where the avail ring goes on.
     pub async fn run<D: Disk>(self, disk: Arc<D>) -> u16 {
-        let (stop, abort, replay) = (self.stop.clone(), self.abort.clone(), self.replay.clone());
+        let (stop, abort) = (self.stop.clone(), self.abort.clone());
         let busy = vec![false; usize::from(self.queue.size())];
         let mut state = State { ring: self, busy, held_bytes: 0, broken: false, chain_faults: 0 };
         let mut pending = FuturesUnordered::new();
         let mut fetched = Vec::new();
 
-        let mem = state.memory();
-        for head in replay {
-            fetched.push(state.accept(head, &mem, disk.size_bytes()));
-        }
-        drop(mem);
         // A completion whose interrupt was lost with the last process must not wait for the next one.
         state.ring.call.signal();
 
-        let (mut fetch, mut stopping) = (true, false);
+        let (mut stopping, mut events) = (false, 0);
         let deadline = async {
             abort.cancelled().await;
             tokio::time::sleep(STOP_DRAIN).await;
         };
         tokio::pin!(deadline);
         loop {
-            if fetch && !stopping {
+            state.fetch_replay(disk.size_bytes(), &mut fetched);
+            if !stopping {
                 state.fetch(disk.size_bytes(), &mut fetched);
             }
             if !fetched.is_empty() {
@@ -94,7 +95,11 @@ impl Ring {
             if stopping && pending.is_empty() {
                 break;
             }
-            fetch = true;
+            if events >= TURN_EVENTS {
+                events = 0;
+                tokio::task::yield_now().await;
+            }
+            events += 1;
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if !stopping => stopping = true,
@@ -102,6 +107,7 @@ impl Ring {
                     state.complete(done);
                     while let Some(Some(done)) = pending.next().now_or_never() {
                         state.complete(done);
+                        events += 1;
                     }
                     state.notify();
                 }
@@ -132,8 +138,26 @@ impl State {
         self.broken = true;
     }
 
-    /// Takes what is available, as far as the payload limit allows.
+    /// Takes what was in flight before, in its order, as far as the payload limit allows. A guest may have made its buffers larger
+    /// since. It is not forgotten when the ring stops: the avail ring goes on behind it.
+    fn fetch_replay(&mut self, size_bytes: u64, into: &mut Vec<Request>) {
+        if self.ring.replay.is_empty() {
+            return;
+        }
+        let mem = self.memory();
+        while self.held_bytes < RING_BYTES_MAX
+            && let Some(head) = self.ring.replay.pop_front()
+        {
+            let request = self.accept(head, &mem, size_bytes);
+            into.push(request);
+        }
+    }
+
+    /// Takes what is available, as far as the payload limit allows, once everything is replayed.
     fn fetch(&mut self, size_bytes: u64, into: &mut Vec<Request>) {
+        if !self.ring.replay.is_empty() {
+            return;
+        }
         let mem = self.memory();
         while !self.broken {
             if let Err(error) = self.ring.queue.disable_notification(&*mem) {

@@ -175,7 +175,7 @@ impl<D: Disk> Session<D> {
             kick,
             call: slot.call.clone(),
             inflight,
-            replay: resume.replay,
+            replay: resume.replay.into(),
             read_only: self.device.read_only,
             stop: stop.clone(),
             abort: self.device.abort.clone(),
