@@ -18,10 +18,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
@@ -64,15 +64,7 @@ impl InflightRegion {
     pub fn create(queues: u16, entries: u16) -> Result<(Self, VhostUserInflight, File), InflightError> {
         check_shape(queues, entries)?;
         let bytes = queue_bytes(entries) * usize::from(queues);
-        // SAFETY: the name is a NUL-terminated literal; the descriptor that comes back is owned by nobody else.
-        let file = unsafe {
-            let fd = libc::memfd_create(c"gabion-inflight".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(InflightError::Map(io::Error::last_os_error()));
-            }
-            File::from_raw_fd(fd)
-        };
-        file.set_len(bytes as u64).map_err(InflightError::Map)?;
+        let file = sealed("gabion-inflight", bytes as u64).map_err(InflightError::Map)?;
         let message = VhostUserInflight::new(bytes as u64, 0, queues, entries);
         let region = Self::map(&message, file.try_clone().map_err(InflightError::Map)?)?;
         Ok((region, message, file))
@@ -104,7 +96,17 @@ impl InflightRegion {
     }
 }
 
-/// Refuses a mapping beyond the end of its file: touching it would be a SIGBUS for the whole gateway.
+/// Shared memory that whoever gets its descriptor can change, but not cut short: touching what is not there any more would be a
+/// SIGBUS for the whole gateway.
+fn sealed(name: &str, bytes: u64) -> io::Result<File> {
+    let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
+    file.set_len(bytes)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// Refuses a mapping beyond the end of its file: touching it would be a SIGBUS for the whole gateway. That the front end does not
+/// make the file smaller later is its word: what QEMU maps from a file system cannot be sealed.
 pub fn check_backed(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     let backed =
         offset.checked_add(bytes).is_some_and(|end| file.metadata().is_ok_and(|found| end <= found.len()));
@@ -326,5 +328,13 @@ mod tests {
         assert!(InflightRegion::map(&small, file.try_clone().unwrap()).is_err());
         let beyond = VhostUserInflight::new(message.mmap_size, 4096, 2, 8);
         assert!(InflightRegion::map(&beyond, file).is_err());
+    }
+
+    #[test]
+    fn whoever_gets_the_region_cannot_cut_it_short() {
+        let (region, message, file) = fresh();
+        assert!(file.set_len(0).is_err());
+        assert!(file.set_len(message.mmap_size + 1).is_err());
+        region.queue(0).unwrap().fetched(3);
     }
 }

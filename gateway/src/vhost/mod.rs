@@ -8,7 +8,8 @@
 //!
 //! One front end at a time; the next one waits in the socket's backlog until the rings of the last one have drained. A front end that
 //! reconnects hands its in-flight region back, and what was under way is replayed before anything new is fetched (rule C4).
-//! Front ends are trusted with their own guest's memory and with nothing else; guests are trusted with nothing.
+//! Front ends are trusted with their own guest's memory, not to cut its files short while they are mapped here, and with nothing
+//! else; guests are trusted with nothing.
 
 mod chain;
 mod config;
