@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
+use tonic::Code;
 
 /// How long the map may take to reach the epoch of an attachment.
 const MAP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -42,8 +43,27 @@ struct Held {
     following: JoinHandle<()>,
 }
 
+/// What is known of a volume.
+#[derive(Default)]
+enum State {
+    #[default]
+    Closed,
+    /// Attaching it failed, but the monitors may have granted it: then with this generation, if that is known.
+    Doubtful(Option<Generation>),
+    Open(Open),
+}
+
+impl State {
+    fn open(&mut self) -> Option<&mut Open> {
+        match self {
+            State::Open(open) => Some(open),
+            _ => None,
+        }
+    }
+}
+
 /// Held while attaching and detaching that one volume.
-type Slot = Arc<tokio::sync::Mutex<Option<Open>>>;
+type Slot = Arc<tokio::sync::Mutex<State>>;
 
 /// The attached volumes.
 pub struct Volumes {
@@ -72,43 +92,83 @@ impl Volumes {
     /// Those that are attached; one that is being attached or detached right now is left out.
     pub fn attached(&self) -> Vec<Arc<Volume>> {
         let slots: Vec<Slot> = self.slots.lock().values().cloned().collect();
-        slots.iter().filter_map(|s| Some(s.try_lock().ok()?.as_ref()?.volume.clone())).collect()
+        slots.iter().filter_map(|s| Some(s.try_lock().ok()?.open()?.volume.clone())).collect()
     }
 
     /// The volume, attached if it was not, and whether it may only be read. To be given back with
-    /// [`close`](Volumes::close).
+    /// [`close`](Volumes::close), or with [`give_up`](Volumes::give_up) by who failed and does not try again.
     pub async fn open(&self, name: &str) -> Result<(Arc<Volume>, bool), AttachError> {
         let slot = self.slot(name);
         let mut slot = slot.lock().await;
-        let open = match &mut *slot {
-            Some(open) => open,
-            none if name.contains('@') => none.insert(self.open_snapshot(name).await?),
-            none => none.insert(self.attach(name).await?),
-        };
+        if slot.open().is_none() {
+            *slot = State::Open(match name.contains('@') {
+                true => self.open_snapshot(name).await?,
+                false => self.attach(name, &mut slot).await?,
+            });
+        }
+        let open = slot.open().expect("opened just now");
         open.users += 1;
         Ok((open.volume.clone(), open.read_only))
+    }
+
+    /// Detaches a volume that could not be opened and may be attached all the same: the answer was lost, or could not be used.
+    pub async fn give_up(&self, name: &str) {
+        let slot = self.slot(name);
+        let mut slot = slot.lock().await;
+        let State::Doubtful(granted) = *slot else { return };
+        let generation = match granted {
+            Some(generation) => Some(generation),
+            None => self.generation(name).await,
+        };
+        if let Some(generation) = generation {
+            self.detach(name, generation).await;
+        }
+        *slot = State::Closed;
     }
 
     /// Gives the volume back; the last one detaches it, once nothing is in flight.
     pub async fn close(&self, name: &str) {
         let slot = self.slot(name);
         let mut slot = slot.lock().await;
-        let Some(open) = &mut *slot else { return };
+        let Some(open) = slot.open() else { return };
         open.users -= 1;
         if open.users > 0 {
             return;
         }
-        let Some(held) = &open.held else {
-            *slot = None;
-            return;
-        };
-        // No snapshot pauses a volume that is given back: its requests have ended.
-        held.following.abort();
-        open.volume.drain().await;
+        if let Some(held) = &open.held {
+            // No snapshot pauses a volume that is given back: its requests have ended.
+            held.following.abort();
+            open.volume.drain().await;
+            self.detach(name, held.generation).await;
+        }
+        *slot = State::Closed;
+    }
+
+    /// The generation of who has the volume attached, if anybody has.
+    async fn generation(&self, name: &str) -> Option<Generation> {
+        let request = pb::NameRequest { name: name.to_owned() };
+        let found = self
+            .monitors
+            .until_answered("look for an attachment", |m| {
+                let request = request.clone();
+                async move { m.admin().get_volume(request).await }
+            })
+            .await;
+        match found {
+            Ok(info) => Some(Generation(info.generation)).filter(|_| !info.attached_host.is_empty()),
+            Err(status) => {
+                tracing::warn!(volume = name, error = status.message(), "cannot tell whether it is attached");
+                None
+            }
+        }
+    }
+
+    /// Refused, and harmless, where the volume is not attached by this gateway with this generation.
+    async fn detach(&self, name: &str, generation: Generation) {
         let request = pb::DetachVolumeRequest {
             volume: name.to_owned(),
             client: self.granted.client.0,
-            generation: held.generation.0,
+            generation: generation.0,
         };
         let detached = self
             .monitors
@@ -121,23 +181,31 @@ impl Volumes {
             Ok(_) => tracing::info!(volume = name, "detached"),
             Err(status) => tracing::warn!(volume = name, error = status.message(), "cannot detach"),
         }
-        *slot = None;
     }
 
-    async fn attach(&self, name: &str) -> Result<Open, AttachError> {
+    /// After an error `state` says what may be attached all the same.
+    async fn attach(&self, name: &str, state: &mut State) -> Result<Open, AttachError> {
         let request = pb::AttachVolumeRequest {
             volume: name.to_owned(),
             client: self.granted.client.0,
             session: self.granted.session.0,
             take_over: false,
         };
+        *state = State::Doubtful(None);
         let reply = self
             .monitors
             .once(|m| {
                 let request = request.clone();
                 async move { m.client().attach_volume(request).await }
             })
-            .await?;
+            .await
+            .inspect_err(|status| {
+                if matches!(status.code(), Code::FailedPrecondition | Code::NotFound) {
+                    *state = State::Closed;
+                }
+            })?;
+        let generation = Generation(reply.generation);
+        *state = State::Doubtful(Some(generation));
         let size = reply.size_bytes;
         let chain = chain(size, &reply.layers)?;
         let epoch = Epoch(reply.epoch);
@@ -155,7 +223,6 @@ impl Volumes {
             size_bytes: size,
             object_bytes: pool.object_bytes,
         };
-        let generation = Generation(reply.generation);
         let id = shape.id;
         let attached = Attached::new(id, self.granted.client, self.granted.session, generation);
         let backend = ClusterBackend {

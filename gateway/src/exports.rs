@@ -219,7 +219,10 @@ impl Exports {
             }
             tokio::select! {
                 () = tokio::time::sleep(TRY_AGAIN) => {}
-                () = removed.cancelled() => return self.forget(id),
+                () = removed.cancelled() => {
+                    self.volumes.give_up(&name).await;
+                    return self.forget(id);
+                }
                 () = self.stopping.cancelled() => return,
             }
         }

@@ -16,6 +16,7 @@ use gabion_proto::pb::map_service_server::{MapService, MapServiceServer};
 use gabion_proto::pb::{self, ExportInfo, ExportKind, ExportState};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -43,6 +44,8 @@ fn once_and_wait<T: Send + 'static>(first: T) -> Streamed<T> {
 struct Monitor {
     map: ClusterMap,
     exports: Vec<ExportInfo>,
+    /// Attachments are in force from so many epochs after the only map that it sends.
+    ahead: u64,
     reports: watch::Sender<Vec<ExportInfo>>,
     detached: mpsc::Sender<pb::DetachVolumeRequest>,
 }
@@ -101,7 +104,7 @@ impl ClientService for Monitor {
         Ok(Response::new(pb::AttachVolumeReply {
             volume: 3,
             generation: GENERATION,
-            epoch: self.map.epoch.0,
+            epoch: self.map.epoch.0 + self.ahead,
             size_bytes: SIZE,
             pool: 1,
             layers: vec![0],
@@ -289,6 +292,15 @@ impl Nbd {
     }
 }
 
+fn start_gateway(monitor: SocketAddr, run_dir: &Path) -> tokio::process::Child {
+    tokio::process::Command::new(env!("CARGO_BIN_EXE_gabion-gateway"))
+        .args(["--monitors", &monitor.to_string(), "--host", "h1", "--run-dir"])
+        .arg(run_dir)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap()
+}
+
 async fn scenario() {
     let dir = tempfile::tempdir().unwrap();
     let osd_listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -298,16 +310,11 @@ async fn scenario() {
     let (detached, mut detaches) = mpsc::channel(4);
     let mut export = ExportInfo { id: 12, volume: "t/vol".into(), host: "h1".into(), ..Default::default() };
     export.set_kind(ExportKind::Nbd);
-    let monitor = Monitor { map, exports: vec![export], reports, detached };
+    let monitor = Monitor { map, exports: vec![export], ahead: 0, reports, detached };
     let (addr, serving) = monitor.clone().start("127.0.0.1:0".parse().unwrap()).await;
 
     let run_dir = dir.path().join("run");
-    let mut gateway = tokio::process::Command::new(env!("CARGO_BIN_EXE_gabion-gateway"))
-        .args(["--monitors", &addr.to_string(), "--host", "h1", "--run-dir"])
-        .arg(&run_dir)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
+    let mut gateway = start_gateway(addr, &run_dir);
     let ready = |e: &Vec<ExportInfo>| e.len() == 1 && e[0].state() == ExportState::Ready;
     let served = reported.wait_for(ready).await.unwrap()[0].clone();
     assert_eq!(served.socket, run_dir.canonicalize().unwrap().join("nbd-12.sock").to_str().unwrap());
@@ -345,4 +352,30 @@ async fn scenario() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn gateway_follows_monitor() {
     tokio::time::timeout(DEADLINE, scenario()).await.expect("the scenario hangs");
+}
+
+async fn granted_in_vain() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reports, mut reported) = watch::channel(Vec::new());
+    let (detached, mut detaches) = mpsc::channel(4);
+    let mut export = ExportInfo { id: 12, volume: "t/vol".into(), host: "h1".into(), ..Default::default() };
+    export.set_kind(ExportKind::Nbd);
+    // Nobody answers there, and nobody is asked.
+    let map = map("127.0.0.1:1".parse().unwrap());
+    let monitor = Monitor { map, exports: vec![export], ahead: 1, reports, detached };
+    let (addr, serving) = monitor.clone().start("127.0.0.1:0".parse().unwrap()).await;
+    let _gateway = start_gateway(addr, &dir.path().join("run"));
+    reported.wait_for(|e| e.len() == 1 && e[0].state() == ExportState::Failed).await.unwrap();
+
+    drop(serving);
+    let (_, _serving) = Monitor { exports: vec![], ..monitor }.start(addr).await;
+    let request = detaches.recv().await.unwrap();
+    assert_eq!((request.volume.as_str(), request.client, request.generation), ("t/vol", CLIENT, GENERATION));
+    reported.wait_for(Vec::is_empty).await.unwrap();
+}
+
+/// The map that the attachment is in force with never comes, and then the export is not wanted any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_attached_in_vain_is_detached_when_its_export_goes() {
+    tokio::time::timeout(4 * DEADLINE, granted_in_vain()).await.expect("the attachment stays");
 }
