@@ -28,5 +28,10 @@ pub trait Disk: Send + Sync + 'static {
         may_unmap: bool,
     ) -> impl Future<Output = Result<(), Self::Error>> + Send;
     fn trim(&self, offset: u64, len: u64) -> impl Future<Output = Result<(), Self::Error>> + Send;
+    /// Ends when no write is under way any more that was begun before, also by a caller that has left. A disk whose writes end with
+    /// their callers has nothing to wait for.
+    fn settle(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
     fn flush(&self) -> impl Future<Output = Result<(), Self::Error>> + Send;
 }

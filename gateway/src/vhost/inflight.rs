@@ -235,6 +235,11 @@ impl InflightQueue {
         Ok(Resume { replay: open, next_avail: Some(next_avail) })
     }
 
+    /// Whether any head is recorded as under way.
+    pub fn has_open(&self) -> bool {
+        (0..self.entries).any(|head| self.flag(head).load(Ordering::Acquire) != 0)
+    }
+
     /// Before a fetched head is worked on.
     pub fn fetched(&mut self, head: u16) {
         self.fetched_at(head).store(self.counter, Ordering::Release);

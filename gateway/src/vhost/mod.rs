@@ -6,7 +6,9 @@
 //!              └───────────────────┘        stop(): the connection is cut, rings drain with a deadline, the socket goes
 //! ```
 //!
-//! One front end at a time; the next one waits in the socket's backlog until the rings of the last one have drained. A front end that
+//! One front end at a time; the next one waits in the socket's backlog until the rings of the last one have drained. One that is only
+//! to connect again, because its disk has grown, does not wait for a request that is stuck: what is open is replayed to it, behind
+//! itself in the volume's range lock, and whoever comes without a record of it waits until it has ended. A front end that
 //! reconnects hands its in-flight region back, and what was under way is replayed before anything new is fetched (rule C4).
 //! Front ends are trusted with their own guest's memory, not to cut its files short while they are mapped here, and with nothing
 //! else; guests are trusted with nothing.
@@ -28,6 +30,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -74,7 +77,14 @@ pub fn serve<D: Disk>(
         listen(&socket).map_err(|source| VhostError::Listen { socket: socket.clone(), source })?
     };
     let abort = CancellationToken::new();
-    let device = Arc::new(Device { disk, read_only, num_queues, rt: rt.clone(), abort: abort.clone() });
+    let device = Arc::new(Device {
+        disk,
+        read_only,
+        num_queues,
+        rt: rt.clone(),
+        abort: abort.clone(),
+        left_open: AtomicU64::new(0),
+    });
     let task = rt.spawn(accept(listener, device));
     Ok(VhostExport { socket, abort, task: Some(task) })
 }
@@ -148,12 +158,13 @@ async fn converse<D: Disk>(stream: UnixStream, device: Arc<Device<D>>) -> io::Re
     stream.set_nonblocking(false)?;
     let connection = stream.try_clone()?;
     let abort = device.abort.clone();
+    let hurry = abort.child_token();
     let mut sizes = device.disk.sizes();
     let notice = Arc::new(Notice::default());
-    let told = notice.clone();
+    let (told, hurried) = (notice.clone(), hurry.clone());
     let (ended, end) = oneshot::channel::<()>();
     thread::Builder::new().name("vhost-control".to_owned()).spawn(move || {
-        control(stream, device, told);
+        control(stream, device, told, hurried);
         let _ = ended.send(());
     })?;
     tokio::pin!(end);
@@ -172,7 +183,9 @@ async fn converse<D: Disk>(stream: UnixStream, device: Arc<Device<D>>) -> io::Re
             tracing::warn!("the front end cannot be told of its disk's new size before it connects again");
         }
     }
+    // In this order: a front end that waits for a ring to stop must not be told that it has when that was given up.
     let _ = connection.shutdown(Shutdown::Both);
+    hurry.cancel();
     let _ = end.await;
     Ok(())
 }
@@ -187,13 +200,18 @@ async fn changed(sizes: &mut Option<watch::Receiver<u64>>) {
     std::future::pending().await
 }
 
-fn control<D: Disk>(stream: UnixStream, device: Arc<Device<D>>, notice: Arc<Notice>) {
+fn control<D: Disk>(
+    stream: UnixStream,
+    device: Arc<Device<D>>,
+    notice: Arc<Notice>,
+    hurry: CancellationToken,
+) {
     tracing::debug!("vhost-user front end connected");
     let ahead = match stream.try_clone() {
         Ok(ahead) => ahead,
         Err(error) => return tracing::warn!(%error, "a vhost-user connection could not be served"),
     };
-    let session = Arc::new(Mutex::new(Session::new(device.clone(), notice.clone())));
+    let session = Arc::new(Mutex::new(Session::new(device.clone(), notice.clone(), hurry)));
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
     let end = loop {
         notice.look_ahead(&ahead);

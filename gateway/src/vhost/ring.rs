@@ -10,8 +10,8 @@
 //! malformed chain is answered with an error; a malformed ring (indices or a head out of range) stops fetching until the front
 //! end resets it. A guest that always has something more cannot keep the thread that all exports share: after `TURN_EVENTS`
 //! others have their turn.
-//! Stopping drains; when the whole export stops, draining has a deadline, and what is open then stays recorded in the
-//! in-flight region for the next start.
+//! Stopping drains; when the whole export stops, or the front end is to connect again, draining has a deadline, and what is open
+//! then stays recorded in the in-flight region for the next start.
 
 use std::collections::VecDeque;
 use std::num::Wrapping;
@@ -33,7 +33,7 @@ use super::limits::RING_BYTES_MAX;
 use super::request::{Geometry, Request};
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
-/// How long the end of an export waits for I/O that is still running.
+/// How long the end of an export, or of a connection that is to be made anew, waits for I/O that is still running.
 const STOP_DRAIN: Duration = Duration::from_secs(5);
 /// Completions and kicks that a ring takes before other tasks have their turn.
 const TURN_EVENTS: usize = 64;
@@ -52,8 +52,16 @@ pub struct Ring {
     pub read_only: bool,
     /// Ends this ring's run after draining.
     pub stop: CancellationToken,
-    /// Ends the whole export.
-    pub abort: CancellationToken,
+    /// The front end is sent away, or the whole export ends: draining has a deadline.
+    pub hurry: CancellationToken,
+}
+
+/// How a ring's run has ended.
+pub struct Ended {
+    /// Where the avail ring goes on.
+    pub next_avail: u16,
+    /// Requests were given up: they are on record, and may still be under way in the disk.
+    pub left_open: bool,
 }
 
 /// What the task knows of the ring while it runs.
@@ -66,9 +74,9 @@ struct State {
 }
 
 impl Ring {
-    /// Runs until stopped; returns where the avail ring goes on.
-    pub async fn run<D: Disk>(self, disk: Arc<D>) -> u16 {
-        let (stop, abort) = (self.stop.clone(), self.abort.clone());
+    /// Runs until stopped.
+    pub async fn run<D: Disk>(self, disk: Arc<D>) -> Ended {
+        let (stop, hurry) = (self.stop.clone(), self.hurry.clone());
         let busy = vec![false; usize::from(self.queue.size())];
         let mut state = State { ring: self, busy, held_bytes: 0, broken: false, chain_faults: 0 };
         let mut pending = FuturesUnordered::new();
@@ -79,7 +87,7 @@ impl Ring {
 
         let (mut stopping, mut events) = (false, 0);
         let deadline = async {
-            abort.cancelled().await;
+            hurry.cancelled().await;
             tokio::time::sleep(STOP_DRAIN).await;
         };
         tokio::pin!(deadline);
@@ -122,7 +130,7 @@ impl Ring {
                 }
             }
         }
-        state.ring.queue.next_avail()
+        Ended { next_avail: state.ring.queue.next_avail(), left_open: !pending.is_empty() }
     }
 }
 

@@ -1,13 +1,13 @@
 //! One front end's connection: the control messages, the memory table and the rings' configuration.
 //!
 //! A ring runs (see [`super::ring`]) while it has its addresses and a kick descriptor and is enabled; any message that takes one of
-//! these away, and the end of the connection, stops it and waits until it has drained. Messages arrive on a thread of their own,
-//! one at a time, so that this wait blocks nobody else.
+//! these away, and the end of the connection, stops it and waits until it has drained (with a deadline, if it is this side that
+//! ends the connection). Messages arrive on a thread of their own, one at a time, so that this wait blocks nobody else.
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -31,7 +31,7 @@ use super::event::{Call, Kick};
 use super::inflight::{InflightRegion, check_backed};
 use super::limits::{MEMORY_REGIONS_MAX, QUEUE_SIZE_MAX};
 use super::notice::Notice;
-use super::ring::{self, GuestMemory, Ring};
+use super::ring::{self, Ended, GuestMemory, Ring};
 
 /// What an export fixes for all its connections.
 pub struct Device<D> {
@@ -40,6 +40,8 @@ pub struct Device<D> {
     pub num_queues: u16,
     pub rt: Handle,
     pub abort: CancellationToken,
+    /// The rings, one bit each, that ended with requests open: these may still be under way in the disk, and nobody has repeated them.
+    pub left_open: AtomicU64,
 }
 
 /// A piece of guest memory, known by guest-physical address and by the front end's own address.
@@ -71,12 +73,14 @@ struct RingSlot {
 
 struct Running {
     stop: CancellationToken,
-    task: JoinHandle<u16>,
+    task: JoinHandle<Ended>,
 }
 
 pub struct Session<D: Disk> {
     device: Arc<Device<D>>,
     notice: Arc<Notice>,
+    /// This front end is sent away, or the whole export ends.
+    hurry: CancellationToken,
     rings: Vec<RingSlot>,
     regions: Vec<Region>,
     memory: GuestMemory,
@@ -90,11 +94,12 @@ fn refused(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
 }
 
 impl<D: Disk> Session<D> {
-    pub fn new(device: Arc<Device<D>>, notice: Arc<Notice>) -> Self {
+    pub fn new(device: Arc<Device<D>>, notice: Arc<Notice>, hurry: CancellationToken) -> Self {
         let rings = (0..device.num_queues).map(|_| RingSlot::default()).collect();
         Session {
             device,
             notice,
+            hurry,
             rings,
             regions: Vec::new(),
             memory: GuestMemory::new(GuestMemoryMmap::new()),
@@ -125,17 +130,54 @@ impl<D: Disk> Session<D> {
         if let Some(Running { stop, task }) = slot.running.take() {
             stop.cancel();
             match self.device.rt.block_on(task) {
-                Ok(next_avail) => slot.base = next_avail,
+                Ok(ended) => {
+                    slot.base = ended.next_avail;
+                    if ended.left_open {
+                        self.device.left_open.fetch_or(1 << index, Ordering::Relaxed);
+                    }
+                }
                 Err(error) => tracing::error!(ring = index, %error, "vhost-user ring task failed"),
             }
         }
+    }
+
+    /// What an earlier front end left open must not surface after something that this one has read. One that has it on record repeats
+    /// it, and hears of it when both are over; another one waits here, as it would have before it could connect. False: it is to go
+    /// before that.
+    fn await_left_open(&self) -> bool {
+        let left_open = &self.device.left_open;
+        if left_open.load(Ordering::Relaxed) == 0 || self.repeats_left_open() {
+            return true;
+        }
+        let settled = self.settled();
+        if settled {
+            left_open.store(0, Ordering::Relaxed);
+        }
+        settled
+    }
+
+    fn repeats_left_open(&self) -> bool {
+        let left_open = self.device.left_open.load(Ordering::Relaxed);
+        (0..self.device.num_queues).filter(|index| left_open & 1 << index != 0).all(|index| {
+            let record = self.inflight.as_ref().and_then(|region| region.queue(index));
+            record.is_some_and(|record| record.has_open())
+        })
+    }
+
+    fn settled(&self) -> bool {
+        self.device.rt.block_on(async {
+            tokio::select! {
+                () = self.device.disk.settle() => true,
+                () = self.hurry.cancelled() => false,
+            }
+        })
     }
 
     /// Starts the ring if nothing that it needs is missing.
     fn start_ring(&mut self, index: usize) -> Result<()> {
         let slot = &self.rings[index];
         let (Some(addresses), Some(kick)) = (slot.addresses, &slot.kick) else { return Ok(()) };
-        if !slot.enabled || slot.running.is_some() || self.device.abort.is_cancelled() {
+        if !slot.enabled || slot.running.is_some() || self.hurry.is_cancelled() {
             return Ok(());
         }
         let kick = kick.try_clone().map_err(Error::ReqHandlerError)?;
@@ -163,11 +205,19 @@ impl<D: Disk> Session<D> {
             );
         }
 
+        if !self.await_left_open() {
+            return Ok(());
+        }
+        if !resume.replay.is_empty() {
+            self.device.left_open.fetch_and(!(1 << index), Ordering::Relaxed);
+        }
         let stop = CancellationToken::new();
         let kick = {
             let _runtime = self.device.rt.enter();
             Kick::new(kick).map_err(Error::ReqHandlerError)?
         };
+        // Without a record the front end could not repeat what is given up.
+        let hurry = if inflight.is_some() { &self.hurry } else { &self.device.abort }.clone();
         let ring = Ring {
             index: index as u16,
             queue,
@@ -178,7 +228,7 @@ impl<D: Disk> Session<D> {
             replay: resume.replay.into(),
             read_only: self.device.read_only,
             stop: stop.clone(),
-            abort: self.device.abort.clone(),
+            hurry,
         };
         let task = self.device.rt.spawn(ring.run(self.device.disk.clone()));
         self.rings[index].running = Some(Running { stop, task });

@@ -29,6 +29,9 @@ impl Disk for Volume {
     async fn trim(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         Volume::trim(self, offset, len).await
     }
+    async fn settle(&self) {
+        Volume::drain(self).await;
+    }
     async fn flush(&self) -> Result<(), VolumeError> {
         Volume::flush(self).await
     }
