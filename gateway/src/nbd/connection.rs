@@ -58,3 +58,29 @@ sockets! {
     TcpStream, tcp;
     UnixStream, unix;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    async fn is_seen_to_leave(mut client: impl AsyncWrite + Unpin, server: impl Connection) {
+        let (read, _write) = server.halves();
+        client.write_all(&[7; 100]).await.unwrap();
+        assert!(read.left().now_or_never().is_none() && !read.has_left());
+        drop(client);
+        tokio::time::timeout(std::time::Duration::from_secs(10), read.left()).await.expect("it has left");
+        assert!(read.has_left());
+    }
+
+    #[tokio::test]
+    async fn who_leaves_is_seen_to_though_something_is_unread() {
+        let (client, server) = UnixStream::pair().unwrap();
+        is_seen_to_leave(client, server).await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        is_seen_to_leave(client, listener.accept().await.unwrap().0).await;
+    }
+}

@@ -7,7 +7,8 @@
 //! Requests that had to wait in the socket for such a permit are a danger: their client may have given
 //! them up meanwhile and made them again on another connection, and written something newer since. So
 //! who waits for permits also waits for the client to leave, and after such a wait nothing is begun
-//! whose client has left.
+//! whose client has left. A client that has only nothing more to send looks the same: what it sent
+//! behind such a wait is not answered.
 
 use super::connection::{Connection, Incoming};
 use super::limits::*;
