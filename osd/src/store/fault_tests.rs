@@ -28,7 +28,7 @@ pub fn read(store: &mut impl Store, index: u32, first: u32, count: u32) -> Resul
 }
 
 /// First block of slot `n` on a [`small_disk`] with this file's journal.
-fn slot(n: u32) -> u64 {
+pub fn slot(n: u32) -> u64 {
     Geometry { journal_blocks: JOURNAL, slots: 96 }.slot_block(n)
 }
 

@@ -289,14 +289,21 @@ fn read_journal(
     }
     let chained = at;
     let mut end = superblock.tail;
-    let mut out = Vec::new();
+    let (mut out, mut unknown) = (Vec::new(), None);
     for (record, position) in records {
         // Acknowledged only if all that it names was durable (rule S1).
-        if holds(Rule::FreshSlotsVerified)
-            && record.header.seq > flushed.max(applied)
-            && !images_hold(device, superblock, &record)?
-        {
-            break;
+        if holds(Rule::FreshSlotsVerified) && record.header.seq > flushed.max(applied) {
+            match images(device, superblock, &record) {
+                Images::Hold => {}
+                Images::Differ => break,
+                Images::Unreadable(block) => {
+                    let seq = record.header.seq;
+                    unknown = Some(format!(
+                        "block {block}, which record {seq} of the journal names, cannot be read"
+                    ));
+                    break;
+                }
+            }
         }
         end = position;
         out.push(record);
@@ -305,9 +312,10 @@ fn read_journal(
         format!("the journal ends at record {}, but record {seq} was acknowledged: the disk lost it", end.seq)
     });
     let lost = lost.or_else(|| index_lost(superblock, applied, end));
-    let lost = match (lost, hidden_record(device, superblock, chained)) {
-        (Some(why), Some(hidden)) => Some(format!("{why} ({hidden})")),
-        (None, Some(hidden)) => Some(format!("{hidden}: whether it was acknowledged is not known")),
+    let unknown = unknown.or_else(|| hidden_record(device, superblock, chained));
+    let lost = match (lost, unknown) {
+        (Some(why), Some(unknown)) => Some(format!("{why} ({unknown})")),
+        (None, Some(unknown)) => Some(format!("{unknown}: whether it was acknowledged is not known")),
         (why, None) => why,
     };
     let applied = if holds(Rule::AppliedOnce) { applied } else { 0 };
@@ -398,15 +406,14 @@ fn read_record(device: &mut impl Device, superblock: &Superblock, block: u32) ->
         Err(_) => return Found::Unreadable { block, header: None },
     };
     let mut buffer = BlocksMut::zeroed(len as usize);
-    if let Some(at) = read_each(device, block, &mut buffer).first() {
+    if let Some(at) = read_each(device, JOURNAL_FIRST + u64::from(block), &mut buffer).first() {
         return Found::Unreadable { block: block + at, header: Some(header) };
     }
     journal::decode(&buffer.freeze()).map_or(Found::Nothing, Found::Record)
 }
 
-/// Reads blocks of the ring. Returns which of them cannot be read; they are zeros.
-fn read_each(device: &mut impl Device, block: u32, buffer: &mut BlocksMut) -> Vec<u32> {
-    let address = JOURNAL_FIRST + u64::from(block);
+/// Reads blocks of the device. Returns which of them cannot be read; they are zeros.
+fn read_each(device: &mut impl Device, address: u64, buffer: &mut BlocksMut) -> Vec<u32> {
     if device.read_now(address, buffer.blocks_mut()).is_ok() {
         return Vec::new();
     }
@@ -420,25 +427,34 @@ fn read_each(device: &mut impl Device, block: u32, buffer: &mut BlocksMut) -> Ve
     unreadable
 }
 
-fn images_hold(
-    device: &mut impl Device,
-    superblock: &Superblock,
-    record: &Record,
-) -> Result<bool, StoreError> {
+/// What is in the fresh slots of a record.
+enum Images {
+    /// What it says.
+    Hold,
+    /// Something else: it was never finished.
+    Differ,
+    /// What it says, but for this block and perhaps others, which cannot be read. They may have been flushed, and the record
+    /// acknowledged.
+    Unreadable(u64),
+}
+
+fn images(device: &mut impl Device, superblock: &Superblock, record: &Record) -> Images {
     let geometry = superblock.geometry();
+    let mut found = Images::Hold;
     for image in &record.images {
         let (first, count) = (u32::from(image.first), u32::from(image.count));
         if image.slot >= geometry.slots || first + count > BLOCKS_PER_CHUNK {
-            return Ok(false);
+            return Images::Differ;
         }
         let mut buffer = BlocksMut::zeroed(count as usize);
         let block = geometry.slot_block(image.slot) + u64::from(first);
-        let read = device.read_now(block, buffer.blocks_mut());
-        if read.is_err() || crc32fast::hash(buffer.bytes()) != image.crc {
-            return Ok(false);
+        match read_each(device, block, &mut buffer).first() {
+            Some(at) => found = Images::Unreadable(block + u64::from(*at)),
+            None if crc32fast::hash(buffer.bytes()) != image.crc => return Images::Differ,
+            None => {}
         }
     }
-    Ok(true)
+    found
 }
 
 /// A record behind the end that was durable, as one that came after it or the superblock says: the disk lied about a
@@ -449,7 +465,7 @@ fn lost_record(device: &mut impl Device, superblock: &Superblock, end: u64) -> O
     while block < superblock.journal_blocks {
         let count = PIECE_BLOCKS.min(superblock.journal_blocks - block);
         let mut buffer = BlocksMut::zeroed(count as usize);
-        read_each(device, block, &mut buffer);
+        read_each(device, JOURNAL_FIRST + u64::from(block), &mut buffer);
         for i in 0..count {
             let head = &buffer.bytes()[i as usize * BLOCK..(i as usize + 1) * BLOCK];
             let Some((header, _)) = journal::peek(head, superblock.journal_blocks - block - i) else {

@@ -2,7 +2,8 @@
 //! fail one after the other.
 
 use super::crash_tests::small_disk;
-use super::fault_tests::{blocks, read, txn, write};
+use super::fault_tests::{blocks, read, slot, txn, write};
+use super::model::{PGS, content, object, v};
 use super::sim::SimDisk;
 use super::*;
 
@@ -128,6 +129,66 @@ fn the_last_records_are_not_lost_where_one_of_them_cannot_be_read() {
     }
     let mut store = disk.open().expect("opens");
     assert_eq!(read(&mut store, 1, 0, 1), Ok([(0, 1)].into()));
+}
+
+/// Of the last record nothing says that its slots were flushed: what cannot be read may have been.
+#[test]
+fn a_slot_that_cannot_be_read_is_not_one_that_was_never_written() {
+    for placed in [false, true] {
+        let disk = small_disk(JOURNAL, 3);
+        let mut store = disk.open().expect("opens");
+        assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 1)])]), [Ok(())]);
+        assert_eq!(store.background(), Ok(false));
+        let op = if placed {
+            let placed = store.place(PGS[0], object(0, 0), content(&blocks(0, 32, 2))).expect("places");
+            let (base, version) = (v(1), v(2));
+            TxnOp::Assemble { object: object(0, 0), version, base, kept: Vec::new(), placed: vec![placed] }
+        } else {
+            write(0, 1, 0, 32, 2)
+        };
+        assert_eq!(store.commit(vec![txn(vec![op])]), [Ok(())]);
+        drop(store);
+        disk.crash();
+        for block in [0, 9, 31] {
+            disk.set_unreadable(slot(1) + block, true);
+            let Err(StoreError::Fatal(why)) = disk.open().map(|_| ()) else {
+                panic!("block {block} of {placed}")
+            };
+            assert!(why.contains(&format!("block {}", slot(1) + block)), "{why}");
+            let problems = disk.fsck(true).problems;
+            assert!(problems.iter().any(|p| p.contains(&why)), "{why}, {problems:?}");
+            disk.set_unreadable(slot(1) + block, false);
+        }
+        let mut store = disk.open().expect("opens");
+        assert_eq!(read(&mut store, 0, 0, 32), Ok(blocks(0, 32, 2)), "placed: {placed}");
+    }
+}
+
+/// It is not asked for where something else tells whether the record was acknowledged.
+#[test]
+fn an_unreadable_slot_keeps_no_store_from_opening_where_that_is_known() {
+    // A later record says that it was.
+    let disk = small_disk(JOURNAL, 3);
+    let mut store = disk.open().expect("opens");
+    assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 1)])]), [Ok(())]);
+    assert_eq!(store.commit(vec![txn(vec![write(1, 0, 0, 1, 1)])]), [Ok(())]);
+    drop(store);
+    disk.set_unreadable(slot(0) + 9, true);
+    let mut store = disk.open().expect("opens");
+    let found = read(&mut store, 0, 0, 32);
+    assert!(matches!(found, Err(StoreError::Unreadable { block: 9, .. })), "{found:?}");
+    // Another slot of the record says that it was not.
+    for (torn, unreadable) in [(0, 1), (1, 0)] {
+        let disk = small_disk(JOURNAL, 3);
+        let mut store = disk.open().expect("opens");
+        let ops = vec![write(0, 0, 0, 32, 1), write(1, 0, 0, 32, 1)];
+        assert_eq!(store.commit(vec![txn(ops)]), [Ok(())]);
+        drop(store);
+        disk.corrupt(slot(torn) as usize * layout::BLOCK + 5);
+        disk.set_unreadable(slot(unreadable) + 9, true);
+        let mut store = disk.open().expect("opens");
+        assert_eq!(store.object(PGS[0], object(0, 0)), Ok(None));
+    }
 }
 
 /// Each of them writes one superblock, or none, and the next one goes on from there.
