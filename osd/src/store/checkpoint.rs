@@ -168,6 +168,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                     None => return Ok(false),
                     Some(result) => result.map_err(StoreError::Fatal)?,
                 }
+                (self.index.pulse)();
                 checkpoint.phase = Phase::Trim;
                 self.superblock.tail = checkpoint.to;
                 self.superblock.flushed = self.superblock.flushed.max(checkpoint.to.seq);

@@ -154,8 +154,10 @@ impl<T: serde::de::DeserializeOwned> Listed<T> {
     fn first<K: Kv>(&mut self, index: &Index<K>, page: usize) -> Result<Option<ObjectId>, StoreError> {
         while self.page.is_empty() && self.more {
             let found = index.scan(&self.prefix, &self.from, page)?;
-            (index.pulse)();
             self.more = found.len() == page;
+            if self.more {
+                (index.pulse)();
+            }
             if let Some((last, _)) = found.last() {
                 self.from = [&last[..], &[0]].concat();
             }
@@ -276,6 +278,9 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         let mut completions = std::mem::take(&mut self.completions);
         self.device.complete(&mut completions);
         let mut moved = !completions.is_empty();
+        if moved {
+            (self.index.pulse)();
+        }
         for completion in completions.drain(..) {
             self.in_flight -= 1;
             self.completed(completion);

@@ -246,7 +246,6 @@ impl<S: ConcurrentStore + 'static, T: Send + 'static> StoreDriver<S, T> {
         let Some(here) = &mut self.here else { return };
         (here.started, here.yielded) = (false, false);
         while !here.worker.store.is_laborious() && here.worker.store.progress(&mut self.done) {
-            here.worker.watchdog.working();
             here.worker.hand_out(&mut self.done);
         }
         if !here.worker.store.submit() || here.worker.store.is_laborious() {

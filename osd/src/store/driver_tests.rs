@@ -50,7 +50,7 @@ fn reopened(dir: &Path) -> DirStore {
 }
 
 /// On one thread, as in the daemon.
-fn on_a_runtime(work: impl Future<Output = ()> + Send + 'static) {
+pub fn on_a_runtime(work: impl Future<Output = ()> + Send + 'static) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         tokio::time::timeout(PATIENCE, tokio::spawn(work)).await.expect("in time").expect("passes");
@@ -257,9 +257,11 @@ fn what_is_light_never_asks_the_index() {
     assert!(!light(&store, &over), "the pending version's records have to be looked for");
 }
 
-/// Answers commits at once, and from some moment on none any more.
-struct Hanging {
+/// Answers at once, and from some moment on nothing any more.
+pub struct Hanging {
     broken: Arc<AtomicBool>,
+    /// It still answers all but one request then, as what does not need the disk.
+    from_memory: bool,
     finished: VecDeque<(u64, Done)>,
     hangs: bool,
     waker: Waker,
@@ -305,7 +307,10 @@ impl Store for Hanging {
         unreachable!("nobody waits here")
     }
     fn pgs(&mut self) -> Result<Vec<(PgId, PgMeta)>, StoreError> {
-        unreachable!("nobody waits here")
+        while self.hangs {
+            std::thread::park();
+        }
+        Ok(vec![(PG, PgMeta::default())])
     }
     fn meta(&mut self, _: PgId) -> Result<Option<PgMeta>, StoreError> {
         unreachable!("nobody waits here")
@@ -320,11 +325,16 @@ impl Store for Hanging {
 
 impl ConcurrentStore for Hanging {
     fn start(&mut self, tag: u64, work: Work) {
-        match work {
-            _ if self.broken.load(Ordering::Relaxed) => self.hangs = true,
-            Work::Commit(txns) => self.finished.push_back((tag, Done::Commit(vec![Ok(()); txns.len()]))),
-            _ => self.finished.push_back((tag, Done::Settled(Ok(())))),
+        if self.broken.load(Ordering::Relaxed) && !(self.hangs && self.from_memory) {
+            self.hangs = true;
+            return;
         }
+        let done = match work {
+            Work::Commit(txns) => Done::Commit(vec![Ok(()); txns.len()]),
+            Work::Read { .. } => Done::Read(Ok(Content::default())),
+            _ => Done::Settled(Ok(())),
+        };
+        self.finished.push_back((tag, done));
     }
     fn progress(&mut self, done: &mut Vec<(u64, Done)>) -> bool {
         done.extend(self.finished.drain(..));
@@ -360,37 +370,57 @@ impl ConcurrentStore for Hanging {
     }
 }
 
+/// One that can be told to hang, and its driver, whose watchdog waits for a second.
+pub fn hanging<T: Send + 'static>(
+    from_memory: bool,
+    on_fatal: impl FnOnce(String) + Send + 'static,
+) -> (StoreDriver<Hanging, T>, Arc<AtomicBool>) {
+    let (waker, broken) = (Waker::new().expect("a waker"), Arc::new(AtomicBool::new(false)));
+    let finished = VecDeque::new();
+    let store = Hanging { broken: broken.clone(), from_memory, finished, hangs: false, waker };
+    let watchdog = Watchdog::with_limit(Box::new(on_fatal), Duration::from_secs(1));
+    (StoreDriver::with_watchdog(store, 8, watchdog), broken)
+}
+
+/// A light one.
+pub fn any_write() -> Txn {
+    write(0, 0, &some_blocks(0, 1, 1))
+}
+
+fn start(driver: &mut StoreDriver<Hanging, u64>, n: u64) {
+    let answers = driver.answers();
+    driver.commit(any_write(), move |_| answers.put(n));
+}
+
+/// Writes until it is here.
+async fn come(driver: &mut StoreDriver<Hanging, u64>) {
+    let (mut out, mut n) = (Vec::new(), 0);
+    while !driver.is_here() {
+        start(driver, n);
+        while out.is_empty() {
+            driver.ready().await;
+            driver.turn(&mut out);
+        }
+        assert_eq!(out.pop(), Some(n));
+        n += 1;
+        if tokio::time::timeout(PAUSE, driver.ready()).await.is_ok() {
+            driver.turn(&mut out);
+        }
+    }
+}
+
 /// The task goes on, the watchdog speaks, and nobody waits for the disk at the end.
 #[test]
 fn a_disk_that_hangs_stops_nobody_else() {
     on_a_runtime(async {
-        let (waker, broken) = (Waker::new().expect("a waker"), Arc::new(AtomicBool::new(false)));
-        let store = Hanging { broken: broken.clone(), finished: VecDeque::new(), hangs: false, waker };
         let (fatal, mut said) = tokio::sync::mpsc::unbounded_channel();
-        let on_fatal = Box::new(move |why| _ = fatal.send(why));
-        let watchdog = Watchdog::with_limit(on_fatal, Duration::from_secs(1));
-        let mut driver: StoreDriver<Hanging, u64> = StoreDriver::with_watchdog(store, 8, watchdog);
-        let (mut out, mut n) = (Vec::new(), 0);
-        let commit = |driver: &mut StoreDriver<Hanging, u64>, n| {
-            let answers = driver.answers();
-            driver.commit(write(0, n, &some_blocks(0, 1, 1)), move |_| answers.put(n));
-        };
-        while !driver.is_here() {
-            commit(&mut driver, n);
-            while out.is_empty() {
-                driver.ready().await;
-                driver.turn(&mut out);
-            }
-            assert_eq!(out.pop(), Some(n));
-            n += 1;
-            if tokio::time::timeout(PAUSE, driver.ready()).await.is_ok() {
-                driver.turn(&mut out);
-            }
-        }
+        let (mut driver, broken) = hanging(false, move |why| _ = fatal.send(why));
+        come(&mut driver).await;
         broken.store(true, Ordering::Relaxed);
-        commit(&mut driver, n);
+        start(&mut driver, 0);
         assert!(driver.is_here());
-        let (mut ticks, mut tick) = (0, tokio::time::interval(Duration::from_millis(5)));
+        let (mut out, mut ticks) = (Vec::new(), 0);
+        let mut tick = tokio::time::interval(Duration::from_millis(5));
         let why = loop {
             tokio::select! {
                 biased;
@@ -405,4 +435,39 @@ fn a_disk_that_hangs_stops_nobody_else() {
         assert!(why.contains("not answered") && ticks > 0, "{why}, {ticks} ticks");
         assert!(out.is_empty() && driver.is_here());
     });
+}
+
+/// What waits for it, and what does not need it, is no sign of life.
+#[test]
+fn a_disk_that_hangs_is_noticed_however_much_is_asked() {
+    for (from_memory, reads) in [(false, false), (true, false), (true, true)] {
+        on_a_runtime(async move {
+            let (fatal, mut said) = tokio::sync::mpsc::unbounded_channel();
+            let (mut driver, broken) = hanging(from_memory, move |why| _ = fatal.send(why));
+            come(&mut driver).await;
+            broken.store(true, Ordering::Relaxed);
+            start(&mut driver, 0);
+            let (mut out, mut asked) = (Vec::new(), 0);
+            let mut tick = tokio::time::interval(Duration::from_millis(100));
+            let why = loop {
+                tokio::select! {
+                    biased;
+                    why = said.recv() => break why.expect("a reason"),
+                    () = driver.ready() => driver.turn(&mut out),
+                    _ = tick.tick() => {
+                        asked += 1;
+                        assert!(asked < 200, "from memory {from_memory}, reads {reads}");
+                        if reads {
+                            let answers = driver.answers();
+                            driver.away().read(PG, object(0, 0), Vec::new(), 0, 1, move |_| answers.put(asked));
+                        } else {
+                            start(&mut driver, asked);
+                        }
+                    }
+                }
+            };
+            assert!(why.contains("not answered") && asked > 5, "{why}, asked {asked} times");
+            assert_eq!(out.is_empty(), !from_memory);
+        });
+    }
 }

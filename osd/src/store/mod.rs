@@ -351,7 +351,8 @@ pub trait ConcurrentStore: Store {
     fn stats(&self) -> Stats;
     /// Ends [`ConcurrentStore::wait`] from other threads; the caller arms it.
     fn waker(&self) -> Waker;
-    /// Called again and again while one call looks at very much of the index: the disk does answer.
+    /// Called whenever disk or index have answered, and again and again while one call looks at very much of the index or waits for
+    /// the disk more than once: not of what needs neither.
     fn set_pulse(&mut self, pulse: Pulse);
     /// A descriptor that becomes readable when [`ConcurrentStore::progress`] may have something of the disk; `None` where the disk
     /// must be waited for.

@@ -19,10 +19,13 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Requests taken at a time, so that what has ended is not kept waiting.
 const TAKE_MAX: usize = 256;
+/// Nor for longer than this, where each of them has to look into a slow index: what the disk has answered is a sign of life only
+/// when it is taken (rule S9).
+const TAKE_TIME: Duration = Duration::from_secs(1);
 /// Idle for this long means that write-back disturbs nobody.
 pub(super) const IDLE: Duration = Duration::from_secs(1);
 /// After so many writes that came one at a time a store is calm.
@@ -276,8 +279,8 @@ impl<S: ConcurrentStore> Worker<S> {
         let waker = self.store.waker();
         let mut done = Vec::new();
         loop {
-            let mut taken = 0;
-            while taken < TAKE_MAX {
+            let (mut taken, began) = (0, Instant::now());
+            while taken < TAKE_MAX && began.elapsed() < TAKE_TIME {
                 match self.requests.try_recv() {
                     Ok(request) => self.begin(request),
                     Err(TryRecvError::Empty) => break,

@@ -246,7 +246,6 @@ impl<K: Kv> Index<K> {
         let mut from = prefix.to_vec();
         loop {
             let page = self.scan(prefix, &from, PAGE)?;
-            (self.pulse)();
             let full = page.len() == PAGE;
             if let Some((last, _)) = page.last() {
                 from = last.to_vec();
@@ -258,6 +257,8 @@ impl<K: Kv> Index<K> {
             if !full {
                 return Ok(());
             }
+            // Not for a short look: one may be asked for again and again, and find all in memory while the disk hangs.
+            (self.pulse)();
         }
     }
 

@@ -16,7 +16,7 @@ pub type OnFatal = Box<dyn FnOnce(String) + Send>;
 struct State {
     /// The store's thread is at work; otherwise it waits for requests.
     working: bool,
-    /// Counts what has moved.
+    /// Counts what has moved: answers of the disk and of the index, steps of what takes long, and that work began.
     moves: u64,
     on_fatal: Option<OnFatal>,
     /// The watcher waits to be told of work. It is not told of every request, which would cost as much as one.
@@ -51,15 +51,16 @@ impl Watchdog {
         Watchdog(shared)
     }
 
-    /// Something has moved; from now on the next thing has to within the limit.
+    /// Something is expected of the disk: from now on it has to move within the limit. Said again of a disk that is at work already it
+    /// changes nothing: that more is asked of it is no sign of life.
     pub fn working(&self) {
         self.0.working();
     }
 
-    /// The same for what the store does in one go, on its thread.
+    /// Called when the disk has moved.
     pub fn pulse(&self) -> Pulse {
         let shared = self.0.clone();
-        Box::new(move || shared.working())
+        Box::new(move || shared.state.lock().moves += 1)
     }
 
     /// Nothing is expected of the disk.
@@ -86,7 +87,9 @@ impl Drop for Watchdog {
 impl Shared {
     fn working(&self) {
         let mut state = self.state.lock();
-        state.working = true;
+        if std::mem::replace(&mut state.working, true) {
+            return;
+        }
         state.moves += 1;
         if std::mem::take(&mut state.parked) {
             self.changed.notify_one();
@@ -140,5 +143,23 @@ mod tests {
         assert!(why.contains("not answered"), "{why}");
         dog.fatal("a second reason");
         assert!(rx.recv().is_err(), "once");
+    }
+
+    #[test]
+    fn only_what_moves_is_a_sign_of_life() {
+        let (limit, step) = (Duration::from_millis(500), Duration::from_millis(50));
+        let (tx, rx) = channel();
+        let dog = Watchdog::with_limit(Box::new(move |why| tx.send(why).expect("the test waits")), limit);
+        let pulse = dog.pulse();
+        dog.working();
+        for _ in 0..30 {
+            pulse();
+            assert!(rx.recv_timeout(step).is_err(), "it moves");
+        }
+        let asked = (0..600).find(|_| {
+            dog.working();
+            rx.recv_timeout(step).is_ok()
+        });
+        assert!(asked.is_some());
     }
 }
