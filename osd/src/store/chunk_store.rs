@@ -21,7 +21,7 @@ use super::journal::Ring;
 use super::kv::Kv;
 use super::layout::{self, Geometry, Key, ObjectRecord, Superblock, kind};
 use super::place::{PlaceJob, Returned};
-use super::read::ReadJob;
+use super::read::{PROBE_MAX, ReadJob};
 use super::slots::Slots;
 use super::view::Index;
 use super::wake::Waker;
@@ -36,6 +36,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 /// What a device request was for. The number of the group, read or step is part of its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +84,8 @@ pub struct ChunkStore<D: Device, K: Kv> {
     pub(super) last_fresh: u64,
     pub(super) reads: HashMap<u64, ReadJob>,
     pub(super) next_read: u64,
+    /// [`PROBE_MAX`]; tests have less time.
+    pub(super) probe_max: Duration,
     /// Reads that wait until so many transactions are answered, because one of them changes what they read.
     pub(super) deferred: VecDeque<(u64, u64, Work)>,
     /// Chunks on their way to slots that nothing names yet.
@@ -202,6 +205,7 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             last_fresh: 0,
             reads: HashMap::new(),
             next_read: 0,
+            probe_max: PROBE_MAX,
             deferred: VecDeque::new(),
             placing: HashMap::new(),
             next_place: 0,

@@ -614,7 +614,8 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
                     let from = self.geometry.slot_block(slot) + u64::from(bit);
                     for i in 0..len as usize {
                         let into = &mut image.blocks_mut()[at + i..at + i + 1];
-                        if self.device.read_now(from + i as u64, into).is_err() {
+                        // However long that takes: not to try would lose what may be the last good copy.
+                        if self.read_one(from + i as u64, into).is_err() {
                             into[0].0.fill(0);
                         }
                     }

@@ -1,11 +1,19 @@
 //! Disks that fail, fill up, rot, lie and mix up: found, reported, and never served as good data.
 
+use super::buffer::Block;
 use super::crash_tests::small_disk;
+use super::device::{Completion, Device, Request};
 use super::layout::{Geometry, kind};
 use super::model::*;
+use super::sim::{SimDevice, SimKv};
 use super::tests::IDENTITY;
+use super::watchdog::Watchdog;
 use super::*;
 use gabion_proto::limits::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 const PG: PgId = PGS[0];
 const JOURNAL: u32 = 256;
@@ -322,17 +330,102 @@ fn another_format_and_another_disks_index_are_refused() {
 
 #[test]
 fn a_disk_that_hangs_stops_its_osd() {
-    use super::watchdog::Watchdog;
-    let (tx, rx) = std::sync::mpsc::channel();
+    let (tx, rx) = channel();
     let told = Box::new(move |why| tx.send(why).expect("somebody listens"));
-    let watchdog = Watchdog::with_limit(told, std::time::Duration::from_millis(20));
+    let watchdog = Watchdog::with_limit(told, Duration::from_millis(20));
     watchdog.working();
-    let why = rx.recv_timeout(std::time::Duration::from_secs(60)).expect("it barks");
+    let why = rx.recv_timeout(Duration::from_secs(60)).expect("it barks");
     assert!(why.contains("not answered"), "{why}");
     // Once is enough.
     watchdog.fatal("again");
     drop(watchdog);
     assert!(rx.recv().is_err());
+}
+
+/// A disk that tries for long before it says that it cannot read something.
+struct Slow {
+    disk: SimDevice,
+    takes: Duration,
+    failed: Arc<AtomicU32>,
+}
+
+impl Device for Slow {
+    fn blocks(&self) -> u64 {
+        self.disk.blocks()
+    }
+    fn submit(&mut self, tag: u64, request: Request) {
+        self.disk.submit(tag, request);
+    }
+    fn complete(&mut self, out: &mut Vec<Completion>) {
+        self.disk.complete(out);
+    }
+    fn wait(&mut self) {
+        self.disk.wait();
+    }
+    fn waker(&self) -> Waker {
+        self.disk.waker()
+    }
+    fn read_now(&mut self, block: u64, buffer: &mut [Block]) -> io::Result<()> {
+        let result = self.disk.read_now(block, buffer);
+        if result.is_err() {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(self.takes);
+        }
+        result
+    }
+    fn traffic(&self) -> Traffic {
+        self.disk.traffic()
+    }
+}
+
+/// A chunk of which these blocks cannot be read, each after `takes`.
+fn slow(bad: impl IntoIterator<Item = u64>, takes: Duration) -> (ChunkStore<Slow, SimKv>, Arc<AtomicU32>) {
+    let disk = small_disk(JOURNAL, 1);
+    let mut store = disk.open().expect("opens");
+    assert_eq!(store.commit(vec![txn(vec![write(0, 0, 0, 32, 7)])]), [Ok(())]);
+    assert_eq!(store.background(), Ok(false));
+    drop(store);
+    bad.into_iter().for_each(|block| disk.set_unreadable(slot(0) + block, true));
+    let (device, kv) = disk.parts().expect("an eventfd");
+    let failed = Arc::new(AtomicU32::new(0));
+    let device = Slow { disk: device, takes, failed: failed.clone() };
+    (ChunkStore::open(device, kv, 2).expect("opens"), failed)
+}
+
+#[test]
+fn a_disk_that_needs_long_for_each_of_many_blocks_does_answer() {
+    let (store, failed) = slow((0..15).step_by(2), Duration::from_millis(300));
+    let (fatal, said) = channel();
+    let watchdog = Watchdog::with_limit(Box::new(move |why| _ = fatal.send(why)), Duration::from_secs(1));
+    let (mut worker, handle) = thread::worker(store, 8, watchdog, false);
+    thread::spawn(move || _ = worker.run());
+    let (tx, rx) = channel();
+    handle.read(PG, object(0, 0), Vec::new(), 0, 32, move |result| _ = tx.send(result));
+    let result = rx.recv().expect("an answer");
+    assert!(matches!(result, Err(StoreError::Unreadable { block: 0, .. })), "{result:?}");
+    assert_eq!((failed.swap(0, Ordering::Relaxed), said.try_recv().ok()), (8, None));
+    // So large that what is left of the chunk is copied.
+    let (tx, rx) = channel();
+    handle.commit(txn(vec![write(0, 1, 15, 17, 8)]), move |result| _ = tx.send(result));
+    assert_eq!(rx.recv(), Ok(Ok(())));
+    assert_eq!((failed.load(Ordering::Relaxed), said.try_recv().ok()), (8, None));
+}
+
+/// Everybody waits for it: a read that has failed need not be as complete as it could be.
+#[test]
+fn no_read_that_fails_takes_for_ever() {
+    let takes = Duration::from_millis(100);
+    let (mut store, failed) = slow((0..15).step_by(2), takes);
+    store.probe_max = takes * 5 / 2;
+    let result = read(&mut store, 0, 0, 32);
+    let Err(StoreError::Unreadable { block: 0, rest: Some(rest), .. }) = result else { panic!("{result:?}") };
+    assert!((1..=3).contains(&failed.load(Ordering::Relaxed)), "{failed:?} were tried");
+    // What was not tried is not served.
+    assert!(rest.bad.iter().any(|(_, block, _)| *block == 31) && stamps(&rest.content).len() < 6, "{rest:?}");
+    // None has failed: no time is too long.
+    let (mut store, _) = slow([], takes);
+    store.probe_max = Duration::ZERO;
+    assert_eq!(read(&mut store, 0, 0, 32), Ok(blocks(0, 32, 7)));
 }
 
 /// A group whose keys are more than a record could name one by one.

@@ -1,6 +1,6 @@
 //! Reads: layers resolved per block, overlay before slot, every checksum verified where it is served.
 
-use super::buffer::BlocksMut;
+use super::buffer::{Block, BlocksMut};
 use super::chunk_store::{ChunkStore, Purpose};
 use super::device::{Device, ReadPart, Request};
 use super::kv::Kv;
@@ -13,11 +13,14 @@ use gabion_proto::limits::*;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// A mismatch may come from write-back that overtook the read; one that stays is damage.
 const ATTEMPTS_MAX: u32 = 4;
-/// So many blocks of a read may fail before the others are not tried any more: each may cost the disk seconds.
+/// So many blocks of a read may fail before the others are not tried any more: each may cost the disk seconds, and everybody waits.
 const FAILED_MAX: usize = 16;
+/// Nor are they when this has taken so long and some have failed.
+pub(super) const PROBE_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
@@ -261,14 +264,17 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
         whole: io::Error,
     ) -> BTreeMap<usize, String> {
         tracing::warn!(object = %job.object, error = %whole, "a read failed; trying block by block");
-        let mut failed = BTreeMap::new();
+        let (mut failed, began) = (BTreeMap::new(), Instant::now());
         for part in &job.parts {
             for i in 0..part.count {
                 let at = part.at + i;
                 let block = part.block + i as u64;
-                let read = match failed.len() < FAILED_MAX {
-                    true => self.device.read_now(block, &mut buffer.blocks_mut()[at..at + 1]),
-                    false => Err(io::Error::other("too many others could not be read")),
+                // What can be read slowly is worth the time as long as it may be all.
+                let give_up =
+                    failed.len() >= FAILED_MAX || (!failed.is_empty() && began.elapsed() >= self.probe_max);
+                let read = match give_up {
+                    false => self.read_one(block, &mut buffer.blocks_mut()[at..at + 1]),
+                    true => Err(io::Error::other("too many others could not be read")),
                 };
                 if let Err(e) = read {
                     failed.insert(at, e.to_string());
@@ -276,6 +282,13 @@ impl<D: Device, K: Kv> ChunkStore<D, K> {
             }
         }
         failed
+    }
+
+    /// Reads at once what the disk may need seconds for. It has answered then, also where it cannot read (rule S9).
+    pub(super) fn read_one(&mut self, block: u64, into: &mut [Block]) -> io::Result<()> {
+        let result = self.device.read_now(block, into);
+        (self.index.pulse)();
+        result
     }
 
     fn finish_read(&mut self, job: ReadJob, buffer: BlocksMut) {

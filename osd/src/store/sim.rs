@@ -281,7 +281,7 @@ impl SimDisk {
         })))
     }
 
-    fn parts(&self) -> Result<(SimDevice, SimKv), StoreError> {
+    pub(super) fn parts(&self) -> Result<(SimDevice, SimKv), StoreError> {
         // Requests of an earlier store are gone with it; what they wrote is volatile.
         self.0.lock().pending.clear();
         let waker = Waker::new().map_err(|e| StoreError::Fatal(format!("no eventfd: {e}")))?;
