@@ -21,6 +21,7 @@
 
 mod clients;
 mod connections;
+mod drain;
 mod metrics;
 mod monitors;
 mod peers;

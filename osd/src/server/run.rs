@@ -2,6 +2,7 @@
 
 use super::clients::{self, Origin};
 use super::connections::Connections;
+use super::drain::{Fatal, drain, reload};
 use super::metrics::Figures;
 use super::monitors::Monitors;
 use super::peers::Peers;
@@ -183,13 +184,15 @@ pub async fn serve(
         match shell.run(booted, start, &stop).instrument(span).await? {
             End::Stop => {
                 shell.monitors.goodbye(identity.osd, incarnation).await;
-                shell.drain().await;
-                return Ok(());
+                return shell.drain(&stop).await;
             }
             End::Deposed => {
                 warn!(osd = %identity.osd, %incarnation, "not up any more, booting again");
-                shell.drain().await;
-                start = shell.reload().await?;
+                shell.drain(&stop).await?;
+                match reload(&mut shell.store, &mut shell.fatal, &stop).await? {
+                    Some(pgs) => start = pgs,
+                    None => return Ok(()),
+                }
             }
         }
     }
@@ -230,7 +233,7 @@ struct Shell {
     inputs: mpsc::Receiver<Input>,
     answers: mpsc::Receiver<Answer>,
     answer_tx: mpsc::Sender<Answer>,
-    fatal: watch::Receiver<Option<String>>,
+    fatal: Fatal,
     connections: Connections,
     /// So that a heartbeat never waits behind thousands of reports.
     report_turns: Arc<Semaphore>,
@@ -519,23 +522,8 @@ impl Shell {
     }
 
     /// Waits until the store has answered everything.
-    async fn drain(&mut self) {
+    async fn drain(&mut self, stop: &CancellationToken) -> Result<(), ServerError> {
         self.backlog.clear();
-        self.store.away();
-        while self.outstanding > 0 {
-            self.store.ready().await;
-            self.store.turn(&mut self.answered);
-            self.outstanding -= self.answered.drain(..).len();
-        }
-    }
-
-    /// The groups as the store has them now, for the next run.
-    async fn reload(&mut self) -> Result<StartState, ServerError> {
-        let (tx, rx) = tokio::sync::oneshot::channel();
-        self.store.away().pgs(move |result| {
-            let _ = tx.send(result);
-        });
-        let pgs = rx.await.map_err(|_| ServerError::Other("the store's thread is gone".into()))?;
-        Ok(pgs?)
+        drain(&mut self.store, &mut self.outstanding, &mut self.fatal, stop).await
     }
 }

@@ -61,6 +61,10 @@ impl<S: ConcurrentStore, T> Answers<S, T> {
         }
     }
 
+    fn take_back(&self) -> Option<Box<Worker<S>>> {
+        self.0.lock().store.take()
+    }
+
     fn give_back(&self, store: Box<Worker<S>>) {
         let mut inbox = self.0.lock();
         inbox.store = Some(store);
@@ -130,10 +134,14 @@ impl<S: ConcurrentStore + 'static, T: Send + 'static> StoreDriver<S, T> {
         }
     }
 
-    /// The store's thread, which has the store from now on.
+    /// The store's thread, which has the store from now on. Answers may take until [`StoreDriver::turn`]: the store may be about to
+    /// come.
     pub fn away(&mut self) -> &StoreHandle {
         if let Some(here) = self.here.take() {
             self.send_away(here.worker);
+        } else if let Some(worker) = self.answers.take_back() {
+            // It was to come, and nobody may take it there before there is an answer.
+            self.send_away(worker);
         }
         &self.handle
     }

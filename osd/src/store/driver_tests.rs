@@ -471,3 +471,22 @@ fn a_disk_that_hangs_is_noticed_however_much_is_asked() {
         });
     }
 }
+
+/// Nobody takes it there before.
+#[test]
+fn a_store_that_is_on_its_way_back_answers() {
+    on_a_runtime(async {
+        let (mut driver, _) = hanging::<u64>(false, |why| panic!("{why}"));
+        for _ in 0..4 {
+            let (tx, rx) = tokio::sync::oneshot::channel();
+            driver.away().commit(any_write(), |result| _ = tx.send(result));
+            rx.await.expect("an answer").expect("works");
+        }
+        driver.ready().await;
+        assert!(!driver.is_here());
+        let (tx, rx) = tokio::sync::oneshot::channel();
+        driver.away().pgs(|result| _ = tx.send(result));
+        let pgs = tokio::time::timeout(Duration::from_secs(20), rx).await.expect("in time");
+        assert_eq!(pgs.expect("an answer").map(|pgs| pgs.len()), Ok(1));
+    });
+}

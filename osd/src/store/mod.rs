@@ -24,7 +24,7 @@ mod digest;
 mod division_tests;
 pub mod driver;
 #[cfg(test)]
-mod driver_tests;
+pub(crate) mod driver_tests;
 mod dump;
 #[cfg(test)]
 mod fault_tests;
