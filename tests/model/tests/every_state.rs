@@ -22,9 +22,12 @@ fn search(c: &Configuration, states_max: usize) -> u64 {
 
 #[test]
 fn nothing_that_clients_saw_is_ever_lost() {
-    let short = all().into_iter().filter(|c| !c.long);
-    let events = short.fold(0, |events, c| events | search(&c, 10_000_000));
-    let never: Vec<_> = Event::ALL.into_iter().filter(|e| events & e.bit() == 0).collect();
+    let (long, short): (Vec<_>, Vec<_>) = all().into_iter().partition(|c| c.long);
+    let events = short.iter().fold(0, |events, c| events | search(c, 10_000_000));
+    // These take many writes.
+    let later: Vec<&Event> = long.iter().flat_map(|c| c.reaches).collect();
+    let never = Event::ALL.into_iter().filter(|e| events & e.bit() == 0 && !later.contains(&e));
+    let never: Vec<_> = never.collect();
     assert!(never.is_empty(), "never reached: {never:?}");
 }
 
