@@ -474,6 +474,29 @@ fn a_disk_that_hangs_is_noticed_however_much_is_asked() {
     }
 }
 
+/// Reads that need nothing of the disk, one after the other for longer than the disk may be silent.
+#[test]
+fn a_disk_that_owes_nothing_is_not_called_silent() {
+    on_a_runtime(async {
+        let (fatal, mut said) = tokio::sync::mpsc::unbounded_channel();
+        let (mut driver, _) = hanging::<u64>(true, move |why| _ = fatal.send(why));
+        let (began, mut asked, mut answered) = (std::time::Instant::now(), 0, 0);
+        let mut out = Vec::new();
+        while began.elapsed() < Duration::from_secs(3) {
+            while asked - answered < 1_000 {
+                asked += 1;
+                let (answers, n) = (driver.answers(), asked);
+                driver.away().read(PG, object(0, 0), Vec::new(), 0, 1, move |_| answers.put(n));
+            }
+            driver.ready().await;
+            driver.turn(&mut out);
+            answered += out.drain(..).count() as u64;
+        }
+        assert!(said.try_recv().is_err(), "after {asked} reads");
+        assert!(answered > 2_000, "only {answered}");
+    });
+}
+
 /// Nobody takes it there before.
 #[test]
 fn a_store_that_is_on_its_way_back_answers() {

@@ -295,6 +295,10 @@ impl<S: ConcurrentStore> Worker<S> {
             let moved = self.store.progress(&mut done);
             self.hand_out(&mut done);
             if moved || taken == TAKE_MAX {
+                // What was answered from memory asked nothing of the disk.
+                if !self.store.busy() {
+                    self.watchdog.idle();
+                }
                 continue;
             }
             if self.store.busy() {

@@ -8,7 +8,7 @@
 //!
 //! Who holds a later version of the same interval holds the lost one, and more: writes that nobody was told of. The object may *go on* to
 //! that if nobody was shown it without them since that interval ended. The mark says that, too, with the version itself as the lowest one: it is made when nobody
-//! holds what the last interval that served knew of, and keeps the object hidden until every acting member has it.
+//! holds what the last interval that served knew of, and keeps the object hidden until an acting member has it when an interval begins, or all have it.
 //!
 //! That nobody of the authority disagreed is no proof that a version was acknowledged: who could have disagreed may have been away.
 //! While no later interval has served, they can still deny it when they are back (see [`denied`]).
@@ -21,12 +21,18 @@ use gabion_proto::map::PastInterval;
 pub fn wanted(
     told: &BTreeMap<OsdId, Told>,
     highest: Epoch,
-    past: &[PastInterval],
+    (past, acting): (&[PastInterval], &BTreeSet<OsdId>),
     skip: impl Fn(&ObjectId) -> bool,
 ) -> BTreeMap<ObjectId, Needed> {
+    let here = |o: &ObjectId, n: &Needed| told.iter().any(|(osd, t)| acting.contains(osd) && t.has(o, n));
+    // Once an acting member has it, it is shown from there, and what is missed is that and nothing later.
+    let shown = |o: &ObjectId, n: Needed| match n.uncertain == Some(n.version) && here(o, &n) {
+        true => Needed { uncertain: None, ..n },
+        false => n,
+    };
     let known = told.values().filter(|t| t.activated == highest).flat_map(|t| t.entries.keys());
     let objects: BTreeSet<ObjectId> = known.copied().filter(|o| !skip(o)).collect();
-    objects.into_iter().filter_map(|o| Some((o, needed(told, highest, past, &o)?))).collect()
+    objects.into_iter().filter_map(|o| Some((o, shown(&o, needed(told, highest, past, &o)?)))).collect()
 }
 
 fn needed(

@@ -32,6 +32,7 @@ use gabion_proto::limits::*;
 
 /// A piece that did not come is asked for again.
 const ASK_AGAIN_MS: Millis = 700;
+const ASK_AGAIN_MAX_MS: Millis = 5_000;
 /// A primary that says nothing for this long does not bring the object any more, or under another number.
 const FORGET_MS: Millis = 20_000;
 
@@ -84,6 +85,11 @@ pub struct Intake {
 }
 
 impl Intake {
+    /// Its source has said something not long ago.
+    pub fn is_alive(&self, now: Millis) -> bool {
+        now < self.heard + FORGET_MS
+    }
+
     pub fn new(from: OsdId, tid: u64, version: Version, over: Option<Version>, now: Millis) -> Intake {
         Intake {
             tid,
@@ -508,7 +514,7 @@ impl Pg {
             self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
         }
         // Less and less often, of somebody who is slow.
-        let patience = |i: &Intake| ASK_AGAIN_MS.max(i.since.saturating_sub(i.asked));
+        let patience = |i: &Intake| i.since.saturating_sub(i.asked).clamp(ASK_AGAIN_MS, ASK_AGAIN_MAX_MS);
         let wanted = |o: &ObjectId, i: &Intake| match &self.phase {
             Phase::Active(a) => i.from != own && a.recovery.is_under_way(o, i.tid),
             _ => true,

@@ -227,6 +227,9 @@ impl Pg {
             .iter()
             .filter(|(o, t)| !t.complete && up.contains(o))
             .any(|(o, t)| acting.contains(o) || cx.now < t.heard + STRAY_PATIENCE_MS);
+        // Members of earlier intervals may have something else instead of what was lost (rule P3g).
+        let hidden = self.code.is_none() && self.index.missing.values().any(|n| n.uncertain.is_some());
+        let unheard = hidden && !silent.is_empty() && cx.now < self.since + STRAY_PATIENCE_MS;
         let ask = p.asked.is_none_or(|t| cx.now >= t + ASK_AGAIN_MS);
         if ask {
             if p.asked.is_some() {
@@ -268,7 +271,7 @@ impl Pg {
         // Everybody who answered should also have listed, so that no source is overlooked. That an earlier primary, which
         // may still serve reads under its lease, knows of this interval is for the monitors to see (rule P6): they
         // hear from it even when this OSD does not.
-        if p.waiting_for.is_empty() && !listing {
+        if p.waiting_for.is_empty() && !listing && !unheard {
             self.choose_history(cx);
             return;
         }
@@ -312,7 +315,10 @@ impl Pg {
         }
         let removed = |o: &ObjectId| is_removed(cx.map, o);
         let wanted = match &self.code {
-            None => history::wanted(&told, highest, &self.record.past, removed),
+            None => {
+                let acting = self.record.members().collect();
+                history::wanted(&told, highest, (&self.record.past, &acting), removed)
+            }
             Some(_) => shards::wanted(&told, highest, &self.record.past, removed),
         };
         let back = shards::rollbacks(&told, &wanted, self.record.members(), removed);

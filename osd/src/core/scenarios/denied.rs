@@ -164,7 +164,10 @@ fn a_doubt_that_the_last_interval_knew_outlives_one_that_forgot_it() {
         own.listing.missing.push((object(0), needed));
         survivors(own, misses(v(1), None), vec![past(5, &[4, 1, 2]), past(6, &[4, 1])])
     };
-    let rig = doubted(Some(version(3, 1)));
+    let mut rig = doubted(Some(version(3, 1)));
+    // osd.2 says nothing.
+    rig.tick(3_000);
+    rig.activates(3);
     assert_eq!(unfound(&rig), 0);
     assert_eq!(activated_with(&rig), [misses(version(3, 1), None)]);
     waits(doubted(None), "6 knew of no doubt, and may have shown it");

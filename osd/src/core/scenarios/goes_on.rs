@@ -48,6 +48,7 @@ fn it_goes_on_to_a_later_version_of_its_interval() {
     rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
     rig.interval(10, &[1, 5], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
     rig.tells(5, 5, &[has(0, version(5, 2))]);
+    rig.tells(2, 7, &[misses(open(1))]);
     rig.activates(5);
     assert_eq!(unfound(&rig), 0);
     let own: Vec<&TxnOp> = rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).collect();
@@ -80,7 +81,55 @@ fn a_stray_with_a_later_version_is_heard() {
     rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
     rig.map.epoch = Epoch(8);
     rig.publish();
+    // Not at once: the last interval should have heard of it.
+    rig.tells(5, 5, &[has(0, version(5, 2))]);
+    assert!(rig.core.stuck_peers().is_empty());
+    rig.tick(10_000);
     rig.tells(5, 5, &[has(0, version(5, 2))]);
     let stuck: Vec<u32> = rig.core.stuck_peers().iter().map(|s| s.peer).collect();
     assert_eq!(stuck, [1], "a new interval is needed");
+}
+
+/// It is asked before anything is chosen: otherwise each interval would end as soon as it is heard.
+#[test]
+fn a_stray_that_is_up_is_waited_for() {
+    let mut rig = noted_and_written_over();
+    rig.listing.missing[0].1 = open(1);
+    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
+    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    rig.interval(10, &[1, 2], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
+    rig.tells(2, 7, &[misses(open(1))]);
+    assert!(rig.sent.contains(&(OsdId(5), PeerBody::Query)) && activated_with(&rig).is_empty());
+    rig.tells(5, 5, &[has(0, version(5, 2))]);
+    assert_eq!(activated_with(&rig), [misses(open(2))]);
+    assert_eq!(unfound(&rig), 0);
+}
+
+/// As long as it is up and says nothing for some seconds.
+#[test]
+fn a_stray_that_is_silent_is_not_waited_for_long() {
+    let mut rig = noted_and_written_over();
+    rig.listing.missing[0].1 = open(1);
+    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    rig.interval(10, &[1, 2], vec![past(5, &[4, 5, 1])]);
+    rig.tells(2, 3, &[]);
+    assert!(activated_with(&rig).is_empty());
+    rig.tick(3_000);
+    assert_eq!(activated_with(&rig), [misses(open(1))]);
+}
+
+/// An acting member has it as it was: it is shown from there, whoever else lacks it.
+#[test]
+fn what_an_acting_member_has_is_not_hidden() {
+    let mut rig = noted_and_written_over();
+    rig.listing.missing[0].1 = open(1);
+    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
+    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    rig.interval(10, &[1, 5], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
+    rig.tells(2, 7, &[misses(open(1))]);
+    rig.tells(5, 5, &[has(0, version(5, 1))]);
+    rig.activates(5);
+    let own: Vec<&TxnOp> = rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).collect();
+    let needed = Needed::certain(version(5, 1), false);
+    assert_eq!(own, [&TxnOp::AddMissing { object: object(0), needed }]);
 }

@@ -76,6 +76,23 @@ pub fn choose(
     authority_rule: bool,
     only_doubt_goes_back: bool,
     served: Served<'_>,
+    acting: Set,
+) -> Option<Choice> {
+    let mut choice = choose_hidden(told, authority_rule, only_doubt_goes_back, served)?;
+    let needed = &mut choice.needed;
+    let here = || members(acting).filter_map(|m| told[m as usize]).any(|t| has_it(&t, needed));
+    // It is shown from there, and what is missed is that and nothing later.
+    if needed.uncertain == Some(needed.version) && here() {
+        needed.uncertain = None;
+    }
+    Some(choice)
+}
+
+fn choose_hidden(
+    told: &[Option<Told>; OSDS],
+    authority_rule: bool,
+    only_doubt_goes_back: bool,
+    served: Served<'_>,
 ) -> Option<Choice> {
     let mut all: Vec<Entry> = told.iter().flatten().filter_map(entry).collect();
     let mut denied = false;

@@ -119,7 +119,7 @@ impl Group {
             members(record.past).map(|p| (p, s.monitors.intervals[p as usize].acting)).collect();
         let only_last = self.keeps(Rule::OnlyTheLastDenies);
         let served = history::Served { intervals: &intervals, only_last };
-        let choice = history::choose(&all, self.keeps(Rule::Authority), only_doubt, served);
+        let choice = history::choose(&all, self.keeps(Rule::Authority), only_doubt, served, record.acting);
         let Some(choice) = choice else { return };
         let lacking = members(record.acting).filter(|m| {
             let told = all[*m as usize].unwrap_or_default();

@@ -46,7 +46,9 @@ impl Pg {
         // The only source may need long for a disk that is failing: it is asked again and again, and not from the beginning.
         let alone = |o: &ObjectId, w: &Work| match w.stage {
             Stage::Pulling { from } => {
-                cx.map.up_osd(from).is_some() && a.recovery.source_but(o, &[from].into(), cx.map).is_none()
+                self.intakes.get(o).is_some_and(|i| i.is_alive(cx.now))
+                    && cx.map.up_osd(from).is_some()
+                    && a.recovery.source_but(o, &[from].into(), cx.map).is_none()
             }
             _ => false,
         };

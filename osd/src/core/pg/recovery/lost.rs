@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// For what somebody may have instead of what nobody has a new interval is begun no earlier than this.
+const INSTEAD_AFTER_MS: Millis = 10_000;
+
 impl Pg {
     /// The own copy cannot be read: it is missing from now on, durably, and comes back from another holder.
     /// While none is known, members of earlier intervals are asked. False when nobody else can have it.
@@ -290,6 +293,7 @@ impl Pg {
             };
             // Nobody has it. This it may be instead, which the next interval decides (rule P3g).
             if r.coded.is_none()
+                && cx.now >= self.since + INSTEAD_AFTER_MS
                 && r.is_unfound(own, &e.object)
                 && wanted.zip(e.copy()).is_some_and(|(n, (version, _))| n.may_become(version))
             {

@@ -174,7 +174,7 @@ impl Pg {
             // Somebody does not answer, or its writes do not end.
             cx.takes(Branch::ScrubLetsGo);
             pass.unread.retain(|o| *o != object);
-            pass.again.insert(object, Again { tries: 0, due: cx.now + LET_GO_MS, deep: pass.deep });
+            pass.again.insert(object, Again { tries: TRIES_MAX, due: cx.now + LET_GO_MS, deep: pass.deep });
             pass.batch = None;
             (a.scrub.own, a.scrub.parity) = (None, None);
             return self.resume(cx);
