@@ -532,8 +532,9 @@ fn two_and_two_never_drops_what_was_promised() {
     is_searched(&TWO_AND_TWO);
 }
 
-/// What is written over what is not committed yet.
+/// What is written over what is not committed yet. Two data shards and one of parity are searched so every time.
 #[test]
+#[ignore = "takes half a minute"]
 fn two_and_two_never_drops_what_was_promised_and_written_over() {
     is_searched(&Limits { writes: 2, ..TWO_AND_TWO });
 }
