@@ -82,8 +82,6 @@ branches! {
     PushRefused,
     /// Recovery: the own disk did not take what was recovered.
     OwnRefused,
-    /// Scrub: writes have waited long enough for it.
-    ScrubLetsGo,
     /// Recovery: members of earlier intervals are asked for what is unfound.
     AskStrays,
     /// Recovery: one of them has it.
@@ -194,6 +192,8 @@ branches! {
     ScrubPutOff,
     /// Scrub: its writes wait.
     ScrubHoldsWrites,
+    /// Scrub: writes have waited long enough for it.
+    ScrubLetsGo,
     /// Scrub: copies are replaced.
     ScrubReplaces,
     /// Scrub: every copy is unreadable somewhere; they are put together.

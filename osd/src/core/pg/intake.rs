@@ -511,7 +511,7 @@ impl Pg {
         let (own, now) = (cx.id, cx.now);
         // A primary changes the source.
         if self.member().is_some() {
-            self.intakes.retain(|_, i| i.step != Step::Asked || now < i.heard + FORGET_MS);
+            self.intakes.retain(|_, i| i.step != Step::Asked || i.is_alive(now));
         }
         // Less and less often, of somebody who is slow.
         let patience = |i: &Intake| i.since.saturating_sub(i.asked).clamp(ASK_AGAIN_MS, ASK_AGAIN_MAX_MS);

@@ -228,8 +228,9 @@ impl Pg {
             .filter(|(o, t)| !t.complete && up.contains(o))
             .any(|(o, t)| acting.contains(o) || cx.now < t.heard + STRAY_PATIENCE_MS);
         // Members of earlier intervals may have something else instead of what was lost (rule P3g).
-        let hidden = self.code.is_none() && self.index.missing.values().any(|n| n.uncertain.is_some());
-        let unheard = hidden && !silent.is_empty() && cx.now < self.since + STRAY_PATIENCE_MS;
+        let may_be_heard =
+            self.code.is_none() && !silent.is_empty() && cx.now < self.since + STRAY_PATIENCE_MS;
+        let unheard = may_be_heard && self.index.missing.values().any(|n| n.uncertain.is_some());
         let ask = p.asked.is_none_or(|t| cx.now >= t + ASK_AGAIN_MS);
         if ask {
             if p.asked.is_some() {

@@ -18,6 +18,24 @@ fn noted_and_written_over() -> Rig {
     rig
 }
 
+/// The same, after interval 7, of which this is what it noted. osd.5 is back.
+fn written_over_and_back(noted: Needed) -> Rig {
+    let mut rig = noted_and_written_over();
+    rig.listing.missing[0].1 = noted;
+    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
+    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    rig
+}
+
+/// What it notes itself.
+fn notes(rig: &Rig) -> Vec<TxnOp> {
+    rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).cloned().collect()
+}
+
+fn needs(needed: Needed) -> [TxnOp; 1] {
+    [TxnOp::AddMissing { object: object(0), needed }]
+}
+
 fn open(counter: u32) -> Needed {
     Needed { uncertain: Some(version(5, 1)), ..Needed::certain(version(5, counter), false) }
 }
@@ -33,8 +51,7 @@ fn what_nobody_has_any_more_is_noted_as_hidden() {
     rig.interval(7, &[1, 2], vec![past(5, &[4, 5, 1])]);
     rig.tells(2, 3, &[]);
     rig.activates(2);
-    let own: Vec<&TxnOp> = rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).collect();
-    assert_eq!(own, [&TxnOp::AddMissing { object: object(0), needed: open(1) }]);
+    assert_eq!(notes(&rig), needs(open(1)));
     assert_eq!(activated_with(&rig), [misses(open(1))]);
     assert_eq!(unfound(&rig), 1);
 }
@@ -42,17 +59,13 @@ fn what_nobody_has_any_more_is_noted_as_hidden() {
 /// Who has it with more is back, as a member. As the simulator found it (`--from 300374`): the object waited for ever.
 #[test]
 fn it_goes_on_to_a_later_version_of_its_interval() {
-    let mut rig = noted_and_written_over();
-    rig.listing.missing[0].1 = open(1);
-    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
-    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    let mut rig = written_over_and_back(open(1));
     rig.interval(10, &[1, 5], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
     rig.tells(5, 5, &[has(0, version(5, 2))]);
     rig.tells(2, 7, &[misses(open(1))]);
     rig.activates(5);
     assert_eq!(unfound(&rig), 0);
-    let own: Vec<&TxnOp> = rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).collect();
-    assert_eq!(own, [&TxnOp::AddMissing { object: object(0), needed: open(2) }]);
+    assert_eq!(notes(&rig), needs(open(2)));
     rig.read(0, 0);
     assert!(rig.reads.is_empty(), "it is shown when both have it");
 }
@@ -60,9 +73,7 @@ fn it_goes_on_to_a_later_version_of_its_interval() {
 /// Somebody was shown the older one meanwhile: what was never acknowledged must not appear behind it.
 #[test]
 fn what_was_shown_does_not_go_on() {
-    let mut rig = noted_and_written_over();
-    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
-    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    let mut rig = written_over_and_back(Needed::certain(version(5, 1), false));
     rig.interval(10, &[1, 5], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
     rig.tells(5, 5, &[has(0, version(5, 2))]);
     rig.activates(5);
@@ -93,10 +104,7 @@ fn a_stray_with_a_later_version_is_heard() {
 /// It is asked before anything is chosen: otherwise each interval would end as soon as it is heard.
 #[test]
 fn a_stray_that_is_up_is_waited_for() {
-    let mut rig = noted_and_written_over();
-    rig.listing.missing[0].1 = open(1);
-    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
-    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    let mut rig = written_over_and_back(open(1));
     rig.interval(10, &[1, 2], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
     rig.tells(2, 7, &[misses(open(1))]);
     assert!(rig.sent.contains(&(OsdId(5), PeerBody::Query)) && activated_with(&rig).is_empty());
@@ -121,15 +129,10 @@ fn a_stray_that_is_silent_is_not_waited_for_long() {
 /// An acting member has it as it was: it is shown from there, whoever else lacks it.
 #[test]
 fn what_an_acting_member_has_is_not_hidden() {
-    let mut rig = noted_and_written_over();
-    rig.listing.missing[0].1 = open(1);
-    rig.listing.meta = Some(PgMeta { promised: Epoch(7), activated: Epoch(7), ..PgMeta::default() });
-    rig.map.osds.get_mut(&OsdId(5)).unwrap().up = true;
+    let mut rig = written_over_and_back(open(1));
     rig.interval(10, &[1, 5], vec![past(5, &[4, 5, 1]), past(7, &[1, 2])]);
     rig.tells(2, 7, &[misses(open(1))]);
     rig.tells(5, 5, &[has(0, version(5, 1))]);
     rig.activates(5);
-    let own: Vec<&TxnOp> = rig.ops().filter(|op| matches!(op, TxnOp::AddMissing { .. })).collect();
-    let needed = Needed::certain(version(5, 1), false);
-    assert_eq!(own, [&TxnOp::AddMissing { object: object(0), needed }]);
+    assert_eq!(notes(&rig), needs(Needed::certain(version(5, 1), false)));
 }

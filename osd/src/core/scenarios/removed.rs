@@ -32,14 +32,19 @@ fn member() -> Rig {
 fn purged_member() -> Rig {
     let mut rig = member();
     rig.hear(2, PeerBody::Activate { page: 0, missing: Vec::new(), last: true });
+    purges(&mut rig);
+    rig
+}
+
+/// Volume 3 is removed, and it hears of that.
+fn purges(rig: &mut Rig) {
     rig.map.epoch = Epoch(11);
     rig.map.removed_volumes = [VolumeId(3)].into();
     rig.publish();
     for _ in 0..3 {
         rig.tick(100);
     }
-    assert_eq!(purged(&mut rig).len(), 2);
-    rig
+    assert_eq!(purged(rig).len(), 2);
 }
 
 #[test]
@@ -80,13 +85,7 @@ fn a_late_write_to_a_removed_volume_is_purged_again() {
 #[test]
 fn what_an_activation_names_of_a_removed_volume_is_purged_again() {
     let mut rig = member();
-    rig.map.epoch = Epoch(11);
-    rig.map.removed_volumes = [VolumeId(3)].into();
-    rig.publish();
-    for _ in 0..3 {
-        rig.tick(100);
-    }
-    assert_eq!(purged(&mut rig).len(), 2);
+    purges(&mut rig);
     let lacks = foreign(3, 5);
     let entry = ObjectEntry { missing: true, ..ObjectEntry::here(lacks, version(5, 1), false) };
     rig.hear(2, PeerBody::Activate { page: 0, missing: vec![entry], last: true });

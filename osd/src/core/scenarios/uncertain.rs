@@ -210,18 +210,25 @@ fn a_member_keeps_the_mark() {
     assert!(matches!(&rig.sent[..], [(_, PeerBody::List { entries, .. })] if entries[..] == [listed]));
 }
 
+/// Of a pool 2+2 osd.1 holds this shard of the object, w beside b, and was last active in that interval.
+fn pending_shard(number: u8, activated: u64, (b, w): (Version, Version)) -> Rig {
+    let mut rig = Rig::new(&[]);
+    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
+        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
+    }
+    let shard = Some(crate::erasure::ShardId { number, k: 2, m: 2, matrix: crate::erasure::MATRIX });
+    let activated = Epoch(activated);
+    rig.listing.meta = Some(PgMeta { promised: activated, activated, shard, pg_count: 0 });
+    rig.listing.objects = vec![(object(0), ObjectState { version: b, deleted: false, pending: Some(w) })];
+    rig
+}
+
 /// Shards: osd.1 was away when w, which it holds beside b, was overwritten by v, and was told to obtain v. Who took part in that
 /// interval lacks v, so it is w that counts, and osd.1 has it after all: still beside b, and not committed.
 #[test]
 fn what_it_goes_back_to_may_be_pending() {
     let (b, w, v) = (version(5, 1), version(5, 2), version(7, 1));
-    let mut rig = Rig::new(&[]);
-    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-    }
-    let shard = Some(crate::erasure::ShardId { number: 0, k: 2, m: 2, matrix: crate::erasure::MATRIX });
-    rig.listing.meta = Some(PgMeta { promised: Epoch(9), activated: Epoch(9), shard, pg_count: 0 });
-    rig.listing.objects = vec![(object(0), ObjectState { version: b, deleted: false, pending: Some(w) })];
+    let mut rig = pending_shard(0, 9, (b, w));
     rig.listing.missing = vec![(object(0), uncertain(v, w))];
     rig.interval(11, &[1, 2, 3, 4], vec![past(5, &[1, 2, 3, 4]), past(7, &[2, 3, 4]), past(9, &[1, 2, 3])]);
     for other in [2, 3] {
@@ -247,13 +254,7 @@ fn what_it_goes_back_to_may_be_pending() {
 #[test]
 fn what_it_may_go_back_to_stays_when_it_is_pending() {
     let (b, w, v) = (version(5, 1), version(5, 2), version(7, 1));
-    let mut rig = Rig::new(&[]);
-    if let Some(pool) = rig.map.pools.get_mut(&PG.pool) {
-        (pool.redundancy, pool.min_size) = (Redundancy::Erasure { k: 2, m: 2 }, 3);
-    }
-    let shard = Some(crate::erasure::ShardId { number: 1, k: 2, m: 2, matrix: crate::erasure::MATRIX });
-    rig.listing.meta = Some(PgMeta { promised: Epoch(5), activated: Epoch(5), shard, pg_count: 0 });
-    rig.listing.objects = vec![(object(0), ObjectState { version: b, deleted: false, pending: Some(w) })];
+    let mut rig = pending_shard(1, 5, (b, w));
     rig.interval(11, &[2, 1, 3, 4], vec![past(5, &[2, 1, 3, 4]), past(7, &[2, 3, 4])]);
     rig.hear(2, PeerBody::Query);
     let lacks = ObjectEntry { missing: true, uncertain: Some(w), ..has(0, v) };
