@@ -295,6 +295,14 @@ impl Cluster {
         of_kind.map(|d| Ok(format!("{kind}.{}", d["id"].as_str().context("a daemon without id")?))).collect()
     }
 
+    /// The monitor that leads.
+    pub fn leader(&self) -> Result<String> {
+        let monitors = self.json(&["monitor", "ls"])?;
+        let monitors = monitors["monitors"].as_array().context("monitor ls")?;
+        let leads = monitors.iter().find(|m| m["leader"] == true).context("no monitor leads")?;
+        Ok(format!("monitor.{}", leads["id"]))
+    }
+
     /// Waits until every group is active and clean and every OSD is up.
     pub fn wait_clean(&self, within: Duration) -> Result<()> {
         self.wait_for("every group active+clean", within, |status| {

@@ -1,7 +1,7 @@
 //! Networks of real hosts (namespaces) fall apart under verified writes and come together again: one host alone, the leading monitor's,
 //! one way only, and into halves.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use gabion_tests::cluster::Cluster;
 use gabion_tests::mirror::Mirror;
 use std::thread::sleep;
@@ -30,13 +30,6 @@ fn ends_well(cluster: &Cluster, mirror: Mirror) -> Result<()> {
     Ok(())
 }
 
-fn leader(cluster: &Cluster) -> Result<String> {
-    let monitors = cluster.json(&["monitor", "ls"])?;
-    let monitors = monitors["monitors"].as_array().context("monitor ls")?;
-    let leads = monitors.iter().find(|m| m["leader"] == true).context("no monitor leads")?;
-    Ok(format!("monitor.{}", leads["id"]))
-}
-
 #[test]
 fn one_host_is_cut_off() -> Result<()> {
     let Some((cluster, mirror)) = start()? else { return Ok(()) };
@@ -51,10 +44,10 @@ fn one_host_is_cut_off() -> Result<()> {
 #[ignore = "takes minutes: cargo xtask test-faults"]
 fn the_host_of_the_leading_monitor_is_cut_off() -> Result<()> {
     let Some((cluster, mirror)) = start()? else { return Ok(()) };
-    let old = leader(&cluster)?;
+    let old = cluster.leader()?;
     cluster.net()?.isolate(cluster.host(&old)?)?;
     cluster.wait_for("its OSD is called down", PATIENCE, |s| Some(s["osds_up"] == 3))?;
-    ensure!(leader(&cluster)? != old, "{old} leads and nobody hears it");
+    ensure!(cluster.leader()? != old, "{old} leads and nobody hears it");
     mirror.wait_for_writes(300)?;
     cluster.net()?.heal()?;
     ends_well(&cluster, mirror)

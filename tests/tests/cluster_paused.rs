@@ -43,10 +43,7 @@ fn each_kind_of_daemon_pauses_for_eighty_seconds() -> Result<()> {
     let volume = cluster.volume("v", "16M")?;
     let mirror = Mirror::start(&volume.socket, "v", 16 << 20, 8);
     mirror.wait_for_writes(300)?;
-    let monitors = cluster.json(&["monitor", "ls"])?;
-    let monitors = monitors["monitors"].as_array().context("monitor ls")?;
-    let leads = monitors.iter().find(|m| m["leader"] == true).context("no monitor leads")?;
-    let monitor = format!("monitor.{}", leads["id"]);
+    let monitor = cluster.leader()?;
     let osd = cluster.names("osd")?.into_iter().next().context("no OSD")?;
     for daemon in [monitor.as_str(), osd.as_str()] {
         let begun = Instant::now();
